@@ -1,0 +1,138 @@
+"""Every error a user can meet: its code, what it means, what to do about it.
+
+Raised anywhere below as `UsoflowError("code", detail)`; shown by the command line (message, remedy and
+exit status) and, later, by the server. Knows nothing of the rest of the package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+EXIT_USAGE = 2  # the command itself is wrong: unknown file, option, value
+EXIT_WORKFLOW = 3  # the workflow or prompt cannot be read or is not valid
+EXIT_MODEL = 4  # a model file is missing, damaged or of another kind
+EXIT_INPUT = 5  # an input picture is missing, damaged or too large
+EXIT_RUN = 6  # the run itself failed: memory, disk, non-finite values
+EXIT_CANCELLED = 130  # stopped by the user, as shells report SIGINT
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorKind:
+    """One entry of the catalogue: what the code means and what a user can do."""
+
+    meaning: str
+    remedy: str
+    exit_code: int
+
+
+CATALOGUE: Mapping[str, ErrorKind] = MappingProxyType(
+    {
+        # --- workflow files -------------------------------------------------------------------------
+        "file_not_found": ErrorKind(
+            "The file does not exist or cannot be read.", "Check the path.", EXIT_USAGE
+        ),
+        "template_unknown": ErrorKind(
+            "No template has this name.",
+            "Use template:flux1_dev_uso_reference_image_gen, or a file.",
+            EXIT_USAGE,
+        ),
+        "not_a_workflow": ErrorKind(
+            "The file holds no workflow or prompt.",
+            "Give a workflow JSON, an API prompt JSON, or a PNG or WebP that ComfyUI or usoflow saved.",
+            EXIT_WORKFLOW,
+        ),
+        "workflow_invalid": ErrorKind(
+            "The workflow is not shaped as a ComfyUI workflow is.",
+            "Open it in the ComfyUI editor and save it again.",
+            EXIT_WORKFLOW,
+        ),
+        "subgraph_recursive": ErrorKind(
+            "A subgraph contains itself.", "Break the recursion in the editor.", EXIT_WORKFLOW
+        ),
+        "prompt_invalid": ErrorKind(
+            "The prompt does not pass validation.", "Correct the inputs named above.", EXIT_WORKFLOW
+        ),
+        "set_invalid": ErrorKind(
+            "A --set or --image does not name an input of the workflow.",
+            "Write --set NODE.INPUT=VALUE; `usoflow convert FILE` shows the nodes and inputs.",
+            EXIT_USAGE,
+        ),
+        "node_unknown": ErrorKind(
+            "There is no node of this type.", "`usoflow nodes` lists what there is.", EXIT_USAGE
+        ),
+        # --- model files ----------------------------------------------------------------------------
+        "model_missing": ErrorKind(
+            "A model file is not there or cannot be read.",
+            "Put the file into its folder, or name the folder with --models or USOFLOW_MODELS.",
+            EXIT_MODEL,
+        ),
+        "model_pickle": ErrorKind(
+            "The file is a pickle, which can execute code when it is loaded.",
+            "Get the .safetensors version of this model.",
+            EXIT_MODEL,
+        ),
+        "model_damaged": ErrorKind(
+            "The file is not a valid safetensors file.", "Download the file again.", EXIT_MODEL
+        ),
+        "model_truncated": ErrorKind(
+            "The file is shorter than its header says.",
+            "The download did not finish: download the file again.",
+            EXIT_MODEL,
+        ),
+        "model_kind": ErrorKind(
+            "The file holds another kind of model than this loader needs.",
+            "Choose another file for this loader.",
+            EXIT_MODEL,
+        ),
+        "model_unsupported": ErrorKind(
+            "The model has an architecture or size that usoflow does not run.",
+            "Use FLUX.1 weights in ComfyUI's or Black Forest Labs' layout.",
+            EXIT_MODEL,
+        ),
+        "tensor_missing": ErrorKind(
+            "A tensor that the model needs is not in the file.",
+            "The file is incomplete or of another model: download it again.",
+            EXIT_MODEL,
+        ),
+        "tensor_unknown": ErrorKind(
+            "The file has tensors that no part of the model uses.",
+            "The file is of another model or a newer layout: use the files of the tutorial.",
+            EXIT_MODEL,
+        ),
+        "tensor_shape": ErrorKind(
+            "A tensor does not have the shape that the rest of the model needs.",
+            "The file is damaged or of another model: download it again.",
+            EXIT_MODEL,
+        ),
+        "block_gap": ErrorKind(
+            "The numbers of the model's blocks have a gap.",
+            "The file is incomplete: download it again.",
+            EXIT_MODEL,
+        ),
+        "lora_mismatch": ErrorKind(
+            "The LoRA fits no layer of this model.",
+            "Use a LoRA that was made for FLUX.1.",
+            EXIT_MODEL,
+        ),
+    }
+)
+
+
+class UsoflowError(Exception):
+    """An error with a remedy.
+
+    Args:
+        code: a key of `CATALOGUE`.
+        detail: what happened, with the names and values concerned; one sentence or a few lines.
+        remedy: what to do, where the catalogue's general advice can be made more precise.
+    """
+
+    def __init__(self, code: str, detail: str, *, remedy: str | None = None) -> None:
+        kind = CATALOGUE[code]
+        super().__init__(detail)
+        self.code = code
+        self.detail = detail
+        self.remedy = remedy or kind.remedy
+        self.exit_code = kind.exit_code

@@ -1,0 +1,1 @@
+"""The networks and the files they come from. Importing the package imports no torch; its modules do."""

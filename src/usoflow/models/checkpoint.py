@@ -1,0 +1,296 @@
+"""What is in this file? Safetensors headers, and the models recognised in them by their tensor names.
+
+Reads headers only (no torch, no tensor data), so that the command line can tell in milliseconds which
+models a folder holds. `weights.assemble` reads the tensors of a `Component` into a module.
+
+Format: https://huggingface.co/docs/safetensors/index#format (8-byte little-endian header length, JSON
+header, data). Layouts: ComfyUI's all-in-one checkpoint and the split files of black-forest-labs/flux,
+comfyanonymous/flux_text_encoders, Comfy-Org/sigclip_vision_384 and bytedance-research/USO.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import json
+import re
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from usoflow.errors import UsoflowError
+
+CONFIG_KEY = "usoflow.config"  # safetensors metadata: JSON object, one section per component
+MAX_HEADER_BYTES = 100_000_000  # the limit that the safetensors library sets itself
+
+DTYPE_BYTES: Mapping[str, int] = MappingProxyType(
+    {
+        "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
+        "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+    }
+)  # fmt: skip
+
+# A component is recognised by one tensor that every file of its kind has; what precedes it is the prefix.
+SIGNATURES: Mapping[str, re.Pattern[str]] = MappingProxyType(
+    {
+        "flux": re.compile(r"^(.*?)double_blocks\.\d+\.img_attn\.qkv\.weight$"),
+        "clip_l": re.compile(r"^(.*?)text_model\.embeddings\.token_embedding\.weight$"),
+        "t5": re.compile(r"^(.*?)encoder\.block\.\d+\.layer\.0\.SelfAttention\.q\.weight$"),
+        "vae": re.compile(r"^(.*?)decoder\.conv_in\.weight$"),
+        "siglip": re.compile(r"^(.*?vision_model\.)embeddings\.patch_embedding\.weight$"),
+        "uso_projector": re.compile(r"^(.*?)feature_embedder\.low_projection\.weight$"),
+        "uso_lora": re.compile(r"^(.*?)(?:double|single)_blocks\.\d+\.processor\.\w+_lora\d?\.up\.weight$"),
+    }
+)
+
+KIND_NAMES: Mapping[str, str] = MappingProxyType(
+    {
+        "flux": "FLUX.1 transformer",
+        "clip_l": "CLIP-L text encoder",
+        "t5": "T5 text encoder",
+        "vae": "FLUX VAE",
+        "siglip": "SigLIP vision tower",
+        "uso_projector": "USO style projector",
+        "uso_lora": "USO DiT LoRA",
+    }
+)
+
+# Tensors of no model in an all-in-one file: CLIP's training temperature and ComfyUI's "this file is
+# scaled fp8" marker.
+IGNORED_ANYWHERE = ("*logit_scale", "*scaled_fp8")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor of a header: its shape and its safetensors dtype name (`F8_E4M3`, `BF16`, ...)."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """A safetensors file of which only the header has been read.
+
+    `fingerprint` changes when the file does: (path, size in bytes, modification time in ns).
+    """
+
+    path: Path
+    tensors: Mapping[str, TensorInfo] = field(repr=False)
+    metadata: Mapping[str, str] = field(repr=False)
+    fingerprint: tuple[str, int, int]
+
+    @classmethod
+    def open(cls, path: Path) -> TensorFile:
+        """Read and check the header of `path`.
+
+        Raises:
+            UsoflowError: `model_missing`, `model_pickle`, `model_damaged`, `model_truncated`.
+        """
+        fingerprint = _fingerprint(path)
+        return _open_cached(path, fingerprint)
+
+    @property
+    def bytes(self) -> int:
+        return self.fingerprint[1]
+
+    def components(self) -> Mapping[str, Component]:
+        """The models in this file by kind (keys of `SIGNATURES`).
+
+        Raises:
+            UsoflowError: `tensor_unknown` if a tensor belongs to no recognised model.
+        """
+        found = {kind: prefix for kind in SIGNATURES if (prefix := self._prefix(kind)) is not None}
+        self._refuse_strays(found)
+        return {kind: self._component(kind, prefix) for kind, prefix in found.items()}
+
+    def component(self, kind: str) -> Component:
+        """The model of this kind.
+
+        Raises:
+            UsoflowError: `model_kind` if the file holds none, naming what it holds instead.
+        """
+        components = self.components()
+        if kind not in components:
+            raise UsoflowError(
+                "model_kind",
+                f"{self.path.name} holds no {KIND_NAMES[kind]}; it holds {self.describe()}.",
+            )
+        return components[kind]
+
+    def describe(self) -> str:
+        """What the file holds, in words: 'FLUX.1 transformer, FLUX VAE' or 'nothing usoflow knows'."""
+        kinds = [KIND_NAMES[kind] for kind in SIGNATURES if self._prefix(kind) is not None]
+        return ", ".join(kinds) or "nothing usoflow knows"
+
+    def _prefix(self, kind: str) -> str | None:
+        pattern = SIGNATURES[kind]
+        for name in self.tensors:
+            if match := pattern.match(name):
+                return match.group(1)
+        return None
+
+    def _refuse_strays(self, found: Mapping[str, str]) -> None:
+        if not found:
+            return
+        prefixes = tuple(found.values())
+        strays = [n for n in self.tensors if not n.startswith(prefixes) and not matches_any(n, IGNORED_ANYWHERE)]
+        if strays:
+            raise UsoflowError(
+                "tensor_unknown",
+                f"{self.path.name} has {len(strays)} tensors that belong to no model in it: {some(strays)}.",
+            )
+
+    def _component(self, kind: str, prefix: str) -> Component:
+        tensors = {n[len(prefix) :]: info for n, info in self.tensors.items() if n.startswith(prefix)}
+        tensors = {n: info for n, info in tensors.items() if not matches_any(n, IGNORED_ANYWHERE)}
+        return Component(self, kind, prefix, tensors, self._declared(kind))
+
+    def _declared(self, kind: str) -> Mapping[str, Any]:
+        text = self.metadata.get(CONFIG_KEY)
+        if text is None:
+            return {}
+        try:
+            config = json.loads(text)
+            section = config.get(kind, {})
+        except (ValueError, AttributeError):
+            section = None
+        if not isinstance(section, dict):
+            raise UsoflowError("model_damaged", f"{self.path.name}: {CONFIG_KEY} metadata is not a JSON object.")
+        return section
+
+
+@dataclass(frozen=True)
+class Component:
+    """The tensors of one model in one file.
+
+    Attributes:
+        file: the file they are in.
+        kind: a key of `SIGNATURES`.
+        prefix: what precedes the names in the file.
+        tensors: shape and dtype by name, without the prefix.
+        declared: what the file itself declares of this model in `usoflow.config` (no shape tells it).
+    """
+
+    file: TensorFile
+    kind: str
+    prefix: str
+    tensors: Mapping[str, TensorInfo] = field(repr=False)
+    declared: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return {name: info.shape for name, info in self.tensors.items()}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor that the model cannot be without.
+
+        Raises:
+            UsoflowError: `tensor_missing`.
+        """
+        if name not in self.tensors:
+            raise UsoflowError("tensor_missing", f"{self.file.path.name} lacks the tensor {self.prefix}{name}.")
+        return self.tensors[name].shape
+
+    def count(self, pattern: str) -> int:
+        """Number of blocks: `count("double_blocks.{}.")` for names that begin so; 0 if there are none.
+
+        Raises:
+            UsoflowError: `block_gap` if the numbers do not run from 0 without a gap.
+        """
+        before, after = (re.escape(part) for part in pattern.split("{}"))
+        numbered = re.compile(f"{before}(\\d+){after}")
+        found = {int(match.group(1)) for name in self.tensors if (match := numbered.match(name))}
+        absent = sorted(set(range(max(found, default=-1) + 1)) - found)
+        if absent:
+            raise UsoflowError(
+                "block_gap",
+                f"{self.file.path.name} has {pattern.format(max(found))}* but no {pattern.format(absent[0])}*.",
+            )
+        return len(found)
+
+
+def matches_any(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a tensor name matches one of the shell-style patterns."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def some(names: Iterable[str], most: int = 3) -> str:
+    """The first few names, for a message."""
+    listed = list(names)
+    rest = f" and {len(listed) - most} more" if len(listed) > most else ""
+    return ", ".join(listed[:most]) + rest
+
+
+def _fingerprint(path: Path) -> tuple[str, int, int]:
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise UsoflowError("model_missing", f"{path} cannot be read: {error.strerror}.") from None
+    return (str(path.resolve()), stat.st_size, stat.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=256)
+def _open_cached(path: Path, fingerprint: tuple[str, int, int]) -> TensorFile:
+    header, data_bytes = _read_header(path, fingerprint[1])
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict):
+        raise _damaged(path, "its metadata is not an object")
+    tensors = {name: _tensor_info(path, name, entry, data_bytes) for name, entry in header.items()}
+    texts = {str(key): str(value) for key, value in metadata.items()}
+    return TensorFile(path, MappingProxyType(tensors), MappingProxyType(texts), fingerprint)
+
+
+def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
+    """The parsed header, and how many bytes of data follow it."""
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(8)
+            _refuse_pickle(path, start)
+            if len(start) < 8:
+                raise UsoflowError("model_truncated", f"{path.name} has only {len(start)} bytes.")
+            (length,) = struct.unpack("<Q", start)
+            if length > MAX_HEADER_BYTES:
+                raise _damaged(path, f"it announces a header of {length} bytes")
+            text = stream.read(length)
+    except OSError as error:
+        raise UsoflowError("model_missing", f"{path} cannot be read: {error.strerror or error}.") from None
+    if len(text) < length:
+        raise UsoflowError("model_truncated", f"{path.name} ends inside its header ({size} bytes).")
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError):
+        raise _damaged(path, "its header is not JSON") from None
+    if not isinstance(header, dict):
+        raise _damaged(path, "its header is not a JSON object")
+    return header, size - 8 - length
+
+
+def _tensor_info(path: Path, name: str, entry: object, data_bytes: int) -> TensorInfo:
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]  # type: ignore[index]
+        expected = prod(shape) * DTYPE_BYTES[dtype]
+        consistent = 0 <= begin <= end and end - begin == expected and all(side >= 0 for side in shape)
+    except (KeyError, TypeError, ValueError, IndexError):
+        raise _damaged(path, f"the entry of tensor {name!r} cannot be read") from None
+    if not consistent:
+        raise _damaged(path, f"tensor {name!r} does not have the size that its shape tells")
+    if end > data_bytes:
+        raise UsoflowError(
+            "model_truncated", f"{path.name} ends before tensor {name!r}: {end - data_bytes} bytes are missing."
+        )
+    return TensorInfo(shape, dtype)
+
+
+def _refuse_pickle(path: Path, start: bytes) -> None:
+    """Pickles and the zip files that torch.save writes execute code when loaded: never opened."""
+    if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
+        raise UsoflowError("model_pickle", f"{path.name} is a pickled PyTorch file, which can execute code.")
+
+
+def _damaged(path: Path, why: str) -> UsoflowError:
+    return UsoflowError("model_damaged", f"{path.name} is not a valid safetensors file: {why}.")

@@ -1,0 +1,217 @@
+"""How a weight is stored, and the layers that every network here is built from.
+
+A module holds its weights as the file stores them (fp32, bf16, fp16, fp8) and computes in the dtype of its
+input: each layer widens its weight when it is used. `assemble` fills a module from a `checkpoint.Component`
+by assignment of memory-mapped tensors; nothing is copied until it is needed.
+
+fp8 with `scale_weight`: the stored value times the scale is the weight (layout of ComfyUI's "scaled fp8"
+files, one fp32 scalar or one per row beside each weight).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from usoflow.errors import UsoflowError
+from usoflow.models.checkpoint import Component, matches_any, some
+
+SCALE = "scale_weight"
+UNUSED_SCALES = ("*.scale_input",)  # activation scales of fp8 matmuls: we quantise no activations
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def _parameter(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(*shape))
+
+
+def widened(weight: Tensor, like: Tensor) -> Tensor:
+    """`weight` in the dtype of `like` (no copy if it already is)."""
+    return weight.to(like.dtype)
+
+
+class LowRank(nn.Module):
+    """A low-rank branch beside a linear layer: adds strength * up @ down @ x to some of its output rows.
+
+    LoRA (arXiv 2106.09685). The weight itself is never changed, so that handles with different LoRAs share
+    it, and the sum is exact whatever the weight's storage.
+
+    Args:
+        down: [rank, in].
+        up: [rows, rank].
+        strength: factor; negative and fractional values are usual.
+        first_row: where the rows begin in the layer's output.
+    """
+
+    def __init__(self, down: Tensor, up: Tensor, *, strength: float, first_row: int = 0) -> None:
+        super().__init__()
+        self.down = nn.Parameter(down, requires_grad=down.requires_grad)
+        self.up = nn.Parameter(up, requires_grad=up.requires_grad)
+        self.strength = strength
+        self.rows = slice(first_row, first_row + up.shape[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., in] -> [..., rows]."""
+        return F.linear(F.linear(x, widened(self.down, x)), widened(self.up, x) * self.strength)
+
+
+class Linear(nn.Module):
+    """y = x W^T + b, weight [out, in] in any storage dtype, with optional scale and low-rank branches."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__()
+        self.weight = _parameter(out_features, in_features)
+        self.bias = _parameter(out_features) if bias else None
+        self.scale_weight: Tensor | None = None
+        self.branches = nn.ModuleList()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., in] -> [..., out], in the dtype of x."""
+        bias = None if self.bias is None else widened(self.bias, x)
+        y = F.linear(x, self._weight(x), bias)
+        for branch in self.branches:
+            y[..., branch.rows] += branch(x)
+        return y
+
+    def _weight(self, x: Tensor) -> Tensor:
+        if self.scale_weight is None:
+            return widened(self.weight, x)
+        scale = self.scale_weight.reshape(-1, 1) if self.scale_weight.numel() > 1 else self.scale_weight
+        return widened(self.weight, x) * widened(scale.to(x.device), x)
+
+
+class Conv2d(nn.Module):
+    """2-D convolution, weight [out, in, k, k]."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int, *, stride: int = 1, padding: int = 0):
+        super().__init__()
+        self.weight = _parameter(out_channels, in_channels, kernel, kernel)
+        self.bias = _parameter(out_channels)
+        self.stride, self.padding = stride, padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [B, C, H, W]."""
+        return F.conv2d(x, widened(self.weight, x), widened(self.bias, x), self.stride, self.padding)
+
+
+class LayerNorm(nn.Module):
+    """Layer norm over the last axis; `affine=False` has no parameters (FLUX modulates instead)."""
+
+    def __init__(self, dim: int, eps: float, affine: bool = True) -> None:
+        super().__init__()
+        self.dim, self.eps = (dim,), eps
+        self.weight = _parameter(dim) if affine else None
+        self.bias = _parameter(dim) if affine else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.weight is None or self.bias is None:
+            return F.layer_norm(x, self.dim, eps=self.eps)
+        return F.layer_norm(x, self.dim, widened(self.weight, x), widened(self.bias, x), self.eps)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis; FLUX names its parameter `scale`, T5 `weight`."""
+
+    def __init__(self, dim: int, eps: float, name: str = "weight") -> None:
+        super().__init__()
+        self.dim, self.eps, self.name = (dim,), eps, name
+        self.register_parameter(name, _parameter(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.dim, widened(self.get_parameter(self.name), x), self.eps)
+
+
+class GroupNorm(nn.Module):
+    """Group norm over channels."""
+
+    def __init__(self, groups: int, channels: int, eps: float) -> None:
+        super().__init__()
+        self.groups, self.eps = groups, eps
+        self.weight, self.bias = _parameter(channels), _parameter(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [B, C, ...]."""
+        return F.group_norm(x, self.groups, widened(self.weight, x), widened(self.bias, x), self.eps)
+
+
+class Embedding(nn.Module):
+    """A table [rows, dim]; rows are widened to fp32 after the look-up, so that a big table stays as stored."""
+
+    def __init__(self, rows: int, dim: int) -> None:
+        super().__init__()
+        self.weight = _parameter(rows, dim)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids: int64 [...] -> float32 [..., dim]."""
+        if self.weight.dtype == torch.float8_e4m3fn:  # torch has no fp8 gather: look up the raw bytes
+            return F.embedding(ids, self.weight.view(torch.uint8)).view(self.weight.dtype).float()
+        return F.embedding(ids, self.weight).float()
+
+
+def build(component: Component, make: Callable[[], M], *, ignored: Sequence[str] = ()) -> M:
+    """`make()` on the meta device, filled from the file. The usual way to get a model that computes."""
+    with torch.device("meta"):
+        module = make()
+    assemble(component, module, ignored=ignored)
+    return module.eval()
+
+
+def assemble(component: Component, module: nn.Module, *, ignored: Sequence[str] = ()) -> None:
+    """Fill every parameter of `module` with the tensor of the same name, as stored and memory-mapped.
+
+    Args:
+        component: the tensors; names without the file's prefix equal the module's parameter names.
+        module: usually built on the meta device; its parameters are replaced, not copied into.
+        ignored: patterns of tensors that the file may hold and the model does not use.
+
+    Raises:
+        UsoflowError: `tensor_missing`, `tensor_unknown`, `tensor_shape`, `model_damaged`.
+    """
+    wanted = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    scales = {f"{name.rpartition('.')[0]}.{SCALE}" for name in wanted if name.endswith(".weight")}
+    _check_names(component, wanted, scales, (*ignored, *UNUSED_SCALES))
+    _check_shapes(component, wanted)
+    for name, tensor in _read(component, [*wanted, *(scales & set(component.tensors))]):
+        owner, _, leaf = name.rpartition(".")
+        holder = module.get_submodule(owner)
+        if leaf == SCALE:
+            holder.scale_weight = tensor.float()
+        else:
+            setattr(holder, leaf, nn.Parameter(tensor, requires_grad=False))
+
+
+def _check_names(component: Component, wanted: Iterable[str], scales: set[str], ignored: Sequence[str]) -> None:
+    file = component.file.path.name
+    missing = [component.prefix + name for name in wanted if name not in component.tensors]
+    if missing:
+        raise UsoflowError("tensor_missing", f"{file} lacks {len(missing)} tensors: {some(missing)}.")
+    claimed = {*wanted, *scales}
+    unknown = [n for n in component.tensors if n not in claimed and not matches_any(n, ignored)]
+    if unknown:
+        names = some(component.prefix + name for name in unknown)
+        raise UsoflowError("tensor_unknown", f"{file} has {len(unknown)} tensors that nothing uses: {names}.")
+
+
+def _check_shapes(component: Component, wanted: dict[str, tuple[int, ...]]) -> None:
+    for name, shape in wanted.items():
+        found = component.tensors[name].shape
+        if found != shape:
+            raise UsoflowError(
+                "tensor_shape",
+                f"{component.file.path.name}: {component.prefix}{name} is {list(found)}, not {list(shape)}.",
+            )
+
+
+def _read(component: Component, names: Iterable[str]) -> Iterable[tuple[str, Tensor]]:
+    try:
+        with safe_open(component.file.path, framework="pt") as reader:
+            for name in names:
+                yield name, reader.get_tensor(component.prefix + name)
+    except (SafetensorError, OSError) as error:
+        raise UsoflowError("model_damaged", f"{component.file.path.name} cannot be read: {error}.") from None
