@@ -141,7 +141,7 @@ class GroupNorm(nn.Module):
 
 
 class Embedding(nn.Module):
-    """A table [rows, dim]; rows are widened to fp32 after the look-up, so that a big table stays as stored."""
+    """A table [rows, dim]; rows are widened to fp32 after the look-up, the table stays as stored."""
 
     def __init__(self, rows: int, dim: int) -> None:
         super().__init__()
@@ -186,7 +186,9 @@ def assemble(component: Component, module: nn.Module, *, ignored: Sequence[str] 
             setattr(holder, leaf, nn.Parameter(tensor, requires_grad=False))
 
 
-def _check_names(component: Component, wanted: Iterable[str], scales: set[str], ignored: Sequence[str]) -> None:
+def _check_names(
+    component: Component, wanted: Iterable[str], scales: set[str], ignored: Sequence[str]
+) -> None:
     file = component.file.path.name
     missing = [component.prefix + name for name in wanted if name not in component.tensors]
     if missing:
