@@ -116,6 +116,18 @@ CATALOGUE: Mapping[str, ErrorKind] = MappingProxyType(
             "Use a LoRA that was made for FLUX.1.",
             EXIT_MODEL,
         ),
+        # --- pictures -------------------------------------------------------------------------------
+        "picture_size": ErrorKind(
+            "A picture is too small, or would become so, for what is done with it.",
+            "Use a larger picture, or a larger size where it is scaled.",
+            EXIT_INPUT,
+        ),
+        # --- the run --------------------------------------------------------------------------------
+        "non_finite": ErrorKind(
+            "A model computed values that are not numbers (NaN or infinity).",
+            "Run with a wider dtype (float32); if that fails too, the model file is damaged.",
+            EXIT_RUN,
+        ),
     }
 )
 

@@ -250,7 +250,8 @@ def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
     try:
         with path.open("rb") as stream:
             start = stream.read(8)
-            _refuse_pickle(path, start)
+            _refuse_pickle(path, start + stream.read(1))
+            stream.seek(8)
             if len(start) < 8:
                 raise UsoflowError("model_truncated", f"{path.name} has only {len(start)} bytes.")
             (length,) = struct.unpack("<Q", start)
@@ -287,8 +288,11 @@ def _tensor_info(path: Path, name: str, entry: object, data_bytes: int) -> Tenso
 
 
 def _refuse_pickle(path: Path, start: bytes) -> None:
-    """Pickles and the zip files that torch.save writes execute code when loaded: never opened."""
-    if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
+    """Pickles and the zip files that torch.save writes execute code when loaded: never opened.
+
+    A header length may begin with a pickle's first byte; but only a header has "{" after its length.
+    """
+    if start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[8:9] != b"{"):
         raise UsoflowError("model_pickle", f"{path.name} is a pickled PyTorch file, which can execute code.")
 
 

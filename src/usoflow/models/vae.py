@@ -80,20 +80,20 @@ class VaeConfig:
 
         Raises:
             UsoflowError: "tensor_missing" if a tensor that tells a size is not there, "block_gap" if the
-                levels or blocks are not numbered without a gap, "tensor_shape" if the groups do not
-                divide a width.
+                levels or blocks are not numbered without a gap, "model_unsupported" if the groups
+                do not divide a width.
         """
-        levels = component.block_count("encoder.down.{}.")
-        widths = tuple(component.shape(f"encoder.down.{n}.block.0.conv1.weight")[0] for n in range(levels))
+        levels = range(max(component.count("encoder.down.{}."), 1))
+        widths = tuple(component.shape(f"encoder.down.{n}.block.0.conv1.weight")[0] for n in levels)
         groups = int(component.declared.get("groups", OFFICIAL_GROUPS))
         if groups < 1 or any(width % groups for width in widths):
             raise UsoflowError(
-                "tensor_shape",
-                f"{component.name}: GroupNorm of {groups} groups does not divide the widths {widths}",
+                "model_unsupported",
+                f"{component.file.path.name}: {groups} groups do not divide the VAE's widths {widths}.",
             )
         return cls(
             widths=widths,
-            blocks=component.block_count("encoder.down.0.block.{}."),
+            blocks=component.count("encoder.down.0.block.{}."),
             latent_channels=component.shape("decoder.conv_in.weight")[1],
             groups=groups,
             eps=float(component.declared.get("eps", OFFICIAL_EPS)),
@@ -115,8 +115,8 @@ class ResBlock(nn.Module):
         """[B, width_in, H, W] -> [B, width_out, H, W]."""
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        shortcut: Tensor = x if self.nin_shortcut is None else self.nin_shortcut(x)
-        return shortcut + h
+        out: Tensor = h + (x if self.nin_shortcut is None else self.nin_shortcut(x))
+        return out
 
 
 class AttnBlock(nn.Module):
@@ -279,7 +279,7 @@ class AutoEncoder(nn.Module):
             [B, latent_channels, H // factor, W // factor] float32.
 
         Raises:
-            UsoflowError: "image_too_small" if a side is shorter than one latent; "non_finite".
+            UsoflowError: "picture_size" if a side is shorter than one latent; "non_finite".
         """
         pixels = centre_crop(images, self.config.factor)[..., :3].movedim(-1, 1)  # [B, 3, H, W]
         mean = self._each(lambda x: self.encoder(x).chunk(2, dim=1)[0], pixels * 2 - 1, dtype)
@@ -304,7 +304,7 @@ class AutoEncoder(nn.Module):
 
     def _each(self, network: Callable[[Tensor], Tensor], batch: Tensor, dtype: torch.dtype) -> Tensor:
         device = self.encoder.conv_in.weight.device
-        results = (network(item.to(device, dtype)).to(batch.device).float() for item in batch.split(1))
+        results = (network(item.to(device, dtype)).to(batch.device).float() for item in torch.split(batch, 1))
         return torch.cat(list(results))
 
 
@@ -312,12 +312,13 @@ def centre_crop(images: Tensor, multiple: int) -> Tensor:
     """[B, H, W, C] cropped about its centre so that H and W are multiples of `multiple`.
 
     Raises:
-        UsoflowError: "image_too_small" if nothing would be left.
+        UsoflowError: "picture_size" if nothing would be left.
     """
     height, width = images.shape[1:3]
     if min(height, width) < multiple:
         raise UsoflowError(
-            "image_too_small", f"a picture of {width}x{height} cannot be encoded: {multiple} is the least"
+            "picture_size",
+            f"A picture of {width}x{height} cannot be encoded: {multiple}x{multiple} is the least.",
         )
     top, left = height % multiple // 2, width % multiple // 2
     return images[:, top : top + height - height % multiple, left : left + width - width % multiple]
@@ -325,5 +326,5 @@ def centre_crop(images: Tensor, multiple: int) -> Tensor:
 
 def _finite(x: Tensor, stage: str) -> Tensor:
     if not bool(torch.isfinite(x).all()):
-        raise UsoflowError("non_finite", f"{stage} gave values that are not finite")
+        raise UsoflowError("non_finite", f"{stage} gave values that are not finite.")
     return x
