@@ -159,4 +159,4 @@ class FileLister(Protocol):
         """Names in a model folder, or in "input": pictures; sorted, with "/" between parts."""
 
     def exists(self, folder: str, name: str, /) -> bool:
-        """Whether "input", "output" or "temp" holds this file, also in a subfolder; False for unsafe names."""
+        """Whether "input", "output" or "temp" holds this file, subfolders too; False for unsafe names."""
