@@ -62,6 +62,52 @@ CATALOGUE: Mapping[str, ErrorKind] = MappingProxyType(
         "node_unknown": ErrorKind(
             "There is no node of this type.", "`usoflow nodes` lists what there is.", EXIT_USAGE
         ),
+        # --- settings -------------------------------------------------------------------------------
+        "settings_invalid": ErrorKind(
+            "A setting or a settings file cannot be used.", "Correct or remove it.", EXIT_USAGE
+        ),
+        "path_outside": ErrorKind(
+            "A file name leads out of its folder.",
+            "Use a name relative to the folder, without '..'.",
+            EXIT_USAGE,
+        ),
+        # --- pictures -------------------------------------------------------------------------------
+        "image_missing": ErrorKind(
+            "A picture that the workflow loads is not there.",
+            "Put it into the input folder (--input DIR), or give it with --image NODE=PATH.",
+            EXIT_INPUT,
+        ),
+        "image_invalid": ErrorKind(
+            "The file is not a picture that can be read.", "Use a PNG, JPEG or WebP picture.", EXIT_INPUT
+        ),
+        "image_too_large": ErrorKind(
+            "The picture has more pixels than are read.", "Scale it down first.", EXIT_INPUT
+        ),
+        # --- running --------------------------------------------------------------------------------
+        "non_finite": ErrorKind(
+            "The result has values that are not numbers (NaN) or infinite; it would be a black picture.",
+            "Run with --dtype fp32; if it stays, the model file named is damaged.",
+            EXIT_RUN,
+        ),
+        "node_failed": ErrorKind(
+            "A node of the workflow failed.", "This is a defect of usoflow: please report it.", EXIT_RUN
+        ),
+        "out_of_memory": ErrorKind(
+            "There is not enough memory for this run.",
+            "Use a smaller size or batch, or a checkpoint in fp8.",
+            EXIT_RUN,
+        ),
+        "save_failed": ErrorKind(
+            "The picture could not be written.",
+            "Free some space or choose another folder with --output.",
+            EXIT_RUN,
+        ),
+        "device_unavailable": ErrorKind(
+            "The device or dtype asked for is not available here.",
+            "Use --device auto and --dtype auto.",
+            EXIT_USAGE,
+        ),
+        "cancelled": ErrorKind("The run was stopped.", "Run it again.", EXIT_CANCELLED),
         # --- model files ----------------------------------------------------------------------------
         "model_missing": ErrorKind(
             "A model file is not there or cannot be read.",
@@ -111,6 +157,11 @@ CATALOGUE: Mapping[str, ErrorKind] = MappingProxyType(
             "The file is incomplete: download it again.",
             EXIT_MODEL,
         ),
+        "reference_method": ErrorKind(
+            "References are to be placed by a method that there is not.",
+            "Use uxo/uno, offset or index.",
+            EXIT_WORKFLOW,
+        ),
         "lora_mismatch": ErrorKind(
             "The LoRA fits no layer of this model.",
             "Use a LoRA that was made for FLUX.1.",
@@ -121,12 +172,6 @@ CATALOGUE: Mapping[str, ErrorKind] = MappingProxyType(
             "A picture is too small, or would become so, for what is done with it.",
             "Use a larger picture, or a larger size where it is scaled.",
             EXIT_INPUT,
-        ),
-        # --- the run --------------------------------------------------------------------------------
-        "non_finite": ErrorKind(
-            "A model computed values that are not numbers (NaN or infinity).",
-            "Run with a wider dtype (float32); if that fails too, the model file is damaged.",
-            EXIT_RUN,
         ),
     }
 )

@@ -138,7 +138,9 @@ class TensorFile:
         if not found:
             return
         prefixes = tuple(found.values())
-        strays = [n for n in self.tensors if not n.startswith(prefixes) and not matches_any(n, IGNORED_ANYWHERE)]
+        strays = [
+            n for n in self.tensors if not n.startswith(prefixes) and not matches_any(n, IGNORED_ANYWHERE)
+        ]
         if strays:
             raise UsoflowError(
                 "tensor_unknown",
@@ -160,7 +162,9 @@ class TensorFile:
         except (ValueError, AttributeError):
             section = None
         if not isinstance(section, dict):
-            raise UsoflowError("model_damaged", f"{self.path.name}: {CONFIG_KEY} metadata is not a JSON object.")
+            raise UsoflowError(
+                "model_damaged", f"{self.path.name}: {CONFIG_KEY} metadata is not a JSON object."
+            )
         return section
 
 
@@ -193,7 +197,9 @@ class Component:
             UsoflowError: `tensor_missing`.
         """
         if name not in self.tensors:
-            raise UsoflowError("tensor_missing", f"{self.file.path.name} lacks the tensor {self.prefix}{name}.")
+            raise UsoflowError(
+                "tensor_missing", f"{self.file.path.name} lacks the tensor {self.prefix}{name}."
+            )
         return self.tensors[name].shape
 
     def count(self, pattern: str) -> int:
@@ -282,7 +288,8 @@ def _tensor_info(path: Path, name: str, entry: object, data_bytes: int) -> Tenso
         raise _damaged(path, f"tensor {name!r} does not have the size that its shape tells")
     if end > data_bytes:
         raise UsoflowError(
-            "model_truncated", f"{path.name} ends before tensor {name!r}: {end - data_bytes} bytes are missing."
+            "model_truncated",
+            f"{path.name} ends before tensor {name!r}: {end - data_bytes} bytes are missing.",
         )
     return TensorInfo(shape, dtype)
 

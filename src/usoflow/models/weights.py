@@ -56,9 +56,11 @@ class LowRank(nn.Module):
         self.strength = strength
         self.rows = slice(first_row, first_row + up.shape[0])
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [..., in] -> [..., rows]."""
-        return F.linear(F.linear(x, widened(self.down, x)), widened(self.up, x) * self.strength)
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Add the branch's part for x [..., in] to the layer's output y [..., out], in place."""
+        inner = F.linear(x, widened(self.down, x)) * self.strength  # [..., rank]
+        y[..., self.rows] += F.linear(inner, widened(self.up, x))
+        return y
 
 
 class Linear(nn.Module):
@@ -76,7 +78,7 @@ class Linear(nn.Module):
         bias = None if self.bias is None else widened(self.bias, x)
         y = F.linear(x, self._weight(x), bias)
         for branch in self.branches:
-            y[..., branch.rows] += branch(x)
+            y = branch(x, y)
         return y
 
     def _weight(self, x: Tensor) -> Tensor:
@@ -89,7 +91,9 @@ class Linear(nn.Module):
 class Conv2d(nn.Module):
     """2-D convolution, weight [out, in, k, k]."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel: int, *, stride: int = 1, padding: int = 0):
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel: int, *, stride: int = 1, padding: int = 0
+    ):
         super().__init__()
         self.weight = _parameter(out_channels, in_channels, kernel, kernel)
         self.bias = _parameter(out_channels)
@@ -177,7 +181,7 @@ def assemble(component: Component, module: nn.Module, *, ignored: Sequence[str] 
     scales = {f"{name.rpartition('.')[0]}.{SCALE}" for name in wanted if name.endswith(".weight")}
     _check_names(component, wanted, scales, (*ignored, *UNUSED_SCALES))
     _check_shapes(component, wanted)
-    for name, tensor in _read(component, [*wanted, *(scales & set(component.tensors))]):
+    for name, tensor in read_tensors(component, [*wanted, *(scales & set(component.tensors))]).items():
         owner, _, leaf = name.rpartition(".")
         holder = module.get_submodule(owner)
         if leaf == SCALE:
@@ -210,10 +214,14 @@ def _check_shapes(component: Component, wanted: dict[str, tuple[int, ...]]) -> N
             )
 
 
-def _read(component: Component, names: Iterable[str]) -> Iterable[tuple[str, Tensor]]:
+def read_tensors(component: Component, names: Iterable[str]) -> dict[str, Tensor]:
+    """The named tensors as memory-mapped views: their bytes are read from disk when they are touched.
+
+    Raises:
+        UsoflowError: `model_damaged`.
+    """
     try:
         with safe_open(component.file.path, framework="pt") as reader:
-            for name in names:
-                yield name, reader.get_tensor(component.prefix + name)
+            return {name: reader.get_tensor(component.prefix + name) for name in names}
     except (SafetensorError, OSError) as error:
         raise UsoflowError("model_damaged", f"{component.file.path.name} cannot be read: {error}.") from None

@@ -1,0 +1,113 @@
+"""The model files of the USO tutorial: where each comes from, how large it is, under which licence.
+
+Answers "this file is missing" with a remedy: the folder, the link, and the local file that holds the same
+kind of model under another name. Source: https://docs.comfy.org/tutorials/flux/flux-1-uso.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from usoflow.errors import UsoflowError
+from usoflow.models.checkpoint import TensorFile
+from usoflow.settings import Folders
+
+_HUB = "https://huggingface.co"
+
+
+@dataclass(frozen=True, slots=True)
+class KnownFile:
+    """A file that the official workflows name.
+
+    Attributes:
+        folder: kind of model folder.
+        name: the file name that the workflows use.
+        url: where to get it.
+        size: for a reader; "≈" where it was derived from the architecture.
+        licence: for a reader.
+        holds: kinds of component (`checkpoint.SIGNATURES`) that a file in its place must hold.
+    """
+
+    folder: str
+    name: str
+    url: str
+    size: str
+    licence: str
+    holds: frozenset[str]
+
+
+KNOWN_FILES: tuple[KnownFile, ...] = (
+    KnownFile(
+        "checkpoints",
+        "flux1-dev-fp8.safetensors",
+        f"{_HUB}/Comfy-Org/flux1-dev/resolve/main/flux1-dev-fp8.safetensors",
+        "17.2 GB",
+        "FLUX.1 [dev] non-commercial licence",
+        frozenset({"flux", "clip_l", "t5", "vae"}),
+    ),
+    KnownFile(
+        "loras",
+        "uso-flux1-dit-lora-v1.safetensors",
+        f"{_HUB}/Comfy-Org/USO_1.0_Repackaged/resolve/main/split_files/loras/uso-flux1-dit-lora-v1.safetensors",
+        "≈ 478 MB",
+        "Apache-2.0 code; the weights follow FLUX.1 [dev]'s licence",
+        frozenset({"uso_lora"}),
+    ),
+    KnownFile(
+        "model_patches",
+        "uso-flux1-projector-v1.safetensors",
+        f"{_HUB}/Comfy-Org/USO_1.0_Repackaged/resolve/main/split_files/model_patches/uso-flux1-projector-v1.safetensors",
+        "≈ 22 MB",
+        "Apache-2.0 code; the weights follow FLUX.1 [dev]'s licence",
+        frozenset({"uso_projector"}),
+    ),
+    KnownFile(
+        "clip_vision",
+        "sigclip_vision_patch14_384.safetensors",
+        f"{_HUB}/Comfy-Org/sigclip_vision_384/resolve/main/sigclip_vision_patch14_384.safetensors",
+        "≈ 857 MB",
+        "Apache-2.0",
+        frozenset({"siglip"}),
+    ),
+)
+
+# ByteDance's own names (bytedance-research/USO, uso_flux_v1.0/), which two steps of the tutorial use.
+ALIASES = {
+    ("loras", "dit_lora.safetensors"): "uso-flux1-dit-lora-v1.safetensors",
+    ("model_patches", "projector.safetensors"): "uso-flux1-projector-v1.safetensors",
+}
+
+
+def missing_file_remedy(folder: str, name: str, folders: Folders) -> str:
+    """What to do about a model file that is not there: which local file would do, else where to get it."""
+    wanted = known_file(folder, name)
+    lines = []
+    if twins := list(_same_kind(wanted, folder, folders)) if wanted else []:
+        names = " or ".join(twins)
+        lines.append(f"You have {names} in {folder}, which holds the same kind of model: use that name instead.")
+    place = folders.models[folder][0] if folders.models.get(folder) else folder
+    if wanted:
+        lines.append(f"Download {wanted.url} ({wanted.size}; {wanted.licence}) into {place}.")
+    elif available := folders.list(folder):
+        lines.append(f"There are: {', '.join(available)}. Choose one, or put {name} into {place}.")
+    else:
+        lines.append(f"Put {name} into {place}, or name your models folder with --models.")
+    return "\n".join(lines)
+
+
+def known_file(folder: str, name: str) -> KnownFile | None:
+    """The tutorial's file of this name, or of ByteDance's name for it."""
+    base = name.rpartition("/")[2]
+    base = ALIASES.get((folder, base), base)
+    return next((file for file in KNOWN_FILES if (file.folder, file.name) == (folder, base)), None)
+
+
+def _same_kind(wanted: KnownFile, folder: str, folders: Folders) -> Iterator[str]:
+    for name in folders.list(folder):
+        try:
+            held = set(TensorFile.open(folders.model(folder, name)).components())
+        except UsoflowError:  # a damaged file is no remedy
+            continue
+        if wanted.holds <= held:
+            yield name

@@ -1,0 +1,395 @@
+"""The FLUX.1 transformer: latent, text, references and style in; velocity out.
+
+Architecture: black-forest-labs/flux, src/flux/model.py and modules/layers.py (Apache-2.0), whose parameter
+names are the file's key names. What of a run does not change from step to step (projected text, style and
+reference tokens, guidance, rotary tables) is computed once by `Flux.prepare`; `Flux.forward` is one step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from usoflow.errors import UsoflowError
+from usoflow.models.checkpoint import Component
+from usoflow.models.references import DEFAULT_METHOD, position_ids
+from usoflow.models.weights import LayerNorm, Linear, RMSNorm
+
+PATCH = 2  # latent pixels per token side
+NORM_EPS = 1e-6
+TIME_DIM = 256  # sinusoidal features of timestep and guidance
+OFFICIAL_DEPTH = (19, 38)  # double, single blocks of FLUX.1
+
+IGNORED: tuple[str, ...] = ()
+
+Rope = tuple[Tensor, Tensor]  # cos, sin: float32 [tokens, head_dim / 2]
+
+
+@dataclass(frozen=True)
+class FluxConfig:
+    """Sizes of a FLUX transformer; the defaults are what no tensor shape tells, at the official values."""
+
+    hidden: int
+    text_dim: int
+    pooled_dim: int
+    mlp_dim: int
+    channels: int
+    double_blocks: int
+    single_blocks: int
+    guidance: bool
+    head_dim: int = 128
+    axes: tuple[int, ...] = (16, 56, 56)
+    theta: int = 10_000
+
+    @classmethod
+    def from_component(cls, component: Component) -> Self:
+        """Widths and depths from tensor shapes, rope axes and theta from the file's declaration.
+
+        Raises:
+            UsoflowError: `tensor_missing`, `block_gap`, `model_unsupported`.
+        """
+        hidden, patch_dim = component.shape("img_in.weight")
+        axes = tuple(component.declared.get("axes", cls.axes))
+        config = cls(
+            hidden=hidden,
+            text_dim=component.shape("txt_in.weight")[1],
+            pooled_dim=component.shape("vector_in.in_layer.weight")[1],
+            mlp_dim=component.shape("double_blocks.0.img_mlp.0.weight")[0],
+            channels=patch_dim // PATCH**2,
+            double_blocks=component.count("double_blocks.{}."),
+            single_blocks=component.count("single_blocks.{}."),
+            guidance="guidance_in.in_layer.weight" in component.tensors,
+            head_dim=component.shape("double_blocks.0.img_attn.norm.query_norm.scale")[0],
+            axes=axes,
+            theta=component.declared.get("theta", cls.theta),
+        )
+        config._check(component.file.path.name)
+        return config
+
+    @property
+    def heads(self) -> int:
+        return self.hidden // self.head_dim
+
+    @property
+    def shallow(self) -> bool:
+        """Fewer blocks than FLUX.1 has."""
+        return (self.double_blocks, self.single_blocks) < OFFICIAL_DEPTH
+
+    def _check(self, file: str) -> None:
+        if self.hidden % self.head_dim or sum(self.axes) != self.head_dim or any(a % 2 for a in self.axes):
+            raise UsoflowError(
+                "model_unsupported",
+                f"{file}: width {self.hidden}, head dim {self.head_dim} and rope axes {self.axes} do not fit.",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class FluxInputs:
+    """What of a run does not change from step to step.
+
+    Attributes:
+        text: [B, T, hidden] projected text tokens, style tokens before them.
+        vector: [B, hidden] embedding of pooled text and guidance.
+        references: [B, R, hidden] embedded reference tokens, or None.
+        rope: rotary tables of text, image and reference tokens, in this order.
+    """
+
+    text: Tensor
+    vector: Tensor
+    references: Tensor | None
+    rope: Rope
+
+
+class Flux(nn.Module):
+    """FLUX.1, by its published parameter names."""
+
+    def __init__(self, config: FluxConfig) -> None:
+        super().__init__()
+        self.config = config
+        hidden, patch_dim = config.hidden, config.channels * PATCH**2
+        self.img_in = Linear(patch_dim, hidden)
+        self.time_in = Embedder(TIME_DIM, hidden)
+        self.vector_in = Embedder(config.pooled_dim, hidden)
+        self.guidance_in = Embedder(TIME_DIM, hidden) if config.guidance else None
+        self.txt_in = Linear(config.text_dim, hidden)
+        self.double_blocks = nn.ModuleList(DoubleBlock(config) for _ in range(config.double_blocks))
+        self.single_blocks = nn.ModuleList(SingleBlock(config) for _ in range(config.single_blocks))
+        self.final_layer = FinalLayer(hidden, patch_dim)
+
+    def prepare(
+        self,
+        text: Tensor,
+        pooled: Tensor,
+        size: tuple[int, int],
+        *,
+        batch: int = 1,
+        guidance: float | None = 3.5,
+        references: Sequence[Tensor] = (),
+        method: str = DEFAULT_METHOD,
+        style: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> FluxInputs:
+        """Everything that the steps of a run share.
+
+        Args:
+            text: [B or 1, T, text_dim] T5 hidden states.
+            pooled: [B or 1, pooled_dim] CLIP's pooled state.
+            size: height and width of the latent to be denoised.
+            batch: number of latents denoised together.
+            guidance: embedded guidance strength; None adds no guidance embedding at all.
+            references: latents [B or 1, C, h, w], already in the model's scale.
+            method: where reference tokens lie, see `references.position_ids`.
+            style: [B or 1, S, hidden] style tokens; they precede the text and share its position.
+            dtype: in which the transformer computes.
+        """
+        tokens = self.txt_in(text.to(dtype))  # [B, T, hidden]
+        if style is not None:
+            tokens = torch.cat([_repeat(style.to(dtype), len(tokens)), _repeat(tokens, len(style))], dim=1)
+        vector = self.vector_in(pooled.to(dtype))
+        if self.guidance_in is not None and guidance is not None:
+            strength = torch.tensor([guidance], device=pooled.device)
+            vector = vector + self.guidance_in(timestep_embedding(strength).to(dtype))
+        embedded = [_repeat(self.img_in(patchify(latent.to(dtype))), batch) for latent in references]
+        sizes = [(latent.shape[-2], latent.shape[-1]) for latent in references]
+        ids = position_ids(size, sizes, method)
+        ids = torch.cat([torch.zeros(tokens.shape[1], 3), ids])  # [T + I + R, 3]
+        return FluxInputs(
+            text=_repeat(tokens, batch),
+            vector=_repeat(vector, batch),
+            references=torch.cat(embedded, dim=1) if embedded else None,
+            rope=rotary_table(ids.to(text.device), self.config.axes, self.config.theta),
+        )
+
+    def forward(self, latent: Tensor, sigma: Tensor, inputs: FluxInputs) -> Tensor:
+        """One step: the velocity at `latent`.
+
+        Args:
+            latent: [B, C, H, W].
+            sigma: [] or [B], noise level from 0 (picture) to 1 (noise).
+            inputs: of `prepare`, for this batch and size.
+
+        Returns:
+            [B, C, H, W] in the dtype of the latent.
+        """
+        dtype = inputs.text.dtype
+        time = timestep_embedding(sigma.float().reshape(-1)).to(dtype)
+        vector = F.silu(self.time_in(time) + inputs.vector)  # every modulation begins with it
+        image = self.img_in(patchify(latent.to(dtype)))  # [B, I, hidden]
+        count = image.shape[1]
+        if inputs.references is not None:
+            image = torch.cat([image, inputs.references], dim=1)
+        text = inputs.text
+        for block in self.double_blocks:
+            text, image = block(text, image, vector, inputs.rope)
+        tokens = torch.cat([text, image], dim=1)  # [B, T + I + R, hidden]
+        for block in self.single_blocks:
+            tokens = block(tokens, vector, inputs.rope)
+        image = tokens[:, text.shape[1] : text.shape[1] + count]
+        return unpatchify(self.final_layer(image, vector), latent.shape).to(latent.dtype)
+
+
+class Embedder(nn.Module):
+    """Two linear layers around a SiLU: timestep, guidance and pooled text to the modulation vector."""
+
+    def __init__(self, in_dim: int, hidden: int) -> None:
+        super().__init__()
+        self.in_layer = Linear(in_dim, hidden)
+        self.out_layer = Linear(hidden, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [B, in_dim] -> [B, hidden]."""
+        out: Tensor = self.out_layer(F.silu(self.in_layer(x)))
+        return out
+
+
+class Modulation(nn.Module):
+    """Shift, scale and gate for each of a block's sublayers, from the conditioning vector."""
+
+    def __init__(self, hidden: int, sublayers: int) -> None:
+        super().__init__()
+        self.lin = Linear(hidden, 3 * sublayers * hidden)
+        self.sublayers = sublayers
+
+    def forward(self, vector: Tensor) -> tuple[Tensor, ...]:
+        """vector: [B, hidden], after SiLU -> 3 * sublayers tensors [B, 1, hidden]."""
+        return tuple(self.lin(vector)[:, None].chunk(3 * self.sublayers, dim=-1))
+
+
+class QKNorm(nn.Module):
+    """RMS norm of queries and keys, per head."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.query_norm = RMSNorm(dim, NORM_EPS, name="scale")
+        self.key_norm = RMSNorm(dim, NORM_EPS, name="scale")
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """q, k: [B, heads, L, dim] -> the same."""
+        return self.query_norm(q), self.key_norm(k)
+
+
+class StreamAttention(nn.Module):
+    """One stream's half of a double block's joint attention: its q, k, v and its output projection."""
+
+    def __init__(self, config: FluxConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.qkv = Linear(config.hidden, 3 * config.hidden)
+        self.norm = QKNorm(config.head_dim)
+        self.proj = Linear(config.hidden, config.hidden)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x: [B, L, hidden] -> normalised q and k, and v: each [B, heads, L, head_dim]."""
+        q, k, v = split_heads(self.qkv(x), self.heads)
+        q, k = self.norm(q, k)
+        return q, k, v
+
+
+class DoubleBlock(nn.Module):
+    """Text and image keep their own weights and attend to each other."""
+
+    def __init__(self, config: FluxConfig) -> None:
+        super().__init__()
+        self.norm = LayerNorm(config.hidden, NORM_EPS, affine=False)
+        self.img_mod, self.txt_mod = Modulation(config.hidden, 2), Modulation(config.hidden, 2)
+        self.img_attn, self.txt_attn = StreamAttention(config), StreamAttention(config)
+        self.img_mlp, self.txt_mlp = _mlp(config), _mlp(config)
+
+    def forward(self, text: Tensor, image: Tensor, vector: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        """text: [B, T, hidden], image: [B, I, hidden] -> the same."""
+        text_mod, image_mod = self.txt_mod(vector), self.img_mod(vector)
+        text_qkv = self.txt_attn(modulate(self.norm(text), *text_mod[:2]))
+        image_qkv = self.img_attn(modulate(self.norm(image), *image_mod[:2]))
+        q, k, v = (torch.cat(pair, dim=2) for pair in zip(text_qkv, image_qkv, strict=True))
+        attended = attention(q, k, v, rope)  # [B, T + I, hidden]
+        text_part, image_part = attended.split([text.shape[1], image.shape[1]], dim=1)
+        text = self._finish(text, self.txt_attn.proj(text_part), text_mod, self.txt_mlp)
+        image = self._finish(image, self.img_attn.proj(image_part), image_mod, self.img_mlp)
+        return text, image
+
+    def _finish(self, x: Tensor, attended: Tensor, mod: tuple[Tensor, ...], mlp: nn.Module) -> Tensor:
+        """Gated residuals: the attention's, then the MLP's."""
+        x = torch.addcmul(x, mod[2], attended)
+        return torch.addcmul(x, mod[5], mlp(modulate(self.norm(x), *mod[3:5])))
+
+
+def _mlp(config: FluxConfig) -> nn.Sequential:
+    up, down = Linear(config.hidden, config.mlp_dim), Linear(config.mlp_dim, config.hidden)
+    return nn.Sequential(up, nn.GELU(approximate="tanh"), down)
+
+
+class SingleBlock(nn.Module):
+    """Attention and MLP in parallel on all tokens, sharing their two linear layers."""
+
+    def __init__(self, config: FluxConfig) -> None:
+        super().__init__()
+        self.heads, self.hidden = config.heads, config.hidden
+        self.norm_in = LayerNorm(config.hidden, NORM_EPS, affine=False)
+        self.linear1 = Linear(config.hidden, 3 * config.hidden + config.mlp_dim)
+        self.linear2 = Linear(config.hidden + config.mlp_dim, config.hidden)
+        self.norm = QKNorm(config.head_dim)
+        self.modulation = Modulation(config.hidden, 1)
+
+    def forward(self, x: Tensor, vector: Tensor, rope: Rope) -> Tensor:
+        """x: [B, L, hidden] -> the same."""
+        shift, scale, gate = self.modulation(vector)
+        projected = self.linear1(modulate(self.norm_in(x), shift, scale))
+        qkv, mlp = projected.split([3 * self.hidden, projected.shape[-1] - 3 * self.hidden], dim=-1)
+        q, k, v = split_heads(qkv, self.heads)
+        q, k = self.norm(q, k)
+        attended = attention(q, k, v, rope)
+        joined = torch.cat([attended, F.gelu(mlp, approximate="tanh")], dim=-1)
+        return torch.addcmul(x, gate, self.linear2(joined))
+
+
+class FinalLayer(nn.Module):
+    """Modulated norm and projection of the image tokens to patches."""
+
+    def __init__(self, hidden: int, patch_dim: int) -> None:
+        super().__init__()
+        self.norm_final = LayerNorm(hidden, NORM_EPS, affine=False)
+        self.linear = Linear(hidden, patch_dim)
+        self.adaLN_modulation = nn.Sequential(
+            nn.Identity(), Linear(hidden, 2 * hidden)
+        )  # its SiLU is `Flux.forward`'s
+
+    def forward(self, x: Tensor, vector: Tensor) -> Tensor:
+        """x: [B, I, hidden] -> [B, I, patch_dim]."""
+        shift, scale = self.adaLN_modulation(vector)[:, None].chunk(2, dim=-1)
+        out: Tensor = self.linear(modulate(self.norm_final(x), shift, scale))
+        return out
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x * (1 + scale) + shift: adaptive layer norm of DiT (arXiv 2212.09748)."""
+    return torch.addcmul(shift, x, 1 + scale)
+
+
+def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, L, 3 * heads * D] -> q, k, v, each [B, heads, L, D]."""
+    q, k, v = qkv.view(*qkv.shape[:2], 3, heads, -1).permute(2, 0, 3, 1, 4)
+    return q, k, v
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
+    """Rotary attention: q, k, v [B, heads, L, D] -> [B, L, heads * D]."""
+    out = F.scaled_dot_product_attention(rotate(q, rope), rotate(k, rope), v)
+    return out.transpose(1, 2).flatten(2)
+
+
+def rotate(x: Tensor, rope: Rope) -> Tensor:
+    """Turn each pair of neighbouring features by its token's angle, in fp32 (RoFormer, arXiv 2104.09864)."""
+    cos, sin = rope
+    even, odd = x.float().view(*x.shape[:-1], -1, 2).unbind(-1)  # [B, heads, L, D / 2]
+    turned = torch.stack([cos * even - sin * odd, sin * even + cos * odd], dim=-1)
+    return turned.flatten(-2).to(x.dtype)
+
+
+def rotary_table(ids: Tensor, axes: Sequence[int], theta: int) -> Rope:
+    """cos and sin for position ids [L, axes]; angles in fp64, as positions times theta^(-2i/d)."""
+    angles = []
+    for position, dim in zip(ids.double().unbind(-1), axes, strict=True):
+        exponent = torch.arange(0, dim, 2, dtype=torch.float64, device=ids.device) / dim
+        angles.append(position[:, None] * theta**-exponent)
+    joined = torch.cat(angles, dim=-1)  # [L, D / 2]
+    return joined.cos().float(), joined.sin().float()
+
+
+def timestep_embedding(t: Tensor) -> Tensor:
+    """Sinusoidal features of t in 0..1, scaled by 1000: [B] -> float32 [B, 256], cosines first."""
+    half = TIME_DIM // 2
+    frequencies = torch.exp(
+        -math.log(10_000) * torch.arange(half, dtype=torch.float32, device=t.device) / half
+    )
+    angles = 1000.0 * t.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def patchify(latent: Tensor) -> Tensor:
+    """[B, C, H, W] -> [B, tokens, C * 4], features in the order (channel, row, column).
+
+    Odd sides are padded by wrapping around, as the reference does.
+    """
+    height, width = latent.shape[-2:]
+    if height % PATCH or width % PATCH:
+        latent = F.pad(latent, (0, width % PATCH, 0, height % PATCH), mode="circular")
+    return F.pixel_unshuffle(latent, PATCH).flatten(2).transpose(1, 2)
+
+
+def unpatchify(tokens: Tensor, shape: Sequence[int]) -> Tensor:
+    """Inverse of `patchify` for a latent of this shape, cropping what was padded."""
+    height, width = shape[-2:]
+    rows, columns = -(-height // PATCH), -(-width // PATCH)
+    latent = F.pixel_shuffle(tokens.transpose(1, 2).reshape(len(tokens), -1, rows, columns), PATCH)
+    return latent[..., :height, :width]
+
+
+def _repeat(x: Tensor, batch: int) -> Tensor:
+    """A batch of one as a batch of many; another batch as it is."""
+    return x.expand(batch, *x.shape[1:]) if x.shape[0] == 1 else x

@@ -1,0 +1,72 @@
+"""What travels between nodes as MODEL, CLIP, VAE, ...: small frozen handles on shared weights.
+
+A loader makes a handle from the header of a file; adapters (LoRA, style reference, EasyCache) return a new
+handle with one more; the nodes that compute get the modules from the model library.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from usoflow.models.checkpoint import Component
+    from usoflow.models.library import LoraUse
+    from usoflow.models.vision import VisionOutput
+    from usoflow.sampling.step_cache import EasyCacheSettings
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class StyleReference:
+    """A style picture as the vision tower sees it, and the projector that makes tokens of that."""
+
+    projector: Component
+    vision: VisionOutput
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class ModelHandle:
+    """MODEL: a transformer, how its weights are held, and what was added to it.
+
+    Attributes:
+        flux: the transformer's tensors.
+        weight_dtype: "default" holds weights as the file does; "fp8_e4m3fn" narrows them.
+        loras: applied together.
+        styles: in the order of the chain.
+        easy_cache: skips steps, if set.
+    """
+
+    flux: Component
+    weight_dtype: str = "default"
+    loras: tuple[LoraUse, ...] = ()
+    styles: tuple[StyleReference, ...] = ()
+    easy_cache: EasyCacheSettings | None = None
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class ClipHandle:
+    """CLIP: the two text encoders of FLUX."""
+
+    clip_l: Component
+    t5: Component
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class VaeHandle:
+    """VAE."""
+
+    vae: Component
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class ClipVisionHandle:
+    """CLIP_VISION: the vision tower."""
+
+    siglip: Component
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class ModelPatchHandle:
+    """MODEL_PATCH: the USO style projector."""
+
+    projector: Component

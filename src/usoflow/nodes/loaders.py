@@ -1,0 +1,108 @@
+"""Loaders: from a file name to a handle. Only headers are read here; weights come when they are needed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated
+
+from usoflow.catalogue import missing_file_remedy
+from usoflow.errors import UsoflowError
+from usoflow.models.checkpoint import Component, TensorFile
+from usoflow.nodes.context import NodeContext
+from usoflow.nodes.handles import (
+    ClipHandle,
+    ClipVisionHandle,
+    ModelHandle,
+    ModelPatchHandle,
+    VaeHandle,
+)
+from usoflow.nodes.sockets import Clip, ClipVision, Model, ModelPatch, Vae
+from usoflow.schema.node import node
+from usoflow.schema.specs import Choice, Float, ModelFile, Optional, Tip
+
+
+@node("CheckpointLoaderSimple", category="loaders", display_name="Load Checkpoint")
+def load_checkpoint(
+    ckpt_name: Annotated[str, ModelFile("checkpoints"), Tip("A file with transformer, text encoders and VAE.")],
+    *,
+    context: NodeContext,
+) -> tuple[Model, Clip, Vae]:
+    """Loads an all-in-one checkpoint: transformer, both text encoders and VAE."""
+    file = _open(context, "checkpoints", ckpt_name)
+    model = ModelHandle(file.component("flux"))
+    clip = ClipHandle(file.component("clip_l"), file.component("t5"))
+    return model, clip, VaeHandle(file.component("vae"))
+
+
+@node("UNETLoader", category="advanced/loaders", display_name="Load Diffusion Model")
+def load_diffusion_model(
+    unet_name: Annotated[str, ModelFile("diffusion_models")],
+    weight_dtype: Annotated[str, Choice(("default", "fp8_e4m3fn"), accepted=("fp8_e4m3fn_fast",))],
+    *,
+    context: NodeContext,
+) -> Model:
+    """Loads a transformer by itself. fp8_e4m3fn halves the memory of its weights."""
+    component = _open(context, "diffusion_models", unet_name).component("flux")
+    return ModelHandle(component, weight_dtype=weight_dtype.removesuffix("_fast"))
+
+
+@node("DualCLIPLoader", category="advanced/loaders")
+def load_text_encoders(
+    clip_name1: Annotated[str, ModelFile("text_encoders")],
+    clip_name2: Annotated[str, ModelFile("text_encoders")],
+    type: Annotated[str, Choice(("flux",))],
+    device: Annotated[str, Choice(("default", "cpu")), Optional()] = "default",
+    *,
+    context: NodeContext,
+) -> Clip:
+    """Loads the two text encoders of FLUX from their files, in either order."""
+    files = [_open(context, "text_encoders", name) for name in (clip_name1, clip_name2)]
+    return ClipHandle(_either(files, "clip_l"), _either(files, "t5"))
+
+
+@node("VAELoader", category="loaders", display_name="Load VAE")
+def load_vae(vae_name: Annotated[str, ModelFile("vae")], *, context: NodeContext) -> Vae:
+    """Loads a VAE by itself."""
+    return VaeHandle(_open(context, "vae", vae_name).component("vae"))
+
+
+@node("CLIPVisionLoader", category="loaders", display_name="Load CLIP Vision")
+def load_clip_vision(clip_name: Annotated[str, ModelFile("clip_vision")], *, context: NodeContext) -> ClipVision:
+    """Loads the SigLIP tower that sees style references."""
+    return ClipVisionHandle(_open(context, "clip_vision", clip_name).component("siglip"))
+
+
+@node("ModelPatchLoader", category="advanced/loaders", experimental=True)
+def load_model_patch(name: Annotated[str, ModelFile("model_patches")], *, context: NodeContext) -> ModelPatch:
+    """Loads the USO style projector."""
+    return ModelPatchHandle(_open(context, "model_patches", name).component("uso_projector"))
+
+
+@node("LoraLoaderModelOnly", category="loaders")
+def load_lora_model_only(
+    model: Model,
+    lora_name: Annotated[str, ModelFile("loras")],
+    strength_model: Annotated[float, Float(min=-100.0, max=100.0, step=0.01)] = 1.0,
+    *,
+    context: NodeContext,
+) -> Model:
+    """Adds a LoRA to the transformer. Several can follow each other."""
+    from usoflow.models.library import LoraUse
+
+    lora = _open(context, "loras", lora_name).component("uso_lora")
+    return replace(model, loras=(*model.loras, LoraUse(lora, strength_model)))
+
+
+def _open(context: NodeContext, folder: str, name: str) -> TensorFile:
+    try:
+        path = context.folders.model(folder, name)
+    except UsoflowError as error:
+        remedy = missing_file_remedy(folder, name, context.folders)
+        raise UsoflowError(error.code, error.detail, remedy=remedy) from None
+    return TensorFile.open(path)
+
+
+def _either(files: list[TensorFile], kind: str) -> Component:
+    """The component of this kind from the file that has it; if none has, the error of the first."""
+    holder = next((file for file in files if kind in file.components()), files[0])
+    return holder.component(kind)

@@ -1,0 +1,186 @@
+"""Where things are and what computes: model folders, input and output folders, device, dtype.
+
+Sources, the first that speaks wins: command-line options, `USOFLOW_*` variables, defaults. ComfyUI's folders
+and its `extra_model_paths.yaml` are understood (https://docs.comfy.org/development/core-concepts/models).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from types import MappingProxyType
+
+import platformdirs
+import yaml
+
+from usoflow.errors import UsoflowError
+
+# ComfyUI's name of each kind of model folder, and the directory names under a models folder that hold it
+# (the tutorial says `clip_visions`, ComfyUI itself `clip_vision`; `unet` and `clip` are the older names).
+MODEL_FOLDERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "checkpoints": ("checkpoints",),
+        "diffusion_models": ("diffusion_models", "unet"),
+        "text_encoders": ("text_encoders", "clip"),
+        "vae": ("vae",),
+        "loras": ("loras",),
+        "model_patches": ("model_patches",),
+        "clip_vision": ("clip_vision", "clip_visions"),
+    }
+)
+MODEL_SUFFIXES = (".safetensors",)
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+EXTRA_PATHS_FILE = "extra_model_paths.yaml"
+
+MODELS_VARIABLE = "USOFLOW_MODELS"
+INPUT_VARIABLE = "USOFLOW_INPUT"
+OUTPUT_VARIABLE = "USOFLOW_OUTPUT"
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Every place that a run reads from or writes to.
+
+    Attributes:
+        models: directories by kind of model folder (keys of `MODEL_FOLDERS`), searched in order.
+        inputs: directories in which `LoadImage` finds its pictures, searched in order.
+        output: where `SaveImage` writes.
+        temp: where `PreviewImage` writes.
+        given_images: pictures named on the command line, by the name that the prompt uses for them.
+    """
+
+    models: Mapping[str, tuple[Path, ...]]
+    inputs: tuple[Path, ...]
+    output: Path
+    temp: Path
+    given_images: Mapping[str, Path] = field(default_factory=dict)
+
+    def list(self, folder: str) -> Sequence[str]:
+        """Names that a combo offers: model files of a kind, or the pictures of the folder "input".
+
+        Names are relative to their folder with forward slashes, sorted, each once.
+        """
+        if folder == "input":
+            found = {n for root in self.inputs for n in _names(root, IMAGE_SUFFIXES, deep=False)}
+            return sorted(found | set(self.given_images))
+        return sorted({n for root in self.models.get(folder, ()) for n in _names(root, MODEL_SUFFIXES)})
+
+    def exists(self, folder: str, name: str) -> bool:
+        """Whether "input", "output" or "temp" holds this file; False for names that leave the folder."""
+        if folder == "input" and name in self.given_images:
+            return True
+        roots = {"input": self.inputs, "output": (self.output,), "temp": (self.temp,)}[folder]
+        try:
+            return _find(roots, name) is not None
+        except UsoflowError:
+            return False
+
+    def model(self, folder: str, name: str) -> Path:
+        """The file that a loader's combo value names.
+
+        Raises:
+            UsoflowError: `model_missing`, `path_outside`.
+        """
+        path = _find(self.models.get(folder, ()), name)
+        if path is None:
+            looked = ", ".join(str(root) for root in self.models.get(folder, ())) or "no folder at all"
+            raise UsoflowError("model_missing", f"{name} is not in {folder} (looked in {looked}).")
+        return path
+
+    def input_image(self, name: str) -> Path:
+        """The picture that a `LoadImage` names.
+
+        Raises:
+            UsoflowError: `image_missing`, `path_outside`.
+        """
+        path = self.given_images.get(name) or _find(self.inputs, name)
+        if path is None:
+            looked = ", ".join(str(root) for root in self.inputs)
+            raise UsoflowError("image_missing", f"The picture {name} was not found (looked in {looked}).")
+        return path
+
+
+def find_folders(
+    *,
+    models: Path | None = None,
+    inputs: Sequence[Path] = (),
+    output: Path | None = None,
+    given_images: Mapping[str, Path] | None = None,
+) -> Folders:
+    """The folders of a run, from options, `USOFLOW_*` variables and defaults.
+
+    Args:
+        models: a ComfyUI folder or its `models` folder; default `USOFLOW_MODELS` (several may be given, as
+            in PATH), else the user's data directory.
+        inputs: where pictures are; default `USOFLOW_INPUT`, else `input` here and in ComfyUI folders.
+        output: default `USOFLOW_OUTPUT`, else `output` here.
+        given_images: see `Folders`.
+
+    Raises:
+        UsoflowError: `file_not_found` for a models folder that is not there, `settings_invalid`.
+    """
+    roots = [models] if models else _from_variable(MODELS_VARIABLE)
+    for root in roots:
+        if not root.is_dir():
+            raise UsoflowError("file_not_found", f"The models folder {root} does not exist.")
+    roots = roots or [platformdirs.user_data_path("usoflow") / "models"]
+    default_inputs = [Path("input"), *(r / "input" for r in roots), *(r.parent / "input" for r in roots)]
+    return Folders(
+        models=_model_directories(roots),
+        inputs=tuple(inputs or _from_variable(INPUT_VARIABLE) or default_inputs),
+        output=output or Path(os.environ.get(OUTPUT_VARIABLE, "output")),
+        temp=platformdirs.user_cache_path("usoflow") / "temp",
+        given_images=given_images or {},
+    )
+
+
+def _from_variable(name: str) -> list[Path]:
+    return [Path(part).expanduser() for part in os.environ.get(name, "").split(os.pathsep) if part]
+
+
+def _model_directories(roots: Sequence[Path]) -> Mapping[str, tuple[Path, ...]]:
+    found: dict[str, list[Path]] = {kind: [] for kind in MODEL_FOLDERS}
+    for root in roots:
+        base = root / "models" if (root / "models").is_dir() else root
+        for kind, names in MODEL_FOLDERS.items():
+            found[kind] += [base / name for name in names]
+        for place in (root, root.parent):
+            for kind, paths in _extra_paths(place / EXTRA_PATHS_FILE):
+                found[kind] += paths
+    return {kind: tuple(dict.fromkeys(paths)) for kind, paths in found.items()}
+
+
+def _extra_paths(file: Path) -> Iterator[tuple[str, list[Path]]]:
+    """Directories by kind from ComfyUI's file: sections of `kind: paths`, one path a line, `base_path` before."""
+    if not file.is_file():
+        return
+    try:
+        sections = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        for section in sections.values():
+            base = Path(os.path.expandvars(section.get("base_path") or file.parent)).expanduser()
+            base = base if base.is_absolute() else file.parent / base
+            for kind, names in MODEL_FOLDERS.items():
+                for key in (kind, *names):
+                    lines = str(section.get(key) or "").split("\n")
+                    yield kind, [base / line.strip() for line in lines if line.strip()]
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError) as error:
+        raise UsoflowError("settings_invalid", f"{file} cannot be read: {error}") from None
+
+
+def _names(root: Path, suffixes: tuple[str, ...], *, deep: bool = True) -> Iterator[str]:
+    try:
+        for path in root.rglob("*") if deep else root.glob("*"):
+            if path.suffix.lower() in suffixes and path.is_file():
+                yield path.relative_to(root).as_posix()
+    except OSError:  # a folder that cannot be read offers nothing
+        return
+
+
+def _find(roots: Sequence[Path], name: str) -> Path | None:
+    """The first file of this name; names that leave their folder are refused before the disk is asked."""
+    relative = PurePosixPath(name.replace("\\", "/"))
+    if relative.is_absolute() or ".." in relative.parts or "\0" in name or ":" in relative.parts[:1]:
+        raise UsoflowError("path_outside", f"{name!r} is not a name inside a folder.")
+    return next((root / relative for root in roots if (root / relative).is_file()), None)
