@@ -1,0 +1,311 @@
+"""UI workflow -> prompt, as the official editor converts it when one presses Run.
+
+Subgraphs are expanded (a node inside gets the id "112:31"), bypassed and muted nodes and nodes that only the
+editor knows are resolved away. Which value an input gets: its link's, else its field's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Any, Final
+
+from usoflow.errors import UsoflowError
+from usoflow.schema.node import NodeRegistry
+from usoflow.workflow import text, widgets
+from usoflow.workflow.document import (
+    BYPASSED,
+    INPUT_NODE,
+    MUTED,
+    OUTPUT_NODE,
+    Document,
+    DocumentNode,
+    Graph,
+    InputSlot,
+    Link,
+    Subgraph,
+)
+from usoflow.workflow.prompt import Prompt, PromptNode, link_of
+
+REROUTE: Final = "Reroute"
+PRIMITIVE: Final = "PrimitiveNode"
+EDITOR_NODES: Final = (REROUTE, PRIMITIVE, "Note", "MarkdownNote")
+MAX_NODES: Final = 100_000  # subgraphs in subgraphs multiply; a small file can unfold without end
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """The prompt, and what a user should know about how it was made."""
+
+    prompt: Prompt
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Scope:
+    """One level: the top, or one use of a subgraph by the node `host` of the level `parent`."""
+
+    graph: Graph
+    prefix: str = ""
+    host: DocumentNode | None = None
+    subgraph: Subgraph | None = None
+    parent: _Scope | None = None
+
+    def uses(self, subgraph: Subgraph) -> bool:
+        """Whether this level lies within a use of the subgraph."""
+        scope: _Scope | None = self
+        while scope is not None:
+            if scope.subgraph is subgraph:
+                return True
+            scope = scope.parent
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class _Value:
+    """A link that ends in a plain value: a primitive's, or a field of a subgraph's node."""
+
+    value: Any
+
+
+_Source = list[Any] | _Value | None  # [node id, output index], a value, or nothing
+
+
+def flatten(document: Document, registry: NodeRegistry, *, now: datetime | None = None) -> Conversion:
+    """Convert a workflow.
+
+    Args:
+        registry: tells the fields of the node types; other types are converted from the file alone.
+        now: for %date:...% in file names; default is the present.
+
+    Raises UsoflowError("workflow_invalid") for links in a circle, "subgraph_recursive".
+    """
+    return _Flattener(document, registry, now or datetime.now()).run()
+
+
+class _Flattener:
+    def __init__(self, document: Document, registry: NodeRegistry, now: datetime) -> None:
+        self._document = document
+        self._registry = registry
+        self._now = now
+        self._warnings: dict[str, None] = {}  # in order, each once
+
+    def run(self) -> Conversion:
+        nodes: dict[str, PromptNode] = {}
+        names: dict[str, str] = {}
+        for scope, node in self._executable():
+            key = scope.prefix + node.id
+            nodes[key] = self._convert(scope, node)
+            for name in (node.search_name, node.title):
+                names.setdefault(name, key)
+        prompt = Prompt({key: _without_dangling(node, nodes) for key, node in nodes.items()})
+        return Conversion(self._with_file_names(prompt, names), tuple(self._warnings))
+
+    # --- which nodes -----------------------------------------------------------------------------------
+
+    def _executable(self) -> Iterator[tuple[_Scope, DocumentNode]]:
+        """All nodes that go into the prompt. A muted or bypassed subgraph is only left out at the top: inside
+        a subgraph its nodes are unfolded all the same (nothing then links to them)."""
+        pending = [_Scope(self._document.graph)]
+        unfolded = 0
+        while pending:
+            scope = pending.pop()
+            unfolded += 1 + len(scope.graph.nodes)
+            if unfolded > MAX_NODES:
+                raise UsoflowError("workflow_invalid", f"the workflow unfolds to more than {MAX_NODES} nodes")
+            for node in scope.graph.nodes.values():
+                subgraph = self._document.subgraphs.get(node.type)
+                if subgraph:
+                    if scope.parent or not node.skipped:
+                        pending.append(_inside(scope, node, subgraph))
+                elif not node.skipped and node.type not in EDITOR_NODES:
+                    yield scope, node
+
+    # --- what they get ---------------------------------------------------------------------------------
+
+    def _convert(self, scope: _Scope, node: DocumentNode) -> PromptNode:
+        schema = self._registry.schema(node.type)
+        if schema:
+            inputs = widgets.known_values(node, schema)
+        else:
+            self._warn(f"node {scope.prefix + node.id}: there is no node type {node.type}")
+            inputs = widgets.guessed_values(node)
+        for slot in node.inputs:
+            source = self._input(scope, slot)
+            if source is not None:
+                inputs[slot.name] = source.value if isinstance(source, _Value) else source
+        for name, value in inputs.items():
+            if isinstance(value, str) and widgets.is_dynamic(schema, name):
+                inputs[name] = self._resolved_text(value, f"node {scope.prefix + node.id}, {name}")
+        title = node.title or (schema.display_name if schema else None) or node.type
+        return PromptNode(node.type, inputs, title)
+
+    def _resolved_text(self, value: str, where: str) -> str:
+        value = text.strip_comments(value)
+        chosen = text.first_alternatives(value)
+        if "|" in value and chosen != value:
+            self._warn(f"{where}: of the alternatives in braces, the first is taken")
+        return chosen
+
+    # --- where links come from -------------------------------------------------------------------------
+
+    def _input(self, scope: _Scope, slot: InputSlot) -> _Source:
+        """What reaches an input, through everything that is not executed itself."""
+        seen: set[tuple[str, str]] = set()
+        place: tuple[_Scope, Link | None, str] | _Value | None = (scope, _link(scope, slot), slot.type)
+        while isinstance(place, tuple):
+            here, link, wanted = place
+            if link is None:
+                return None
+            step = (here.prefix, f"{link.origin}.{link.origin_slot}")
+            if step in seen:
+                raise UsoflowError(
+                    "workflow_invalid", f"links run in a circle through node {here.prefix}{link.origin}"
+                )
+            seen.add(step)
+            origin = here.graph.nodes.get(link.origin)
+            if origin is not None and self._is_executed(origin):
+                return [here.prefix + origin.id, link.origin_slot]
+            place = self._behind(here, link, origin, wanted)
+        return place
+
+    def _is_executed(self, node: DocumentNode) -> bool:
+        return not (node.skipped or node.type in EDITOR_NODES or node.type in self._document.subgraphs)
+
+    def _behind(
+        self, scope: _Scope, link: Link, origin: DocumentNode | None, wanted: str
+    ) -> tuple[_Scope, Link | None, str] | _Value | None:
+        """One step back from a link whose origin is not executed."""
+        if origin is None:
+            return self._host_input(scope, link.origin_slot, wanted) if link.origin == INPUT_NODE else None
+        if origin.type == PRIMITIVE:
+            return _Value(origin.values[0]) if origin.values else None
+        if origin.mode == MUTED:
+            return None
+        if origin.type == REROUTE or origin.mode == BYPASSED:
+            slot = _bypass(origin, link.origin_slot, wanted)
+            return (scope, _link(scope, slot), wanted) if slot else None
+        subgraph = self._document.subgraphs.get(origin.type)
+        if subgraph is None:
+            return None
+        return _inside(scope, origin, subgraph), _output_link(subgraph.graph, link.origin_slot), wanted
+
+    def _host_input(
+        self, scope: _Scope, index: int, wanted: str
+    ) -> tuple[_Scope, Link | None, str] | _Value | None:
+        """Outside of a subgraph: the link into its node, else the value of the field that its node shows."""
+        host, subgraph, parent = scope.host, scope.subgraph, scope.parent
+        if host is None or subgraph is None or parent is None or not 0 <= index < len(subgraph.inputs):
+            return None
+        name = subgraph.inputs[index]
+        slot = next((slot for slot in host.inputs if slot.name == name), None)
+        link = _link(parent, slot) if slot else None
+        if link is not None:
+            return parent, link, wanted
+        values = host_values(host, subgraph)
+        return _Value(values[name]) if name in values else None
+
+    # --- file names ------------------------------------------------------------------------------------
+
+    def _with_file_names(self, prompt: Prompt, names: dict[str, str]) -> Prompt:
+        """Fill %date:...% and %Node.widget% in the `filename_prefix` fields."""
+
+        def lookup(node: str, widget: str) -> str | None:
+            found = prompt.nodes.get(names.get(node, ""))
+            value = found.inputs.get(widget) if found else None
+            if value is None or isinstance(value, list | dict):
+                self._warn(f"filename_prefix: there is no {node}.{widget}")
+                return None
+            return str(value)
+
+        nodes = dict(prompt.nodes)
+        for key, node in prompt.nodes.items():
+            prefix = node.inputs.get("filename_prefix")
+            if isinstance(prefix, str) and "%" in prefix:
+                filled = text.fill_placeholders(prefix, self._now, lookup)
+                nodes[key] = replace(node, inputs={**node.inputs, "filename_prefix": filled})
+        return Prompt(nodes)
+
+    def _warn(self, message: str) -> None:
+        self._warnings[message] = None
+
+
+def host_values(host: DocumentNode, subgraph: Subgraph) -> dict[str, Any]:
+    """Values of the fields that a subgraph's node shows, by the name of the subgraph's input.
+
+    They are stored in the order of the subgraph's inputs that lead to fields, or of `proxyWidgets` where the
+    file has it. `proxyWidgetErrorQuarantine` is ignored: with it the editor overwrites edits on every load.
+    """
+    shown = _shown_fields(subgraph)
+    if not host.promoted:
+        names = [name for name in subgraph.inputs if name in shown.values()]
+    else:
+        own = {name: name for name in subgraph.inputs}
+        names = [
+            own.get(field, "") if node == "-1" else shown.get((node, field), "")
+            for node, field in host.promoted
+        ]
+    stored = widgets.by_name(names, host.values, host.named_values)
+    return {name: value for name, value in stored.items() if name and value is not None}
+
+
+def _shown_fields(subgraph: Subgraph) -> dict[tuple[str, str], str]:
+    """(inner node, its field) -> the subgraph's input that leads to it."""
+    found: dict[tuple[str, str], str] = {}
+    for node in subgraph.graph.nodes.values():
+        for slot in node.inputs:
+            link = subgraph.graph.links.get(slot.link) if slot.link and slot.widget else None
+            if (
+                link
+                and slot.widget
+                and link.origin == INPUT_NODE
+                and 0 <= link.origin_slot < len(subgraph.inputs)
+            ):
+                found[node.id, slot.widget] = subgraph.inputs[link.origin_slot]
+    return found
+
+
+def _inside(scope: _Scope, host: DocumentNode, subgraph: Subgraph) -> _Scope:
+    if scope.uses(subgraph):
+        raise UsoflowError("subgraph_recursive", f"subgraph {subgraph.name or subgraph.id} contains itself")
+    return _Scope(subgraph.graph, f"{scope.prefix}{host.id}:", host, subgraph, scope)
+
+
+def _link(scope: _Scope, slot: InputSlot) -> Link | None:
+    return None if slot.link is None else scope.graph.links.get(slot.link)
+
+
+def _output_link(graph: Graph, index: int) -> Link | None:
+    """The link into a subgraph's output."""
+    into = (link for link in graph.links.values() if link.target == OUTPUT_NODE and link.target_slot == index)
+    return next(into, None)
+
+
+def _bypass(node: DocumentNode, index: int, wanted: str) -> InputSlot | None:
+    """The input that stands in for an output of a bypassed node: the one of the same index if its type fits,
+    else the first of exactly the wanted type, else the first that fits."""
+    offered = node.output_types[index] if 0 <= index < len(node.output_types) else wanted
+    same = node.inputs[index] if 0 <= index < len(node.inputs) else None
+    if same and fits(same.type, offered) and fits(same.type, wanted):
+        return same
+    exact = next((slot for slot in node.inputs if slot.type == wanted), None)
+    return exact or next((slot for slot in node.inputs if fits(slot.type, wanted)), None)
+
+
+def fits(one: str, other: str) -> bool:
+    """Whether two socket types may be linked: "*" takes all; "A,B" is either."""
+    if "*" in (one, other):
+        return True
+    return not set(one.upper().split(",")).isdisjoint(other.upper().split(","))
+
+
+def _without_dangling(node: PromptNode, nodes: dict[str, PromptNode]) -> PromptNode:
+    """Drop links to nodes that are not in the prompt."""
+    kept = {name: value for name, value in node.inputs.items() if _exists(value, nodes)}
+    return replace(node, inputs=kept)
+
+
+def _exists(value: Any, nodes: dict[str, PromptNode]) -> bool:
+    link = link_of(value)
+    return link is None or link[0] in nodes

@@ -1,0 +1,123 @@
+"""The prompt: what is executed. Node ids to class types and inputs, as ComfyUI's API takes it.
+
+    {"31": {"class_type": "KSampler", "inputs": {"seed": 5, "model": ["30", 0]}, "_meta": {"title": "..."}}}
+
+An input is a value or a link `[node id, output index]`; a list that is a value is {"__value__": [...]}.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from usoflow.errors import UsoflowError
+
+
+@dataclass(frozen=True, slots=True)
+class PromptNode:
+    """One node: its type, its inputs by name, and its title in the editor."""
+
+    class_type: str
+    inputs: Mapping[str, Any]
+    title: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """An immutable prompt; `set` returns a changed copy."""
+
+    nodes: Mapping[str, PromptNode]
+
+    @classmethod
+    def parse(cls, data: object) -> Prompt:
+        """Read decoded JSON. Raises UsoflowError("not_a_workflow") unless it is shaped as a prompt."""
+        if not looks_like_prompt(data):
+            raise UsoflowError("not_a_workflow", "the JSON is neither a workflow nor a prompt")
+        assert isinstance(data, dict)
+        return cls({str(key): _node(str(key), value) for key, value in data.items()})
+
+    def to_json(self) -> dict[str, Any]:
+        """The form that ComfyUI's API takes."""
+        return {
+            key: {"inputs": dict(node.inputs), "class_type": node.class_type, "_meta": {"title": node.title}}
+            for key, node in self.nodes.items()
+        }
+
+    def find(self, name: str) -> str:
+        """The id of a node, given its id, or its title or class type if only one node has it.
+
+        Raises UsoflowError("set_invalid").
+        """
+        if name in self.nodes:
+            return name
+        for attribute in ("title", "class_type"):
+            found = [key for key, node in self.nodes.items() if getattr(node, attribute) == name]
+            if len(found) == 1:
+                return found[0]
+            if found:
+                raise UsoflowError("set_invalid", f"{len(found)} nodes are called {name}: {', '.join(found)}")
+        raise UsoflowError("set_invalid", f"no node {name}; there are {_listing(self)}")
+
+    def set(self, node: str, input: str, value: object) -> Prompt:
+        """A copy with another value (or link) for an input.
+
+        Raises UsoflowError("set_invalid") if there is no such node or it has no such input.
+        """
+        key = self.find(node)
+        old = self.nodes[key]
+        if input not in old.inputs:
+            known = ", ".join(old.inputs)
+            raise UsoflowError(
+                "set_invalid", f"node {key} ({old.class_type}) has no input {input}, only {known}"
+            )
+        wrapped = {"__value__": value} if isinstance(value, list) and link_of(value) is None else value
+        return Prompt({**self.nodes, key: replace(old, inputs={**old.inputs, input: wrapped})})
+
+    def assign(self, text: str) -> Prompt:
+        """`set` from "NODE.INPUT=VALUE"; VALUE is read as JSON unless the input holds a text now."""
+        target, equals, value = text.partition("=")
+        node, dot, name = target.rpartition(".")
+        if not equals or not dot:
+            raise UsoflowError("set_invalid", f"{text!r} is not NODE.INPUT=VALUE")
+        current = self.nodes[self.find(node)].inputs.get(name)
+        return self.set(node, name, value if isinstance(current, str) else _value(value))
+
+
+def looks_like_prompt(data: object) -> bool:
+    """Whether decoded JSON maps ids to nodes."""
+    return (
+        isinstance(data, dict)
+        and bool(data)
+        and all(isinstance(node, dict) and isinstance(node.get("inputs"), dict) for node in data.values())
+    )
+
+
+def link_of(value: object) -> tuple[str, int] | None:
+    """The node and output index that an input's value links to, if it is a link."""
+    if isinstance(value, list) and len(value) == 2:
+        node, slot = value
+        if isinstance(node, str) and isinstance(slot, int) and not isinstance(slot, bool):
+            return node, slot
+    return None
+
+
+def _node(key: str, data: Mapping[str, Any]) -> PromptNode:
+    class_type = data.get("class_type")
+    if not isinstance(class_type, str):
+        raise UsoflowError("prompt_invalid", f"node {key} has no class_type")
+    meta = data.get("_meta")
+    title = meta.get("title") if isinstance(meta, dict) else None
+    return PromptNode(class_type, dict(data["inputs"]), title if isinstance(title, str) else "")
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _listing(prompt: Prompt) -> str:
+    return ", ".join(f"{key} ({node.class_type})" for key, node in prompt.nodes.items())

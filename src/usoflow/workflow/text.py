@@ -1,0 +1,96 @@
+"""What the editor does to texts before it sends them: comments, {a|b} alternatives, %placeholders%.
+
+The syntax is described in ComfyUI's README (dynamic prompts) and its community manual (file names).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from datetime import datetime
+
+_COMMENT = re.compile(r"/\*.*?\*/|//[^\n]*", re.DOTALL)
+_TOKEN = re.compile(r"\\[{}|]|[{}|\\]|[^{}|\\]+")
+_PLACEHOLDER = re.compile(r"%([^%]+)%")
+_DATE_PART = re.compile(r"yyyy|yy|MM|M|dd|d|hh|h|mm|m|ss|s")
+_UNSAFE = re.compile(r'[/?<>\\:*|"\x00-\x1f\x7f]')
+
+
+def strip_comments(text: str) -> str:
+    """Remove /* ... */ and // to the end of the line, in a URL too, as the editor does."""
+    return _COMMENT.sub("", text)
+
+
+def first_alternatives(text: str) -> str:
+    r"""Replace each {a|b|...}, nested or not, by its first alternative; \{ \| \} are those characters.
+
+    The editor draws one at random each time; a converter that gives another prompt each time could not be
+    tested nor its pictures reproduced. A brace that is never closed stays.
+    """
+    levels = [_Level()]
+    for token in _TOKEN.findall(text):
+        if token == "{":
+            levels.append(_Level())
+        elif token == "}" and len(levels) > 1:
+            closed = levels.pop()
+            levels[-1].add("".join(closed.first))
+        elif token == "|" and len(levels) > 1:
+            levels[-1].separate()
+        else:
+            levels[-1].add(token[1:] if len(token) == 2 and token[0] == "\\" else token)
+    return "{".join("".join(level.everything) for level in levels)
+
+
+class _Level:
+    """The text between an opening brace and where we are."""
+
+    def __init__(self) -> None:
+        self.first: list[str] = []
+        self.everything: list[str] = []
+        self._separated = False
+
+    def add(self, text: str) -> None:
+        self.everything.append(text)
+        if not self._separated:
+            self.first.append(text)
+
+    def separate(self) -> None:
+        self.everything.append("|")
+        self._separated = True
+
+
+def fill_placeholders(text: str, now: datetime, lookup: Callable[[str, str], str | None]) -> str:
+    """Fill %date:FORMAT% and %Node.widget% in a file name prefix.
+
+    What `lookup(node, widget)` does not know, and names without a dot (%width%), stay for the saving node.
+    """
+
+    def fill(match: re.Match[str]) -> str:
+        name = match[1]
+        if name.startswith("date:"):
+            return _date(name.removeprefix("date:"), now)
+        node, dot, widget = name.rpartition(".")
+        found = lookup(node, widget) if dot else None
+        return match[0] if found is None else _UNSAFE.sub("_", found)
+
+    return _PLACEHOLDER.sub(fill, text)
+
+
+def _date(pattern: str, now: datetime) -> str:
+    values = {
+        "yy": now.year % 100,
+        "M": now.month,
+        "d": now.day,
+        "h": now.hour,
+        "m": now.minute,
+        "s": now.second,
+    }
+
+    def part(match: re.Match[str]) -> str:
+        token = match[0]
+        if token == "yyyy":
+            return f"{now.year:04}"
+        value = values.get(token, values.get(token[0], 0))
+        return f"{value:0{len(token)}}"
+
+    return _DATE_PART.sub(part, pattern)

@@ -1,0 +1,100 @@
+"""Which fields a node has, and which value each holds in a workflow file.
+
+A file stores the fields' values as a list in the editor's order (newer files by name too), so the node type's
+schema must tell the names. For a type that is not known the names come from the file as far as they go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
+
+from usoflow.schema.specs import (
+    Boolean,
+    Choice,
+    Float,
+    InputImage,
+    InputSpec,
+    Int,
+    NodeSchema,
+    Text,
+)
+from usoflow.workflow.document import DocumentNode
+
+CONTROL: Final = "control_after_generate"
+UPLOAD: Final = "upload"
+CONTROL_VALUES: Final = ("fixed", "increment", "decrement", "randomize")
+EDITOR_ONLY: Final = (CONTROL, UPLOAD)  # fields that a prompt does not have
+
+
+def known_values(node: DocumentNode, schema: NodeSchema) -> dict[str, Any]:
+    """Values of the fields of a known type; defaults where the file has none.
+
+    A file list without a stored value has no default here: the field is left out.
+    """
+    stored = dict(zip(_layout(schema), node.values, strict=False)) or node.named_values
+    specs = _widgets(schema)
+    found = {spec.name: stored.get(spec.name, _default(spec)) for spec in specs}
+    return {name: _wrapped(value) for name, value in found.items() if value is not None}
+
+
+def guessed_values(node: DocumentNode) -> dict[str, Any]:
+    """Values of the fields of an unknown type, named as the file does, else UNKNOWN, UNKNOWN_1, ..."""
+    values = dict(node.named_values) or dict(zip(_guessed_names(node), node.values, strict=False))
+    return {name: _wrapped(value) for name, value in values.items() if name not in EDITOR_ONLY}
+
+
+def is_dynamic(schema: NodeSchema | None, name: str) -> bool:
+    """Whether the editor resolves comments and alternatives in this field."""
+    spec = schema.input(name) if schema else None
+    return spec is not None and isinstance(spec.kind, Text) and spec.kind.dynamic_prompts
+
+
+def _widgets(schema: NodeSchema) -> list[InputSpec]:
+    """Fields in the editor's order: required ones first."""
+    return sorted((spec for spec in schema.inputs if spec.is_widget), key=lambda spec: not spec.required)
+
+
+def _layout(schema: NodeSchema) -> Iterator[str]:
+    """Names along `widgets_values`, with the fields that only the editor has."""
+    for spec in _widgets(schema):
+        yield spec.name
+        if isinstance(spec.kind, Int) and spec.kind.control_after_generate:
+            yield CONTROL
+        if isinstance(spec.kind, InputImage):
+            yield UPLOAD
+
+
+def _default(spec: InputSpec) -> Any:
+    """What the editor puts into a field that nobody filled."""
+    if spec.default is not None:
+        return spec.default
+    match spec.kind:
+        case Int() | Float():
+            return 0
+        case Text():
+            return ""
+        case Boolean():
+            return False
+        case Choice(options=options) if options:
+            return options[0]
+    return None
+
+
+def _guessed_names(node: DocumentNode) -> Iterator[str]:
+    """Names along the values of an unknown type: a control value betrays itself, inputs name the others."""
+    named = iter([slot.widget for slot in node.inputs if slot.widget])
+    unnamed = (f"UNKNOWN_{n}" if n else "UNKNOWN" for n in range(len(node.values)))
+    for previous, value in zip((None, *node.values), node.values, strict=False):
+        is_control = isinstance(previous, int | float) and value in CONTROL_VALUES
+        yield CONTROL if is_control else next(named, None) or next(unnamed)
+
+
+def _wrapped(value: Any) -> Any:
+    """A list would read as a link."""
+    return {"__value__": value} if isinstance(value, list) else value
+
+
+def by_name(names: Sequence[str], values: Sequence[Any], named: Mapping[str, Any]) -> dict[str, Any]:
+    """Stored values of a subgraph's own fields."""
+    return dict(zip(names, values, strict=False)) or dict(named)
