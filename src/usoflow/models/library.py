@@ -1,35 +1,190 @@
-"""Models by file, each loaded once: what loader nodes name, the nodes that compute get here.
+"""Models by file, each built once: what loader nodes name, nodes that compute get here.
 
-A handle (nodes/handles.py) names components of files and adapters; the library keeps one module for each
-component, and one view of the transformer for each set of LoRAs, which shares the weights.
+Keeps one module for each component of a file and, for the transformer, one view for the LoRAs in use, which
+shares the weights. Encoders and VAE are on the device only while they compute (`placement`).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from usoflow.models import flux, style_projector, t5, text, vae, vision
+from usoflow.models import flux, style_projector, text, vae, vision
 from usoflow.models.checkpoint import Component
+from usoflow.models.flux import OFFICIAL_DEPTH, Flux, FluxConfig
 from usoflow.models.lora import attach
 from usoflow.models.placement import Placement
+from usoflow.models.style_projector import StyleProjector, StyleProjectorConfig
+from usoflow.models.text import ClipText, ClipTextConfig, T5Config, T5Encoder, TextEncoding, encode_prompt
+from usoflow.models.tokens import Tokenizers
+from usoflow.models.vae import AutoEncoder, VaeConfig
+from usoflow.models.vision import SiglipConfig, SiglipVision, VisionOutput, preprocess
 from usoflow.models.weights import Linear, build
 
 logger = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=nn.Module)
+Key = tuple[object, ...]
 
-FP8 = torch.float8_e4m3fn
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class LoraUse:
     """A LoRA file and its strength."""
 
     lora: Component
     strength: float
+
+
+class ModelLibrary:
+    """The models of one process, on one device.
+
+    Attributes:
+        placement: which device computes, in which dtype.
+    """
+
+    def __init__(self, placement: Placement) -> None:
+        self.placement = placement
+        self._modules: dict[Key, nn.Module] = {}
+        self._view: tuple[Key, Flux] | None = None
+
+    def encode_text(self, clip_l: Component, t5: Component, prompt: str) -> TextEncoding:
+        """A prompt through both text encoders, in fp32."""
+        clip_module, t5_module = self._module(clip_l, load_clip), self._module(t5, load_t5)
+        tokenizers = Tokenizers.from_configs(clip_module.config, t5_module.config)
+        with self.placement.borrow(clip_module), self.placement.borrow(t5_module):
+            return encode_prompt(prompt, clip_module, t5_module, tokenizers)
+
+    def encode_vision(self, siglip: Component, images: Tensor, crop: str) -> VisionOutput:
+        """Pictures [B, H, W, C] in 0..1 through the vision tower, in fp32; `crop` is "center" or "none"."""
+        with self.placement.borrow(self._module(siglip, load_siglip)) as module:
+            pixels = preprocess(images, module.config.image_size, crop)
+            return cast(VisionOutput, module(pixels.to(self.placement.device)))
+
+    def vae_encode(self, component: Component, images: Tensor) -> Tensor:
+        """Pictures [B, H, W, C] to latents [B, 16, h, w], unscaled."""
+        with self.placement.borrow(self._module(component, load_vae)) as module:
+            return module.encode(images, dtype=self.placement.vae_dtype)
+
+    def vae_decode(self, component: Component, latents: Tensor) -> Tensor:
+        """Latents [B, 16, h, w], unscaled, to pictures [B, H, W, 3] in 0..1."""
+        with self.placement.borrow(self._module(component, load_vae)) as module:
+            return module.decode(latents, dtype=self.placement.vae_dtype)
+
+    def style_tokens(self, projector: Component, states: Mapping[int, Tensor]) -> Tensor:
+        """Hidden states of the vision tower, by layer, to style tokens [B, 192, hidden]."""
+        with self.placement.borrow(self._module(projector, load_projector)) as module:
+            on_device = {layer: state.to(self.placement.device) for layer, state in states.items()}
+            return cast(Tensor, module(on_device))
+
+    def flux(self, component: Component, loras: tuple[LoraUse, ...], weight_dtype: str) -> Flux:
+        """The transformer with these LoRAs, on the device to stay.
+
+        Args:
+            component: its tensors.
+            loras: applied together.
+            weight_dtype: "default" as stored, or "fp8_e4m3fn".
+
+        Raises:
+            UsoflowError: what is wrong with the file, or `lora_mismatch`.
+        """
+        base = self._module(component, lambda c: self._resident_flux(c, weight_dtype), weight_dtype)
+        if not loras:
+            return base
+        key = (id(base), *((_key(use.lora), use.strength) for use in loras))
+        if self._view is None or self._view[0] != key:
+            self._view = key, self._with_loras(base, loras)
+        return self._view[1]
+
+    def clear(self) -> None:
+        """Forget every model and give the memory back."""
+        self._modules, self._view = {}, None
+
+    def _module(self, component: Component, load: Callable[[Component], M], *variant: str) -> M:
+        key = (*_key(component), *variant)
+        if key not in self._modules:
+            self._modules[key] = load(component)
+        return cast(M, self._modules[key])
+
+    def _resident_flux(self, component: Component, weight_dtype: str) -> Flux:
+        module = load_flux(component)
+        if weight_dtype == "fp8_e4m3fn":
+            _narrow(module)
+        return self.placement.settle(module)
+
+    def _with_loras(self, base: Flux, loras: tuple[LoraUse, ...]) -> Flux:
+        """A module of its own around the same weights, with the branches of the LoRAs."""
+        with torch.device("meta"):
+            view = Flux(base.config)
+        for (name, parameter), layer in zip(base.named_parameters(), _owners(view), strict=True):
+            setattr(layer, name.rpartition(".")[2], parameter)
+        for ours, theirs in zip(view.modules(), base.modules(), strict=True):
+            if isinstance(ours, Linear) and isinstance(theirs, Linear):
+                ours.scale_weight = theirs.scale_weight
+        for use in loras:
+            attach(view, use.lora, use.strength, device=self.placement.device)
+        return view.eval()
+
+
+def load_flux(component: Component) -> Flux:
+    """The transformer of a file, on the CPU; says so if it has fewer blocks than FLUX.1."""
+    config = FluxConfig.from_component(component)
+    depth = (config.double_blocks, config.single_blocks)
+    if depth < OFFICIAL_DEPTH and not component.declared:
+        logger.warning(
+            "%s is shallow: %d double and %d single blocks (FLUX.1 has %d and %d).",
+            component.file.path.name, *depth, *OFFICIAL_DEPTH,
+        )  # fmt: skip
+    return build(component, lambda: Flux(config), ignored=flux.IGNORED)
+
+
+def load_clip(component: Component) -> ClipText:
+    """The CLIP-L text encoder of a file."""
+    config = ClipTextConfig.from_component(component)
+    return build(component, lambda: ClipText(config), ignored=text.CLIP_IGNORED)
+
+
+def load_t5(component: Component) -> T5Encoder:
+    """The T5 text encoder of a file."""
+    config = T5Config.from_component(component)
+    return build(component, lambda: T5Encoder(config), ignored=text.T5_IGNORED)
+
+
+def load_siglip(component: Component) -> SiglipVision:
+    """The vision tower of a file."""
+    config = SiglipConfig.from_component(component)
+    return build(component, lambda: SiglipVision(config), ignored=vision.IGNORED)
+
+
+def load_vae(component: Component) -> AutoEncoder:
+    """The VAE of a file."""
+    config = VaeConfig.from_component(component)
+    return build(component, lambda: AutoEncoder(config), ignored=vae.IGNORED)
+
+
+def load_projector(component: Component) -> StyleProjector:
+    """The USO style projector of a file."""
+    config = StyleProjectorConfig.from_component(component)
+    return build(component, lambda: StyleProjector(config), ignored=style_projector.IGNORED)
+
+
+def _key(component: Component) -> Key:
+    return component.file.fingerprint, component.kind
+
+
+def _owners(module: nn.Module) -> list[nn.Module]:
+    """The submodule that holds each parameter, in the order of `named_parameters`."""
+    return [module.get_submodule(name.rpartition(".")[0]) for name, _ in module.named_parameters()]
+
+
+def _narrow(module: Flux) -> None:
+    """Hold the weights of the blocks in fp8, without a scale (as `weight_dtype` has it in ComfyUI)."""
+    for blocks in (module.double_blocks, module.single_blocks):
+        for layer in blocks.modules():
+            if isinstance(layer, Linear):
+                narrow = layer.weight.to(torch.float8_e4m3fn)
+                layer.weight = nn.Parameter(narrow, requires_grad=False)

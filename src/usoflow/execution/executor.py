@@ -1,0 +1,219 @@
+"""Runs a prompt: each node that an output needs, once, in order; what is known already is not run again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from usoflow.errors import UsoflowError
+from usoflow.execution.cache import OutputCache, Outputs, keys
+from usoflow.execution.memory import PeakMemory
+from usoflow.execution.progress import (
+    Cancellation,
+    Listener,
+    NodeFinished,
+    NodeProgress,
+    NodesCached,
+    NodeStarted,
+)
+from usoflow.models.library import ModelLibrary
+from usoflow.nodes.context import NodeContext, Shown
+from usoflow.schema.node import NodeRegistry
+from usoflow.settings import Folders
+from usoflow.workflow.prompt import Prompt, link_of
+
+
+class NodeError(UsoflowError):
+    """An error inside a node, with the node's id and type."""
+
+    def __init__(self, code: str, detail: str, *, remedy: str | None, node_id: str, class_type: str) -> None:
+        super().__init__(code, f"{class_type} (node {node_id}): {detail}", remedy=remedy)
+        self.node_id = node_id
+        self.class_type = class_type
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run gave.
+
+    Attributes:
+        shown: what each output node has to show, by node id.
+        finished: one record for each node that ran, in order.
+        cached: ids of the nodes whose outputs were known.
+        seconds: for the whole run.
+    """
+
+    shown: Mapping[str, Shown]
+    finished: Sequence[NodeFinished]
+    cached: Sequence[str]
+    seconds: float
+
+
+@dataclass
+class Executor:
+    """Runs prompts one after another with the same models and the same cache."""
+
+    registry: NodeRegistry
+    library: ModelLibrary
+    cache: OutputCache = field(default_factory=OutputCache)
+
+    def run(
+        self,
+        prompt: Prompt,
+        targets: Sequence[str],
+        folders: Folders,
+        *,
+        workflow: Mapping[str, Any] | None = None,
+        listen: Listener = lambda event: None,
+        cancellation: Cancellation | None = None,
+    ) -> RunResult:
+        """Run what the targets need.
+
+        Args:
+            prompt: valid, as `schema.validation` finds.
+            targets: ids of the output nodes.
+            folders: where files are.
+            workflow: the UI graph, to be embedded in pictures.
+            listen: is told every event.
+            cancellation: stops the run between nodes and between steps.
+
+        Raises:
+            NodeError: what went wrong in which node.
+            UsoflowError: `cancelled`.
+        """
+        run = _Run(self, prompt, folders, workflow, listen, cancellation or Cancellation())
+        return run.execute(targets)
+
+
+class _Run:
+    """The state of one run."""
+
+    def __init__(
+        self,
+        executor: Executor,
+        prompt: Prompt,
+        folders: Folders,
+        workflow: Mapping[str, Any] | None,
+        listen: Listener,
+        cancellation: Cancellation,
+    ) -> None:
+        self.executor, self.prompt, self.folders = executor, prompt, folders
+        self.workflow, self.listen, self.cancellation = workflow, listen, cancellation
+        self.outputs: dict[str, Outputs] = {}
+        self.finished: list[NodeFinished] = []
+
+    def execute(self, targets: Sequence[str]) -> RunResult:
+        start = time.perf_counter()
+        cache = self.executor.cache
+        reachable = list(in_order(self.prompt, targets))
+        key_of = keys(self.prompt, reachable, self.executor.registry, self.folders)
+        known = {n: outputs for n in reachable if (outputs := cache.get(key_of[n])) is not None}
+        needed = list(in_order(self.prompt, targets, stop_at=known))
+        cached = [node_id for node_id in needed if node_id in known]
+        self.listen(NodesCached(tuple(cached)))
+        for node_id in needed:
+            self.outputs[node_id] = known[node_id] if node_id in known else self._run_node(node_id)
+            cache.put(key_of[node_id], self.outputs[node_id])
+        cache.keep_only(set(key_of.values()))
+        shown = {t: self.outputs[t][0] for t in targets if self.outputs[t]}
+        return RunResult(shown, self.finished, cached, time.perf_counter() - start)
+
+    def _run_node(self, node_id: str) -> Outputs:
+        node = self.prompt.nodes[node_id]
+        self.cancellation.check()
+        self.listen(NodeStarted(node_id, node.class_type))
+        peak, start = PeakMemory(self.executor.library.placement.device), time.perf_counter()
+        try:
+            outputs = self._call(node_id)
+            _check_finite(outputs)
+        except UsoflowError as error:
+            if error.code == "cancelled":
+                raise
+            raise self._at(node_id, error.code, error.detail, error.remedy) from None
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise self._at(node_id, "out_of_memory", str(error) or "Memory ran out.") from error
+        except Exception as error:
+            code = "out_of_memory" if "not enough memory" in str(error) else "node_failed"
+            raise self._at(node_id, code, f"{type(error).__name__}: {error}") from error
+        shown = outputs[0] if outputs and isinstance(outputs[0], Shown) else None
+        record = NodeFinished(node_id, node.class_type, time.perf_counter() - start, peak.bytes(), shown)
+        self.finished.append(record)
+        self.listen(record)
+        return outputs
+
+    def _call(self, node_id: str) -> Outputs:
+        node = self.prompt.nodes[node_id]
+        entry = self.executor.registry[node.class_type]
+        names = {spec.name for spec in entry.schema.inputs}
+        inputs = {name: self._value(value) for name, value in node.inputs.items() if name in names}
+        if entry.schema.takes_context:
+            inputs["context"] = self._context(node_id)
+        with torch.inference_mode():
+            result = entry(**inputs)
+        return result if isinstance(result, tuple) else (result,)
+
+    def _value(self, value: Any) -> Any:
+        if link := link_of(value):
+            origin, slot = link
+            return self.outputs[origin][slot]
+        return value["__value__"] if isinstance(value, dict) and "__value__" in value else value
+
+    def _context(self, node_id: str) -> NodeContext:
+        def report(step: int, steps: int) -> None:
+            self.listen(NodeProgress(node_id, step, steps))
+            self.cancellation.check()
+
+        return NodeContext(
+            folders=self.folders,
+            library=self.executor.library,
+            report=report,
+            prompt=self.prompt.to_json(),
+            workflow=self.workflow,
+        )
+
+    def _at(self, node_id: str, code: str, detail: str, remedy: str | None = None) -> NodeError:
+        class_type = self.prompt.nodes[node_id].class_type
+        return NodeError(code, detail, remedy=remedy, node_id=node_id, class_type=class_type)
+
+
+def in_order(prompt: Prompt, targets: Sequence[str], stop_at: Mapping[str, object] | None = None) -> Iterator[str]:
+    """Ids of the nodes that the targets need, each after those it is linked to.
+
+    The inputs of a node in `stop_at` are not followed. Links of a valid prompt have no cycle.
+    """
+    done: set[str] = set()
+    stack = [(target, False) for target in reversed(targets)]
+    while stack:
+        node_id, inputs_done = stack.pop()
+        if node_id in done:
+            continue
+        if inputs_done or node_id in (stop_at or {}):
+            done.add(node_id)
+            yield node_id
+            continue
+        stack.append((node_id, True))
+        links = [link for value in prompt.nodes[node_id].inputs.values() if (link := link_of(value))]
+        stack += [(origin, False) for origin, _ in reversed(links) if origin not in done]
+
+
+def _check_finite(outputs: Outputs) -> None:
+    for tensor in _tensors(outputs):
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise UsoflowError("non_finite", "its result has values that are not finite.")
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Every tensor in an output: IMAGE, LATENT, CONDITIONING."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)

@@ -1,0 +1,71 @@
+"""What a run tells while it goes on, and how it is told to stop."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from usoflow.errors import UsoflowError
+from usoflow.nodes.context import Shown
+
+
+@dataclass(frozen=True, slots=True)
+class NodesCached:
+    """These nodes need not run: their outputs are known from an earlier run."""
+
+    node_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class NodeStarted:
+    """A node begins."""
+
+    node_id: str
+    class_type: str
+
+
+@dataclass(frozen=True, slots=True)
+class NodeProgress:
+    """A node has done `step` of `steps`."""
+
+    node_id: str
+    step: int
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class NodeFinished:
+    """A node is done.
+
+    Attributes:
+        seconds: how long it took.
+        peak_bytes: the most memory the process held meanwhile (on the GPU if it computes there).
+        shown: what an output node has to show.
+    """
+
+    node_id: str
+    class_type: str
+    seconds: float
+    peak_bytes: int
+    shown: Shown | None
+
+
+Event = NodesCached | NodeStarted | NodeProgress | NodeFinished
+Listener = Callable[[Event], None]
+
+
+class Cancellation:
+    """Set from any thread or signal handler; the run notices within one step."""
+
+    def __init__(self) -> None:
+        self._flag = threading.Event()
+
+    def set(self) -> None:
+        """Ask the run to stop."""
+        self._flag.set()
+
+    def check(self) -> None:
+        """Raise `UsoflowError("cancelled")` if the run is to stop."""
+        if self._flag.is_set():
+            raise UsoflowError("cancelled", "The run was stopped.")

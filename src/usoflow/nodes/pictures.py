@@ -1,0 +1,175 @@
+"""Picture files: safely read into IMAGE and MASK arrays, and written so that nothing is half there.
+
+Reading follows ComfyUI's `LoadImage` (EXIF turned, RGB, frames of one size as a batch, mask = 1 - alpha);
+writing its `SaveImage` (values truncated to 8 bits, `PREFIX_00001_.png`, prompt and workflow embedded).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
+
+from usoflow.errors import UsoflowError
+from usoflow.workflow.metadata import png_metadata
+
+MAX_PIXELS = 64_000_000  # all frames together: 768 MB as float32
+EMPTY_MASK = (64, 64)  # what LoadImage gives for a picture without alpha
+
+Array = NDArray[np.float32]
+
+
+def read_picture(path: Path) -> tuple[Array, Array]:
+    """A picture file as arrays.
+
+    Args:
+        path: any file that Pillow reads; what counts is its content, not its name.
+
+    Returns:
+        image [B, H, W, 3] and mask [B, H, W], float32 in 0..1; B is the number of frames.
+
+    Raises:
+        UsoflowError: `image_missing`, `image_invalid`, `image_too_large`.
+    """
+    with _opened(path) as picture:
+        frames = [_frame(frame) for frame in _frames(picture, path)]
+    same = [frame for frame in frames if frame[0].shape == frames[0][0].shape]
+    return np.stack([image for image, _ in same]), np.stack([mask for _, mask in same])
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
+            with Image.open(path) as picture:
+                yield picture
+    except FileNotFoundError:
+        raise UsoflowError("image_missing", f"{path} does not exist.") from None
+    except Image.DecompressionBombError:
+        raise _too_large(path, "far more") from None
+    except UnidentifiedImageError:
+        raise UsoflowError("image_invalid", f"{path} is not a picture.") from None
+    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's decoders raise
+        raise UsoflowError("image_invalid", f"{path} cannot be read as a picture: {error}.") from None
+
+
+def _frames(picture: Image.Image, path: Path) -> Iterator[Image.Image]:
+    """The frames, refused before they are decoded if they are too many pixels."""
+    pixels = picture.width * picture.height * getattr(picture, "n_frames", 1)
+    if pixels > MAX_PIXELS:
+        raise _too_large(path, f"{pixels / 1e6:.0f} million")
+    yield from ImageSequence.Iterator(picture)
+
+
+def _too_large(path: Path, pixels: str) -> UsoflowError:
+    return UsoflowError(
+        "image_too_large", f"{path} has {pixels} pixels; {MAX_PIXELS // 1_000_000} million are the most."
+    )
+
+
+def _frame(frame: Image.Image) -> tuple[Array, Array]:
+    turned = ImageOps.exif_transpose(frame)
+    if turned.mode.startswith("I"):  # 16 bits a pixel, which Pillow's RGB conversion would clip
+        turned = Image.fromarray((np.asarray(turned).astype(np.float32) / 257).round().astype(np.uint8))
+    image = np.asarray(turned.convert("RGB"), dtype=np.float32) / 255
+    if "A" in turned.getbands() or "transparency" in turned.info:
+        alpha = np.asarray(turned.convert("RGBA").getchannel("A"), dtype=np.float32) / 255
+        return image, 1 - alpha
+    return image, np.zeros(EMPTY_MASK, dtype=np.float32)
+
+
+def write_pictures(
+    images: Array,
+    root: Path,
+    prefix: str,
+    *,
+    prompt: Mapping[str, Any],
+    workflow: Mapping[str, Any] | None,
+    compression: int = 4,
+) -> list[PurePosixPath]:
+    """Write a batch as PNG files.
+
+    Args:
+        images: [B, H, W, 3], clipped to 0..1 and truncated to 8 bits.
+        root: the output folder.
+        prefix: start of the file names; may lead into subfolders of `root`, and may hold %width%, %height%,
+            %year%, %month%, %day%, %hour%, %minute%, %second%.
+        prompt: embedded under the key `prompt`.
+        workflow: embedded under the key `workflow`, if given.
+        compression: zlib level.
+
+    Returns:
+        Paths relative to `root`. A name is taken once only, also by several processes, and a file
+        is complete when it appears under its name.
+
+    Raises:
+        UsoflowError: `save_failed`, `path_outside`.
+    """
+    folder, stem = _place(root, _filled_in(prefix, images.shape[2], images.shape[1]))
+    metadata = png_metadata(prompt, workflow)
+    written = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for pixels in (np.clip(images, 0, 1) * 255).astype(np.uint8):
+            with _reserved(folder, stem) as partial:
+                Image.fromarray(pixels).save(
+                    partial, format="PNG", pnginfo=metadata, compress_level=compression
+                )
+            written.append(PurePosixPath(partial.with_suffix(".png").relative_to(root).as_posix()))
+    except OSError as error:
+        raise UsoflowError("save_failed", f"{folder} cannot be written to: {error.strerror}.") from None
+    return written
+
+
+def _place(root: Path, prefix: str) -> tuple[Path, str]:
+    """Folder and file stem; refuses what would leave the output folder."""
+    relative = PurePosixPath(prefix.replace("\\", "/"))
+    folder = (root / relative.parent).resolve()
+    if relative.is_absolute() or "\0" in prefix or not folder.is_relative_to(root.resolve()):
+        raise UsoflowError("path_outside", f"filename_prefix {prefix!r} leads out of the output folder.")
+    return root / relative.parent, relative.name
+
+
+def _filled_in(prefix: str, width: int, height: int) -> str:
+    values = {"width": str(width), "height": str(height)}
+    formats = {"year": "%Y", "month": "%m", "day": "%d", "hour": "%H", "minute": "%M", "second": "%S"}
+    values |= {name: time.strftime(code) for name, code in formats.items()}
+    for name, value in values.items():
+        prefix = prefix.replace(f"%{name}%", value)
+    return prefix
+
+
+@contextmanager
+def _reserved(folder: Path, stem: str) -> Iterator[Path]:
+    """A file to write to, which becomes the next free `stem_00001_.png` when the block ends."""
+    number = _next_number(folder, stem)
+    while True:
+        partial = folder / f"{stem}_{number:05}_.part"
+        try:
+            os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+        except FileExistsError:  # another process is writing this number
+            number += 1
+            continue
+        break
+    try:
+        yield partial
+        partial.replace(partial.with_suffix(".png"))
+    finally:
+        with suppress(FileNotFoundError):
+            partial.unlink()
+
+
+def _next_number(folder: Path, stem: str) -> int:
+    numbered = re.compile(rf"{re.escape(stem)}_(\d+)_\.png")
+    taken = [int(match.group(1)) for entry in folder.iterdir() if (match := numbered.fullmatch(entry.name))]
+    return max(taken, default=0) + 1
