@@ -1,0 +1,90 @@
+"""Scaling of IMAGE tensors, for the scaling nodes: the filters of the reference, aliasing included.
+
+An IMAGE is float32 [B, H, W, C] in 0..1. Results are not clamped: bicubic overshoots.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from usoflow.errors import UsoflowError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def scale(image: Tensor, width: int, height: int, method: str, *, crop: str = "disabled") -> Tensor:
+    """ImageScale: to width x height; one side of 0 follows from the proportions, both keep the picture.
+
+    Args:
+        image: [B, H, W, C].
+        width: in pixels, >= 0.
+        height: in pixels, >= 0.
+        method: see `resize`.
+        crop: "center" first cuts the picture about its centre to the proportions of the result.
+
+    Returns:
+        [B, height, width, C].
+    """
+    if width == height == 0:
+        return image
+    rows, columns = image.shape[1:3]
+    width = width or max(1, round(columns * height / rows))
+    height = height or max(1, round(rows * width / columns))
+    if crop == "center":
+        image = crop_to_proportions(image, width, height)
+    return resize(image, width, height, method)
+
+
+def scale_to_max_dimension(image: Tensor, largest_size: int, method: str) -> Tensor:
+    """ImageScaleToMaxDimension: the longer side becomes `largest_size`, up or down.
+
+    Raises:
+        UsoflowError: "picture_size" if the shorter side would become 0.
+    """
+    rows, columns = image.shape[1:3]
+    if rows > columns:
+        return resize(image, round(columns / rows * largest_size), largest_size, method)
+    return resize(image, largest_size, round(rows / columns * largest_size), method)
+
+
+def crop_to_proportions(image: Tensor, width: int, height: int) -> Tensor:
+    """The largest part about the centre of [B, H, W, C] with the proportions width : height."""
+    rows, columns = image.shape[1:3]
+    left = max(0, round((columns - rows * width / height) / 2))
+    top = max(0, round((rows - columns * height / width) / 2))
+    return image[:, top : rows - top, left : columns - left]
+
+
+def resize(image: Tensor, width: int, height: int, method: str) -> Tensor:
+    """[B, H, W, C] to [B, height, width, C].
+
+    Args:
+        image: float32.
+        width: in pixels.
+        height: in pixels.
+        method: "area", "bilinear", "bicubic", "nearest-exact" (torch's filters, which do not smooth before
+            they shrink) or "lanczos" (Pillow's, which does, on 8-bit values).
+
+    Raises:
+        UsoflowError: "picture_size" if a side is 0.
+    """
+    if min(width, height) < 1:
+        rows, columns = image.shape[1:3]
+        raise UsoflowError("picture_size", f"A picture of {columns}x{rows} would become {width}x{height}.")
+    if method == "lanczos":
+        return _lanczos(image, width, height)
+    from torch.nn import functional as F
+
+    planes = F.interpolate(image.movedim(-1, 1), size=(height, width), mode=method)
+    return planes.movedim(1, -1).contiguous()
+
+
+def _lanczos(image: Tensor, width: int, height: int) -> Tensor:
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    pixels = (image.cpu().numpy() * 255).clip(0, 255).astype(np.uint8)  # truncated, as the reference does
+    scaled = [Image.fromarray(one).resize((width, height), Image.Resampling.LANCZOS) for one in pixels]
+    return torch.from_numpy(np.stack([np.asarray(one) for one in scaled]).astype(np.float32) / 255)

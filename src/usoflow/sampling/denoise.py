@@ -1,0 +1,77 @@
+"""One run: noise and latent in, denoised latent out.
+
+The sampling nodes call `sample` with what the other modules here give: levels (`schedule`), noise
+(`noise`), an algorithm (`samplers`) and a denoiser (`guidance.Guidance`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from usoflow.errors import UsoflowError
+from usoflow.sampling.noise import StepNoise
+from usoflow.sampling.samplers import Denoise, Sampler
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """Progress: step `index` (from 0) of `total`, at noise level `sigma`, estimates x0 as `denoised`."""
+
+    index: int
+    total: int
+    sigma: float
+    denoised: Tensor
+
+
+Watch = Callable[[StepReport], None]
+"""Called after every step's estimate; what it raises ends the run."""
+
+
+@torch.no_grad()
+def sample(
+    denoise: Denoise,
+    sampler: Sampler,
+    sigmas: Tensor,
+    *,
+    noise: Tensor,
+    latent: Tensor,
+    step_noise: StepNoise,
+    watch: Watch,
+) -> Tensor:
+    """Denoise `latent` from level sigmas[0] to level sigmas[-1].
+
+    Args:
+        denoise: the model with its guidance.
+        sampler: the algorithm.
+        sigmas: float32 [steps + 1], descending, on the CPU; [0] or [1] means that there is nothing to do.
+        noise: [B, C, H, W] float32, on the device that computes.
+        latent: like noise, in the model's scale (an empty latent is zeros in that scale).
+        step_noise: for stochastic samplers.
+        watch: told of each step.
+
+    Returns:
+        Like noise. If sigmas does not end at 0, the noise that is left in it is part of it.
+
+    Raises:
+        UsoflowError: "non_finite", naming the step.
+    """
+    total = len(sigmas) - 1
+    if total < 1:
+        return latent
+
+    def on_step(index: int, denoised: Tensor) -> None:
+        level = float(sigmas[index])
+        if not bool(torch.isfinite(denoised).all()):
+            raise UsoflowError(
+                "non_finite",
+                f"Sampling gave values that are not finite: step {index + 1} of {total}, sigma {level:.4f}.",
+            )
+        watch(StepReport(index, total, level, denoised))
+
+    x = sigmas[0] * noise + (1 - sigmas[0]) * latent
+    x = sampler(denoise, x, sigmas, noise=step_noise, on_step=on_step)
+    return x / (1 - sigmas[-1])
