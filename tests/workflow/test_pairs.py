@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from reference_nodes import registry
 
+from reference_nodes import registry
 from usoflow.workflow import document
 from usoflow.workflow.flatten import flatten
 

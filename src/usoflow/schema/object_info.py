@@ -86,6 +86,7 @@ def _settings(spec: InputSpec) -> dict[str, Any]:
         case Int() as number:
             settings = _range(spec, number)
             settings["control_after_generate"] = number.control_after_generate or None
+            settings["display"] = number.display
         case Float() as number:
             settings = {**_range(spec, number), "round": number.round}
         case Text() as text:

@@ -25,13 +25,15 @@ class Int:
     """A whole number within [min, max].
 
     `control_after_generate` makes the editor add a second widget that changes the value after each run;
-    it stands in the workflow's `widgets_values` but never in a prompt.
+    it stands in the workflow's `widgets_values` but never in a prompt. `display` asks for another editor
+    ("color").
     """
 
     min: int | None = None
     max: int | None = None
     step: int | None = None
     control_after_generate: bool = False
+    display: str | None = None
     type: str = "INT"
 
 
