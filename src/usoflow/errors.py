@@ -108,6 +108,9 @@ CATALOGUE: Mapping[str, ErrorKind] = MappingProxyType(
             EXIT_USAGE,
         ),
         "cancelled": ErrorKind("The run was stopped.", "Run it again.", EXIT_CANCELLED),
+        "output_unwritable": ErrorKind(
+            "The file cannot be written.", "Check the folder, its permissions and the space left.", EXIT_USAGE
+        ),
         # --- model files ----------------------------------------------------------------------------
         "model_missing": ErrorKind(
             "A model file is not there or cannot be read.",
@@ -156,6 +159,16 @@ CATALOGUE: Mapping[str, ErrorKind] = MappingProxyType(
             "The numbers of the model's blocks have a gap.",
             "The file is incomplete: download it again.",
             EXIT_MODEL,
+        ),
+        "latent_channels": ErrorKind(
+            "The latent is not of the kind that the model takes.",
+            "Encode the picture with the model's own VAE.",
+            EXIT_WORKFLOW,
+        ),
+        "batch_mismatch": ErrorKind(
+            "Batches that are used together have different sizes.",
+            "Use one picture, or as many as the latent's batch_size.",
+            EXIT_WORKFLOW,
         ),
         "reference_method": ErrorKind(
             "References are to be placed by a method that there is not.",

@@ -1,4 +1,4 @@
-"""The interface of our nodes equals the reference's: names, order, types, defaults, ranges, options, outputs."""
+"""The interface of our nodes equals the reference's: names, order, types, defaults, ranges, outputs."""
 
 from __future__ import annotations
 

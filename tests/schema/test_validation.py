@@ -1,4 +1,4 @@
-"""Validation answers what ComfyUI 0.8.0 answers to the same prompts (observed), and better where that is useless."""
+"""Validation answers as ComfyUI 0.8.0 does (observed), and better where that answer is useless."""
 
 from __future__ import annotations
 
@@ -124,7 +124,8 @@ CASES: dict[str, tuple[Change, str, str, str, str, str]] = {
     ),
     "too big, float": (
         setting("95", reuse_threshold=3.5),
-        "95", "value_bigger_than_max", "Value 3.5 bigger than max of 3.0", "reuse_threshold", "reuse_threshold",
+        "95", "value_bigger_than_max", "Value 3.5 bigger than max of 3.0",
+        "reuse_threshold", "reuse_threshold",
     ),
     "whole number for a float": (
         setting("31", cfg=-1),

@@ -1,0 +1,175 @@
+"""Any file that holds a workflow -> a prompt: UI JSON, API JSON, the pictures that carry them, templates.
+
+The command line and the Python API load everything through `load`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from usoflow.errors import UsoflowError
+from usoflow.schema.node import NodeRegistry
+from usoflow.workflow import document, metadata
+from usoflow.workflow.flatten import flatten
+from usoflow.workflow.prompt import Prompt, looks_like_prompt
+
+TEMPLATE: Final = "template:"
+TEMPLATE_PACKAGE: Final = "comfyui_workflow_templates_json"
+MAX_DEPTH: Final = 100
+QUARANTINE: Final = "proxyWidgetErrorQuarantine"
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedWorkflow:
+    """The prompt; the UI workflow that it came from, if there is one, as decoded JSON; and warnings."""
+
+    prompt: Prompt
+    workflow: dict[str, Any] | None
+    warnings: tuple[str, ...] = ()
+
+
+def load(source: str | Path, registry: NodeRegistry) -> LoadedWorkflow:
+    """Load a file by its content, or `template:NAME`.
+
+    A picture's prompt is taken as it was executed; its workflow is converted only if it has no prompt.
+    Raises UsoflowError: "file_not_found", "template_unknown", "not_a_workflow", "workflow_invalid",
+    "prompt_invalid", "subgraph_recursive".
+    """
+    name = str(source)
+    if name.startswith(TEMPLATE):
+        return load_json(template(name.removeprefix(TEMPLATE)), registry)
+    try:
+        data = Path(source).read_bytes()
+    except (OSError, ValueError) as reason:
+        raise UsoflowError("file_not_found", f"{name}: {reason}") from None
+    try:
+        return load_bytes(data, registry)
+    except UsoflowError as error:
+        raise UsoflowError(error.code, f"{name}: {error.detail}", remedy=error.remedy) from None
+
+
+def load_bytes(data: bytes, registry: NodeRegistry) -> LoadedWorkflow:
+    """Load what a file holds."""
+    if not metadata.is_picture(data):
+        return load_json(read_json(data), registry)
+    found = {key: _json_or_none(text) for key, text in metadata.read(data).items()}
+    prompt, workflow = found.get("prompt"), found.get("workflow")
+    if looks_like_prompt(prompt):
+        return LoadedWorkflow(Prompt.parse(prompt), workflow if isinstance(workflow, dict) else None)
+    if workflow is None:
+        raise UsoflowError("not_a_workflow", "the picture carries no workflow")
+    return load_json(workflow, registry)
+
+
+def _json_or_none(text: str) -> Any:
+    """Other programs use the same keywords for plain text."""
+    try:
+        return read_json(text)
+    except UsoflowError:
+        return None
+
+
+def load_json(data: object, registry: NodeRegistry) -> LoadedWorkflow:
+    """Load decoded JSON: a workflow, a prompt, or the body of a request with a prompt."""
+    if isinstance(data, dict) and document.looks_like_workflow(data):
+        workflow = without_quarantine(data)
+        conversion = flatten(document.parse(workflow), registry)
+        return LoadedWorkflow(conversion.prompt, workflow, conversion.warnings)
+    if isinstance(data, dict) and isinstance(data.get("prompt"), dict) and "class_type" not in data["prompt"]:
+        return LoadedWorkflow(Prompt.parse(data["prompt"]), _workflow_of_request(data))
+    return LoadedWorkflow(Prompt.parse(data), None)
+
+
+def read_json(text: str | bytes) -> Any:
+    """Decode JSON of any origin; NaN and Infinity, which some writers emit, become null.
+
+    Raises UsoflowError("not_a_workflow").
+    """
+    try:
+        decoded = text.decode("utf-8-sig") if isinstance(text, bytes) else text
+        data = json.loads(decoded, parse_constant=lambda _: None, parse_float=_finite)
+    except RecursionError:
+        raise UsoflowError("not_a_workflow", "the JSON is nested too deeply") from None
+    except ValueError as reason:
+        raise UsoflowError("not_a_workflow", f"not JSON, PNG or WebP ({str(reason)[:200]})") from None
+    _check_depth(data)
+    return data
+
+
+def _check_depth(data: object) -> None:
+    """Everything after this may recurse into the data."""
+    level = [data]
+    for _ in range(MAX_DEPTH):
+        level = [
+            child
+            for item in level
+            if isinstance(item, dict | list)
+            for child in (item.values() if isinstance(item, dict) else item)
+        ]
+        if not level:
+            return
+    raise UsoflowError("not_a_workflow", f"the JSON is nested more than {MAX_DEPTH} levels deep")
+
+
+def template(name: str) -> dict[str, Any]:
+    """An official template as decoded JSON. Raises UsoflowError("template_unknown")."""
+    from importlib import resources
+
+    folder = resources.files(TEMPLATE_PACKAGE) / "templates"
+    file = folder / f"{name}.json"
+    if not re.fullmatch(r"[\w.-]+", name) or not file.is_file():
+        raise UsoflowError("template_unknown", f"there is no template {name!r}")
+    data = read_json(file.read_bytes())
+    if not isinstance(data, dict) or not document.looks_like_workflow(data):
+        raise UsoflowError("template_unknown", f"{name!r} is not the template of a workflow")
+    return without_quarantine(data)
+
+
+def without_quarantine(workflow: dict[str, Any]) -> dict[str, Any]:
+    """A copy whose nodes lack `proxyWidgetErrorQuarantine`.
+
+    With it the editor (1.58.1) overwrites the prompt and size of an edited subgraph on every load.
+    """
+    copied = _with_clean_nodes(workflow)
+    definitions = workflow.get("definitions")
+    subgraphs = definitions.get("subgraphs") if isinstance(definitions, dict) else None
+    if isinstance(definitions, dict) and isinstance(subgraphs, list):
+        clean = [_with_clean_nodes(item) if isinstance(item, dict) else item for item in subgraphs]
+        copied["definitions"] = {**definitions, "subgraphs": clean}
+    return copied
+
+
+def _with_clean_nodes(graph: dict[str, Any]) -> dict[str, Any]:
+    nodes = graph.get("nodes")
+    return {**graph, "nodes": list(_clean(nodes))} if isinstance(nodes, list) else dict(graph)
+
+
+def _clean(nodes: list[Any]) -> Iterator[Any]:
+    for node in nodes:
+        properties = node.get("properties") if isinstance(node, dict) else None
+        if isinstance(properties, dict) and QUARANTINE in properties:
+            kept = {key: value for key, value in properties.items() if key != QUARANTINE}
+            yield {**node, "properties": kept}
+        else:
+            yield node
+
+
+def _workflow_of_request(data: dict[str, Any]) -> dict[str, Any] | None:
+    """`extra_data.extra_pnginfo.workflow` of a request body."""
+    found: object = data
+    for key in ("extra_data", "extra_pnginfo", "workflow"):
+        found = found.get(key) if isinstance(found, dict) else None
+    return found if isinstance(found, dict) else None
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"the number {text[:20]} is too large")
+    return number
