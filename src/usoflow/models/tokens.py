@@ -19,8 +19,12 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
+from typing import TYPE_CHECKING, Self
 
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
+
+if TYPE_CHECKING:
+    from usoflow.models.text import ClipTextConfig, T5Config
 
 logger = logging.getLogger(__name__)
 
@@ -144,11 +148,11 @@ def _number(text: str) -> float | None:
 # --- tokenizers ---------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
 class ClipTokenizer:
-    """CLIP-L's byte-pair encoding. The vocabulary is read when the first text is."""
+    """CLIP-L's byte-pair encoding, in chunks of `length` ids. Reads the vocabulary with the first text."""
 
-    def __init__(self, *, length: int = CLIP_LENGTH) -> None:
-        self.length = length
+    length: int = CLIP_LENGTH
 
     def __call__(self, text: str) -> tuple[TokenSequence, ...]:
         """The chunks of a prompt, at least one; each is `length` ids: start, tokens, end, padding.
@@ -156,7 +160,7 @@ class ClipTokenizer:
         A segment that does not fit in what is left of a chunk goes to the next one whole if it has fewer
         than 8 tokens, and is cut at the edge if it has more.
         """
-        chunks = _fill(_tokenise(self._backend, text), self.length - 2)
+        chunks = _fill(_tokenise(_clip_vocabulary(), text), self.length - 2)
         return tuple(self._framed(chunk) for chunk in chunks)
 
     def _framed(self, chunk: Sequence[tuple[int, float]]) -> TokenSequence:
@@ -166,43 +170,21 @@ class ClipTokenizer:
             (1.0, *(weight for _, weight in chunk), *[1.0] * added),
         )
 
-    @functools.cached_property
-    def _backend(self) -> Tokenizer:
-        """CLIP's vocabulary in order: 256 bytes, the same at the end of a word, the merges, two specials."""
-        merges = [(a, b) for a, b in (line.split(" ") for line in _data("clip_merges.txt.xz").splitlines())]
-        symbols = _clip_bytes()
-        words = [*symbols, *(s + "</w>" for s in symbols), *(a + b for a, b in merges)]
-        vocabulary = {word: number for number, word in enumerate(words)}
-        model = models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix="</w>")
-        tokenizer = Tokenizer(model)
-        tokenizer.normalizer = normalizers.Sequence(
-            [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
-        )
-        split = pre_tokenizers.Split(Regex(_CLIP_WORDS), behavior="removed", invert=True)
-        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
-        tokenizer.add_special_tokens([AddedToken(t) for t in ("<|startoftext|>", "<|endoftext|>")])
-        return tokenizer
 
-
+@dataclass(frozen=True, slots=True)
 class T5Tokenizer:
-    """T5's SentencePiece unigrams. The vocabulary is read when the first text is."""
+    """T5's SentencePiece unigrams, padded to `min_length` ids. Reads the vocabulary with the first text."""
 
-    def __init__(self, *, min_length: int = T5_MIN_LENGTH) -> None:
-        self.min_length = min_length
+    min_length: int = T5_MIN_LENGTH
 
     def __call__(self, text: str) -> TokenSequence:
         """One sequence, never cut: tokens, end, padding up to `min_length`."""
-        tokens = [token for group in _tokenise(self._backend, text) for token in group]
+        tokens = [token for group in _tokenise(_t5_vocabulary(), text) for token in group]
         padding = max(0, self.min_length - len(tokens) - 1)
         return TokenSequence(
             (*(token for token, _ in tokens), T5_END, *[T5_PAD] * padding),
             (*(weight for _, weight in tokens), *[1.0] * (padding + 1)),
         )
-
-    @functools.cached_property
-    def _backend(self) -> Tokenizer:
-        return Tokenizer.from_str(_data("t5.json.xz"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +193,11 @@ class Tokenizers:
 
     clip: ClipTokenizer
     t5: T5Tokenizer
+
+    @classmethod
+    def from_configs(cls, clip: ClipTextConfig, t5: T5Config) -> Self:
+        """Tokenizers that give what these two encoders read."""
+        return cls(ClipTokenizer(clip.positions), T5Tokenizer(t5.min_length))
 
 
 def _tokenise(tokenizer: Tokenizer, text: str) -> list[list[tuple[int, float]]]:
@@ -245,6 +232,30 @@ def _fill(groups: Iterable[list[tuple[int, float]]], room: int) -> list[list[tup
             chunks.append([])
         chunks[-1].extend(rest)
     return chunks
+
+
+@functools.cache
+def _clip_vocabulary() -> Tokenizer:
+    """CLIP's vocabulary in order: 256 bytes, the same at the end of a word, the merges, two specials."""
+    merges = [(a, b) for a, b in (line.split(" ") for line in _data("clip_merges.txt.xz").splitlines())]
+    symbols = _clip_bytes()
+    words = [*symbols, *(s + "</w>" for s in symbols), *(a + b for a, b in merges)]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    model = models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix="</w>")
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    split = pre_tokenizers.Split(Regex(_CLIP_WORDS), behavior="removed", invert=True)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    tokenizer.add_special_tokens([AddedToken(t) for t in ("<|startoftext|>", "<|endoftext|>")])
+    return tokenizer
+
+
+@functools.cache
+def _t5_vocabulary() -> Tokenizer:
+    return Tokenizer.from_str(_data("t5.json.xz"))
 
 
 def _clip_bytes() -> list[str]:
