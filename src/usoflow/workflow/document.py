@@ -216,7 +216,7 @@ def _list(value: object, where: str) -> list[Any]:
 def _int(value: object, where: str) -> int:
     """A slot number or mode; some writers send 0.0, or "0"."""
     try:
-        return int(value)  # type: ignore[call-overload, no-any-return]
+        return int(value)  # type: ignore[call-overload]
     except (TypeError, ValueError, OverflowError):
         raise _invalid(where, f"{_shown(value)} is not a whole number") from None
 

@@ -142,11 +142,10 @@ class _Flattener:
         return PromptNode(node.type, inputs, title)
 
     def _resolved_text(self, value: str, where: str) -> str:
-        value = text.strip_comments(value)
-        chosen = text.first_alternatives(value)
-        if "|" in value and chosen != value:
+        resolved, chosen = text.first_alternatives(text.strip_comments(value))
+        if chosen:
             self._warn(f"{where}: of the alternatives in braces, the first is taken")
-        return chosen
+        return resolved
 
     # --- where links come from -------------------------------------------------------------------------
 

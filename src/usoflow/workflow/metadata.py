@@ -42,7 +42,7 @@ def read(data: bytes) -> dict[str, str]:
 
 
 def png_info(prompt: object, extra: Mapping[str, Any]) -> PngInfo:
-    """Text chunks for Pillow's `save(..., pnginfo=...)`: the prompt, and the entries of `extra` ("workflow")."""
+    """Text chunks for Pillow's `save(..., pnginfo=...)`: the prompt and the entries of `extra`."""
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()

@@ -21,24 +21,27 @@ def strip_comments(text: str) -> str:
     return _COMMENT.sub("", text)
 
 
-def first_alternatives(text: str) -> str:
+def first_alternatives(text: str) -> tuple[str, bool]:
     r"""Replace each {a|b|...}, nested or not, by its first alternative; \{ \| \} are those characters.
 
+    Returns the text, and whether there was anything to choose.
     The editor draws one at random each time; a converter that gives another prompt each time could not be
     tested nor its pictures reproduced. A brace that is never closed stays.
     """
     levels = [_Level()]
+    chosen = False
     for token in _TOKEN.findall(text):
         if token == "{":
             levels.append(_Level())
         elif token == "}" and len(levels) > 1:
             closed = levels.pop()
+            chosen |= closed.separated
             levels[-1].add("".join(closed.first))
         elif token == "|" and len(levels) > 1:
             levels[-1].separate()
         else:
             levels[-1].add(token[1:] if len(token) == 2 and token[0] == "\\" else token)
-    return "{".join("".join(level.everything) for level in levels)
+    return "{".join("".join(level.everything) for level in levels), chosen
 
 
 class _Level:
@@ -47,16 +50,16 @@ class _Level:
     def __init__(self) -> None:
         self.first: list[str] = []
         self.everything: list[str] = []
-        self._separated = False
+        self.separated = False
 
     def add(self, text: str) -> None:
         self.everything.append(text)
-        if not self._separated:
+        if not self.separated:
             self.first.append(text)
 
     def separate(self) -> None:
         self.everything.append("|")
-        self._separated = True
+        self.separated = True
 
 
 def fill_placeholders(text: str, now: datetime, lookup: Callable[[str, str], str | None]) -> str:

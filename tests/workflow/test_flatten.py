@@ -1,0 +1,265 @@
+"""Single rules of conversion that no pair shows; small workflows made by hand."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+import pytest
+
+from reference_nodes import registry
+from usoflow.errors import UsoflowError
+from usoflow.workflow import document
+from usoflow.workflow.flatten import MAX_NODES, Conversion, flatten
+
+Json = dict[str, Any]
+IN, OUT = -10, -20
+
+
+def node(id: int, type: str, inputs: Json | None = None, outputs: str = "", **more: Any) -> Json:
+    """`inputs`: name -> link id, or (link id, type); a name with a "!" is a field's input."""
+    return {
+        "id": id,
+        "type": type,
+        "inputs": [slot(name, link) for name, link in (inputs or {}).items()],
+        "outputs": [{"name": type_, "type": type_} for type_ in outputs.split()],
+        **more,
+    }
+
+
+def slot(name: str, link: Any) -> Json:
+    key, type_ = link if isinstance(link, tuple) else (link, "IMAGE")
+    widget = {"widget": {"name": name[:-1]}} if name.endswith("!") else {}
+    return {"name": name.removesuffix("!"), "type": type_, "link": key, **widget}
+
+
+def workflow(nodes: list[Json], links: list[Any], *subgraphs: Json) -> Json:
+    return {"nodes": nodes, "links": links, "definitions": {"subgraphs": list(subgraphs)}, "version": 0.4}
+
+
+def subgraph(id: str, inputs: str, nodes: list[Json], links: list[Any]) -> Json:
+    return {
+        "id": id,
+        "name": id,
+        "inputs": [{"name": name} for name in inputs.split()],
+        "nodes": nodes,
+        "links": links,
+    }
+
+
+def convert(data: Json) -> Conversion:
+    return flatten(document.parse(data), registry(), now=datetime(2026, 3, 4))
+
+
+def inputs(data: Json) -> dict[str, Json]:
+    return {key: dict(node.inputs) for key, node in convert(data).prompt.nodes.items()}
+
+
+LOAD = node(1, "LoadImage", outputs="IMAGE MASK", widgets_values=["a.png", "image"])
+SAVE = node(9, "PreviewImage", {"images": 9})
+
+
+def test_links_as_objects() -> None:
+    link = {"id": 9, "origin_id": 1, "origin_slot": 0, "target_id": 9, "target_slot": 0, "type": "IMAGE"}
+    data = {**workflow([LOAD, SAVE], [link]), "version": 1}
+    assert inputs(data) == {"1": {"image": "a.png"}, "9": {"images": ["1", 0]}}
+
+
+def test_values_by_name_only() -> None:
+    scale = node(2, "ImageScaleBy", widgets_values={"scale_by": 2.5, "upscale_method": "area"})
+    assert inputs(workflow([scale], []))["2"] == {"upscale_method": "area", "scale_by": 2.5}
+
+
+def test_missing_values_are_the_defaults() -> None:
+    sampler = inputs(workflow([node(2, "KSampler", widgets_values=[7, "fixed", 12])], []))["2"]
+    assert sampler["seed"] == 7
+    assert sampler["steps"] == 12
+    assert (sampler["cfg"], sampler["sampler_name"], sampler["denoise"]) == (8.0, "euler", 1.0)
+
+
+def test_a_missing_file_is_left_out() -> None:
+    assert inputs(workflow([node(2, "VAELoader")], []))["2"] == {}
+
+
+def test_lists_are_wrapped() -> None:
+    text = node(2, "CLIPTextEncode", widgets_values=[["a", 1]])
+    assert inputs(workflow([text], []))["2"] == {"text": {"__value__": ["a", 1]}}
+
+
+@pytest.mark.parametrize("mode", [0, 1, 3])
+def test_other_modes_are_executed(mode: int) -> None:
+    assert "1" in inputs(workflow([{**LOAD, "mode": mode}], []))
+
+
+def test_links_that_lead_nowhere_are_dropped() -> None:
+    assert inputs(workflow([SAVE], [[9, 77, 0, 9, 0, "IMAGE"]])) == {"9": {}}
+    assert inputs(workflow([SAVE], [])) == {"9": {}}
+
+
+def test_reroutes_and_bypasses_in_a_row() -> None:
+    chain = [
+        node(2, "Reroute", {"": (2, "*")}, "IMAGE"),
+        node(3, "ImageInvert", {"image": 3}, "IMAGE", mode=4),
+        node(4, "Reroute", {"": (4, "*")}, "IMAGE"),
+    ]
+    links = [
+        [2, 1, 0, 2, 0, "IMAGE"],
+        [3, 2, 0, 3, 0, "IMAGE"],
+        [4, 3, 0, 4, 0, "IMAGE"],
+        [9, 4, 0, 9, 0, "IMAGE"],
+    ]
+    assert inputs(workflow([LOAD, *chain, SAVE], links))["9"] == {"images": ["1", 0]}
+
+
+def test_links_in_a_circle() -> None:
+    loop = [node(2, "Reroute", {"": (3, "*")}, "IMAGE"), node(3, "Reroute", {"": (2, "*")}, "IMAGE")]
+    links = [[2, 2, 0, 3, 0, "*"], [3, 3, 0, 2, 0, "*"], [9, 3, 0, 9, 0, "*"]]
+    with pytest.raises(UsoflowError, match="circle"):
+        convert(workflow([*loop, SAVE], links))
+
+
+def test_a_long_chain_of_reroutes() -> None:
+    count = 5000
+    chain = [node(n, "Reroute", {"": (n, "*")}, "IMAGE") for n in range(10, count)]
+    links = [[n, n - 1 if n > 10 else 1, 0, n, 0, "*"] for n in range(10, count)]
+    data = workflow([LOAD, *chain, SAVE], [*links, [9, count - 1, 0, 9, 0, "*"]])
+    assert inputs(data)["9"] == {"images": ["1", 0]}
+
+
+def invert_twice(type_: str = "sub", **more: Any) -> tuple[Json, Json]:
+    """A subgraph's node (id 5), and the subgraph: scale by a promoted factor."""
+    inner = [
+        node(
+            2, "ImageScaleBy", {"image": 1, "scale_by!": (2, "FLOAT")}, "IMAGE", widgets_values=["area", 2.0]
+        ),
+    ]
+    links = [[1, IN, 0, 2, 0, "IMAGE"], [2, IN, 1, 2, 1, "FLOAT"], [3, 2, 0, OUT, 0, "IMAGE"]]
+    host = node(5, type_, {"image": 5}, "IMAGE", **more)
+    return host, subgraph(type_, "image factor", inner, links)
+
+
+HOST_LINKS = [[5, 1, 0, 5, 0, "IMAGE"], [9, 5, 0, 9, 0, "IMAGE"]]
+
+
+def scale_by(**more: Any) -> Any:
+    host, definition = invert_twice(**more)
+    converted = inputs(workflow([LOAD, host, SAVE], HOST_LINKS, definition))
+    assert converted["9"] == {"images": ["5:2", 0]}
+    assert converted["5:2"]["image"] == ["1", 0]
+    return converted["5:2"]["scale_by"]
+
+
+def test_inner_value_where_the_host_has_none() -> None:
+    assert scale_by() == 2.0
+
+
+def test_host_value() -> None:
+    assert scale_by(widgets_values=[3.0]) == 3.0
+    assert scale_by(widgets_values_named={"factor": 3.5}) == 3.5
+
+
+def test_proxy_widgets_tell_the_order_of_host_values() -> None:
+    proxies = {"proxyWidgets": [["2", "upscale_method"], ["2", "scale_by"]]}
+    assert scale_by(properties=proxies, widgets_values=["area", 4.0]) == 4.0
+    own_input = {"proxyWidgets": [["-1", "factor"]]}
+    assert scale_by(properties=own_input, widgets_values=[5.0]) == 5.0
+    assert scale_by(properties=proxies, widgets_values=[]) == 2.0
+
+
+def test_quarantined_host_value_is_ignored() -> None:
+    quarantine = [{"originalEntry": ["-1", "factor"], "hostValue": 7.0}]
+    assert scale_by(widgets_values=[3.0], properties={"proxyWidgetErrorQuarantine": quarantine}) == 3.0
+
+
+def test_a_link_into_the_host_wins() -> None:
+    host, definition = invert_twice(widgets_values=[3.0])
+    host["inputs"].append(slot("factor!", (6, "FLOAT")))
+    number = node(7, "PrimitiveFloat", outputs="FLOAT", widgets_values=[6.0])
+    data = workflow([LOAD, number, host, SAVE], [*HOST_LINKS, [6, 7, 0, 5, 1, "FLOAT"]], definition)
+    assert inputs(data)["5:2"]["scale_by"] == ["7", 0]
+
+
+def test_two_uses_of_one_subgraph() -> None:
+    first, definition = invert_twice(widgets_values=[3.0])
+    second = {**first, "id": 6, "inputs": [slot("image", 6)], "widgets_values": [4.0]}
+    links = [[5, 1, 0, 5, 0, "IMAGE"], [6, 5, 0, 6, 0, "IMAGE"], [9, 6, 0, 9, 0, "IMAGE"]]
+    converted = inputs(workflow([LOAD, first, second, SAVE], links, definition))
+    assert converted["9"] == {"images": ["6:2", 0]}
+    assert converted["6:2"]["image"] == ["5:2", 0]
+    assert (converted["5:2"]["scale_by"], converted["6:2"]["scale_by"]) == (3.0, 4.0)
+
+
+def test_recursive_subgraph() -> None:
+    host, _ = invert_twice()
+    definitions = [subgraph("sub", "", [node(1, "other")], []), subgraph("other", "", [node(2, "sub")], [])]
+    with pytest.raises(UsoflowError) as raised:
+        convert(workflow([LOAD, host, SAVE], HOST_LINKS, *definitions))
+    assert raised.value.code == "subgraph_recursive"
+
+
+def test_subgraphs_that_multiply_without_end() -> None:
+    doubling = [subgraph(f"s{n}", "", [node(1, f"s{n + 1}"), node(2, f"s{n + 1}")], []) for n in range(60)]
+    with pytest.raises(UsoflowError, match=str(MAX_NODES)):
+        convert(workflow([node(1, "s0")], [], *doubling))
+
+
+def test_unknown_type_named_by_the_file() -> None:
+    fields = {"image": 5, "strength!": (None, "FLOAT"), "seed!": (None, "INT"), "mode!": (None, "COMBO")}
+    strange = node(2, "Strange", fields, "IMAGE", widgets_values=[0.5, 7, "randomize", "soft", "more"])
+    conversion = convert(workflow([LOAD, strange], [[5, 1, 0, 2, 0, "IMAGE"]]))
+    assert conversion.prompt.nodes["2"].inputs == {
+        "strength": 0.5,
+        "seed": 7,
+        "mode": "soft",
+        "UNKNOWN": "more",
+        "image": ["1", 0],
+    }
+    assert conversion.warnings == ("node 2: there is no node type Strange",)
+
+
+def test_texts() -> None:
+    conversion = convert(workflow([node(2, "CLIPTextEncode", widgets_values=["a {b|c} // d"])], []))
+    assert conversion.prompt.nodes["2"].inputs["text"] == "a b "
+    assert conversion.warnings == ("node 2, text: of the alternatives in braces, the first is taken",)
+
+
+def test_texts_without_choice_raise_no_warning() -> None:
+    assert convert(workflow([node(2, "CLIPTextEncode", widgets_values=["a {b} | c"])], [])).warnings == ()
+
+
+def test_file_names() -> None:
+    sampler = node(2, "KSampler", widgets_values=[7, "fixed"], properties={"Node name for S&R": "KSampler"})
+    save = node(
+        3, "SaveImage", widgets_values=["%date:yyyy%_%KSampler.seed%_%Nobody.seed%_%width%"], title="x"
+    )
+    conversion = convert(workflow([sampler, save], []))
+    assert conversion.prompt.nodes["3"].inputs["filename_prefix"] == "2026_7_%Nobody.seed%_%width%"
+    assert conversion.warnings == ("filename_prefix: there is no Nobody.seed",)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "told"),
+    [
+        ([{"id": 1, "type": "A"}, {"id": "1", "type": "B"}], "same id"),
+        ([{"id": True, "type": "A"}], "True"),
+        ([{"type": "A"}], "id"),
+        ([{"id": 1}], "type"),
+        ([5], "not an object"),
+        ([{"id": 1, "type": "A", "mode": "x"}], "node 1: mode"),
+        ([{"id": 1, "type": "A", "inputs": {}}], "node 1: inputs"),
+        ([{"id": 1, "type": "A", "inputs": [{"name": 5}]}], "node 1"),
+        ([{"id": 1, "type": "A", "widgets_values": "x"}], "widgets_values"),
+    ],
+)
+def test_wrong_nodes_are_named(nodes: list[Any], told: str) -> None:
+    with pytest.raises(UsoflowError) as raised:
+        document.parse({"nodes": nodes})
+    assert raised.value.code == "workflow_invalid"
+    assert told in raised.value.detail
+
+
+@pytest.mark.parametrize("link", [5, [1, 2, 3], {"id": 1}, [1, 1, "x", 2, 0, "A"], [[], 1, 0, 2, 0, "A"]])
+def test_wrong_links(link: Any) -> None:
+    with pytest.raises(UsoflowError) as raised:
+        document.parse({"nodes": [], "links": [link]})
+    assert raised.value.code == "workflow_invalid"
