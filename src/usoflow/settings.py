@@ -105,7 +105,8 @@ class Folders:
 def find_folders(
     *,
     models: Path | None = None,
-    inputs: Sequence[Path] = (),
+    inputs: Path | None = None,
+    beside: Path | None = None,
     output: Path | None = None,
     given_images: Mapping[str, Path] | None = None,
 ) -> Folders:
@@ -115,6 +116,7 @@ def find_folders(
         models: a ComfyUI folder or its `models` folder; default `USOFLOW_MODELS` (several may be given, as
             in PATH), else the user's data directory.
         inputs: where pictures are; default `USOFLOW_INPUT`, else `input` here and in ComfyUI folders.
+        beside: the workflow file, whose own folder is searched last where `inputs` is not given.
         output: default `USOFLOW_OUTPUT`, else `output` here.
         given_images: see `Folders`.
 
@@ -127,9 +129,10 @@ def find_folders(
             raise UsoflowError("file_not_found", f"The models folder {root} does not exist.")
     roots = roots or [platformdirs.user_data_path("usoflow") / "models"]
     default_inputs = [Path("input"), *(r / "input" for r in roots), *(r.parent / "input" for r in roots)]
+    default_inputs += [beside.parent] if beside else []
     return Folders(
         models=_model_directories(roots),
-        inputs=tuple(inputs or _from_variable(INPUT_VARIABLE) or default_inputs),
+        inputs=tuple([inputs] if inputs else _from_variable(INPUT_VARIABLE) or default_inputs),
         output=output or Path(os.environ.get(OUTPUT_VARIABLE, "output")),
         temp=platformdirs.user_cache_path("usoflow") / "temp",
         given_images=given_images or {},
@@ -153,7 +156,7 @@ def _model_directories(roots: Sequence[Path]) -> Mapping[str, tuple[Path, ...]]:
 
 
 def _extra_paths(file: Path) -> Iterator[tuple[str, list[Path]]]:
-    """Directories by kind from ComfyUI's file: sections of `kind: paths`, one path a line, `base_path` before."""
+    """Directories by kind from ComfyUI's file: sections of `kind: paths`, a path a line under `base_path`."""
     if not file.is_file():
         return
     try:

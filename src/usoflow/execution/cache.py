@@ -46,14 +46,21 @@ def keys(prompt: Prompt, order: list[str], registry: NodeRegistry, folders: Fold
     found: dict[str, str] = {}
     for node_id in order:
         node = prompt.nodes[node_id]
-        parts = {name: _part(node, name, value, found, registry, folders) for name, value in node.inputs.items()}
+        parts = {
+            name: _part(node, name, value, found, registry, folders) for name, value in node.inputs.items()
+        }
         text = json.dumps([node.class_type, parts], sort_keys=True, default=str)
         found[node_id] = hashlib.sha256(text.encode()).hexdigest()
     return found
 
 
 def _part(
-    node: PromptNode, name: str, value: Any, known: Mapping[str, str], registry: NodeRegistry, folders: Folders
+    node: PromptNode,
+    name: str,
+    value: Any,
+    known: Mapping[str, str],
+    registry: NodeRegistry,
+    folders: Folders,
 ) -> Any:
     if link := link_of(value):
         origin, slot = link

@@ -181,7 +181,9 @@ class _Run:
         return NodeError(code, detail, remedy=remedy, node_id=node_id, class_type=class_type)
 
 
-def in_order(prompt: Prompt, targets: Sequence[str], stop_at: Mapping[str, object] | None = None) -> Iterator[str]:
+def in_order(
+    prompt: Prompt, targets: Sequence[str], stop_at: Mapping[str, object] | None = None
+) -> Iterator[str]:
     """Ids of the nodes that the targets need, each after those it is linked to.
 
     The inputs of a node in `stop_at` are not followed. Links of a valid prompt have no cycle.

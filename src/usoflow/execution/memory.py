@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -24,10 +25,8 @@ class PeakMemory:
         if self._cuda:
             torch.cuda.reset_peak_memory_stats(device)
             return
-        try:
+        with suppress(OSError):  # not Linux, or not allowed: the peak since the process began
             _CLEAR_REFS.write_text(_RESET_PEAK)
-        except OSError:  # not Linux, or not allowed: the peak since the process began
-            pass
 
     def bytes(self) -> int:
         """The peak so far."""

@@ -6,6 +6,7 @@ shares the weights. Encoders and VAE are on the device only while they compute (
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from usoflow.models.lora import attach
 from usoflow.models.placement import Placement
 from usoflow.models.style_projector import StyleProjector, StyleProjectorConfig
 from usoflow.models.text import ClipText, ClipTextConfig, T5Config, T5Encoder, TextEncoding, encode_prompt
-from usoflow.models.tokens import Tokenizers
+from usoflow.models.tokens import ClipTokenizer, T5Tokenizer, Tokenizers
 from usoflow.models.vae import AutoEncoder, VaeConfig
 from usoflow.models.vision import SiglipConfig, SiglipVision, VisionOutput, preprocess
 from usoflow.models.weights import Linear, build
@@ -55,7 +56,7 @@ class ModelLibrary:
     def encode_text(self, clip_l: Component, t5: Component, prompt: str) -> TextEncoding:
         """A prompt through both text encoders, in fp32."""
         clip_module, t5_module = self._module(clip_l, load_clip), self._module(t5, load_t5)
-        tokenizers = Tokenizers.from_configs(clip_module.config, t5_module.config)
+        tokenizers = _tokenizers(clip_module.config.positions, t5_module.config.min_length)
         with self.placement.borrow(clip_module), self.placement.borrow(t5_module):
             return encode_prompt(prompt, clip_module, t5_module, tokenizers)
 
@@ -170,6 +171,12 @@ def load_projector(component: Component) -> StyleProjector:
     """The USO style projector of a file."""
     config = StyleProjectorConfig.from_component(component)
     return build(component, lambda: StyleProjector(config), ignored=style_projector.IGNORED)
+
+
+@functools.cache
+def _tokenizers(clip_length: int, t5_min_length: int) -> Tokenizers:
+    """Tokenizers read their vocabularies once a process."""
+    return Tokenizers(ClipTokenizer(length=clip_length), T5Tokenizer(min_length=t5_min_length))
 
 
 def _key(component: Component) -> Key:

@@ -19,7 +19,7 @@ class NodeContext:
     Attributes:
         folders: where files are read and written.
         library: the models, loaded once.
-        report: `report(step, steps)` tells progress; raises `UsoflowError("cancelled")` if the run is to stop.
+        report: `report(step, steps)` tells progress; raises `UsoflowError("cancelled")` to stop the run.
         prompt: the whole prompt, to be written into pictures.
         workflow: the UI graph it came from, if any, likewise.
     """

@@ -23,7 +23,9 @@ from usoflow.schema.specs import Choice, Float, ModelFile, Optional, Tip
 
 @node("CheckpointLoaderSimple", category="loaders", display_name="Load Checkpoint")
 def load_checkpoint(
-    ckpt_name: Annotated[str, ModelFile("checkpoints"), Tip("A file with transformer, text encoders and VAE.")],
+    ckpt_name: Annotated[
+        str, ModelFile("checkpoints"), Tip("A file with transformer, text encoders and VAE.")
+    ],
     *,
     context: NodeContext,
 ) -> tuple[Model, Clip, Vae]:
@@ -67,7 +69,9 @@ def load_vae(vae_name: Annotated[str, ModelFile("vae")], *, context: NodeContext
 
 
 @node("CLIPVisionLoader", category="loaders", display_name="Load CLIP Vision")
-def load_clip_vision(clip_name: Annotated[str, ModelFile("clip_vision")], *, context: NodeContext) -> ClipVision:
+def load_clip_vision(
+    clip_name: Annotated[str, ModelFile("clip_vision")], *, context: NodeContext
+) -> ClipVision:
     """Loads the SigLIP tower that sees style references."""
     return ClipVisionHandle(_open(context, "clip_vision", clip_name).component("siglip"))
 

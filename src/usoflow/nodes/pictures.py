@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 
 from usoflow.errors import UsoflowError
-from usoflow.workflow.metadata import png_metadata
+from usoflow.workflow.metadata import png_info
 
 MAX_PIXELS = 64_000_000  # all frames together: 768 MB as float32
 EMPTY_MASK = (64, 64)  # what LoadImage gives for a picture without alpha
@@ -81,11 +81,14 @@ def _frame(frame: Image.Image) -> tuple[Array, Array]:
     turned = ImageOps.exif_transpose(frame)
     if turned.mode.startswith("I"):  # 16 bits a pixel, which Pillow's RGB conversion would clip
         turned = Image.fromarray((np.asarray(turned).astype(np.float32) / 257).round().astype(np.uint8))
-    image = np.asarray(turned.convert("RGB"), dtype=np.float32) / 255
+    image = _unit(turned.convert("RGB"))
     if "A" in turned.getbands() or "transparency" in turned.info:
-        alpha = np.asarray(turned.convert("RGBA").getchannel("A"), dtype=np.float32) / 255
-        return image, 1 - alpha
+        return image, np.float32(1) - _unit(turned.convert("RGBA").getchannel("A"))
     return image, np.zeros(EMPTY_MASK, dtype=np.float32)
+
+
+def _unit(picture: Image.Image) -> Array:
+    return np.asarray(picture, dtype=np.float32) / np.float32(255)
 
 
 def write_pictures(
@@ -116,7 +119,7 @@ def write_pictures(
         UsoflowError: `save_failed`, `path_outside`.
     """
     folder, stem = _place(root, _filled_in(prefix, images.shape[2], images.shape[1]))
-    metadata = png_metadata(prompt, workflow)
+    metadata = png_info(prompt, {} if workflow is None else {"workflow": workflow})
     written = []
     try:
         folder.mkdir(parents=True, exist_ok=True)

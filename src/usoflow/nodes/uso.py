@@ -26,8 +26,12 @@ def easy_cache(
     reuse_threshold: Annotated[
         float, Float(min=0.0, max=3.0, step=0.01), Tip("How much change may be skipped.")
     ] = 0.2,
-    start_percent: Annotated[float, _PERCENT, Tip("Part of the sampling before which no step is skipped.")] = 0.15,
-    end_percent: Annotated[float, _PERCENT, Tip("Part of the sampling after which no step is skipped.")] = 0.95,
+    start_percent: Annotated[
+        float, _PERCENT, Tip("Part of the sampling before which no step is skipped.")
+    ] = 0.15,
+    end_percent: Annotated[
+        float, _PERCENT, Tip("Part of the sampling after which no step is skipped.")
+    ] = 0.95,
     verbose: Annotated[bool, Tip("Log which steps were skipped.")] = False,
 ) -> Model:
     """Skips steps whose result is close to that of the step before: faster, with some loss of detail."""

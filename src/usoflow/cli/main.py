@@ -1,0 +1,45 @@
+"""The `usoflow` command: verbs, and how errors look. Each verb imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+
+import typer
+
+from usoflow.cli.convert import convert
+from usoflow.cli.nodes import nodes
+from usoflow.cli.run import run
+from usoflow.errors import UsoflowError
+
+HELP = """USO style and subject generation on FLUX.1: runs ComfyUI's official USO workflows.
+
+Exit codes: 0 done · 2 wrong command or option · 3 workflow not readable or not valid ·
+4 model file missing or not usable · 5 input picture missing or not usable ·
+6 the run failed (memory, disk, values that are not finite) · 130 stopped."""
+
+app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.command()(run)
+app.command()(convert)
+app.command()(nodes)
+
+
+def main() -> None:
+    """Entry point: a user's mistake is an error with a remedy and an exit code, never a traceback."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("usoflow").setLevel(logging.INFO)
+    try:
+        app()
+    except UsoflowError as error:
+        _show(error)
+        sys.exit(error.exit_code)
+
+
+def _show(error: UsoflowError) -> None:
+    if "--json" in sys.argv:
+        record = {"code": error.code, "detail": error.detail, "remedy": error.remedy}
+        print(json.dumps({"error": record}))
+        return
+    typer.secho(f"error: {error.detail}", fg="red", err=True)
+    typer.secho(error.remedy, err=True)

@@ -1,0 +1,57 @@
+"""Samplers: from noise, or from a latent, to a denoised latent."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from usoflow.nodes.context import NodeContext
+from usoflow.nodes.sockets import Conditioning, Latent, Model
+from usoflow.schema.node import node
+from usoflow.schema.specs import Choice, Float, Int, Tip
+
+# Names and order as the editor shows them; the algorithms are in `sampling.samplers` and
+# `sampling.schedule` (a test compares the names, which cannot be imported here without torch).
+SAMPLER_NAMES = ("euler", "euler_ancestral", "heun", "dpmpp_2m", "lcm", "res_multistep", "ddim")
+SCHEDULER_NAMES = (
+    "simple", "sgm_uniform", "karras", "exponential", "ddim_uniform", "beta", "normal", "linear_quadratic",
+    "kl_optimal",
+)  # fmt: skip
+
+_SEED = Int(min=0, max=2**64 - 1, control_after_generate=True)
+
+
+@node("KSampler", category="sampling", display_name="KSampler")
+def k_sampler(
+    model: Model,
+    seed: Annotated[int, _SEED, Tip("Same seed, same noise.")] = 0,
+    steps: Annotated[int, Int(min=1, max=10000), Tip("How often the model is asked.")] = 20,
+    cfg: Annotated[
+        float,
+        Float(min=0.0, max=100.0, step=0.1, round=0.01),
+        Tip("Strength of the negative prompt; at 1, as FLUX is made for, there is none."),
+    ] = 8.0,
+    *,
+    sampler_name: Annotated[str, Choice(SAMPLER_NAMES), Tip("The algorithm.")],
+    scheduler: Annotated[str, Choice(SCHEDULER_NAMES), Tip("How noise decreases from step to step.")],
+    positive: Annotated[Conditioning, Tip("What the picture is to show.")],
+    negative: Annotated[Conditioning, Tip("What it is not to show.")],
+    latent_image: Annotated[Latent, Tip("Where to begin: empty, or a picture to change.")],
+    denoise: Annotated[
+        float, Float(min=0.0, max=1.0, step=0.01), Tip("How much of the latent is made anew.")
+    ] = 1.0,
+    context: NodeContext,
+) -> Latent:
+    """Denoises a latent."""
+    from usoflow.nodes.denoising import Run, denoise_latent
+
+    run = Run(seed, steps, cfg, sampler_name, scheduler, denoise)
+    samples = denoise_latent(
+        model,
+        latent_image["samples"],
+        positive,
+        negative,
+        run,
+        library=context.library,
+        report=context.report,
+    )
+    return {**latent_image, "samples": samples}
