@@ -31,8 +31,7 @@ class EncoderLayer(nn.Module):
     def forward(self, x: Tensor, *, causal: bool = False) -> Tensor:
         """x: [B, T, dim] -> [B, T, dim]; `causal` hides later tokens from earlier ones."""
         x = x + self.self_attn(self.layer_norm1(x), causal=causal)
-        out: Tensor = x + self.mlp(self.layer_norm2(x))
-        return out
+        return x + self.mlp(self.layer_norm2(x))
 
 
 class LayerStack(nn.Module):
@@ -54,8 +53,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, *, causal: bool) -> Tensor:
         q, k, v = (split_heads(part(x), self.heads) for part in (self.q_proj, self.k_proj, self.v_proj))
-        out: Tensor = self.out_proj(join_heads(F.scaled_dot_product_attention(q, k, v, is_causal=causal)))
-        return out
+        return self.out_proj(join_heads(F.scaled_dot_product_attention(q, k, v, is_causal=causal)))
 
 
 class Mlp(nn.Module):
@@ -67,8 +65,7 @@ class Mlp(nn.Module):
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc2(self.activation(self.fc1(x)))
-        return out
+        return self.fc2(self.activation(self.fc1(x)))
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

@@ -85,22 +85,19 @@ def _context(sequence: TokenSequence, t5: T5Encoder) -> Tensor:
     device = t5.shared.weight.device
     ids = torch.tensor([sequence.ids], device=device)  # [1, T]
     if not sequence.weighted:
-        unweighted: Tensor = t5(ids)
-        return unweighted
+        return t5(ids)
     empty_ids = torch.full_like(ids, T5_PAD)
     empty_ids[:, 0] = T5_END
     states, empty = t5(torch.cat([ids, empty_ids])).chunk(2)  # [1, T, D] each
     weights = torch.tensor(sequence.weights, dtype=torch.float32, device=device)[:, None]  # [T, 1]
-    weighted: Tensor = (states - empty) * weights + empty
-    return weighted
+    return (states - empty) * weights + empty
 
 
 def _pooled(sequence: TokenSequence, clip: ClipText) -> Tensor:
     end = sequence.ids.index(CLIP_END)
     device = clip.text_model.embeddings.token_embedding.weight.device
     ids = torch.tensor([sequence.ids[: end + 1]], device=device)  # no token sees what comes after it
-    pooled: Tensor = clip(ids, torch.tensor([end], device=device))[1]
-    return pooled
+    return clip(ids, torch.tensor([end], device=device))[1]
 
 
 # --- CLIP-L -------------------------------------------------------------------------------------------
@@ -175,8 +172,7 @@ class _ClipTransformer(nn.Module):
         x = self.embeddings(ids)
         for layer in self.encoder.layers:
             x = layer(x, causal=True)
-        states: Tensor = self.final_layer_norm(x)
-        return states
+        return self.final_layer_norm(x)
 
 
 class _ClipEmbeddings(nn.Module):
@@ -187,8 +183,7 @@ class _ClipEmbeddings(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         positions = torch.arange(ids.shape[1], device=ids.device)
-        x: Tensor = self.token_embedding(ids) + self.position_embedding(positions)
-        return x
+        return self.token_embedding(ids) + self.position_embedding(positions)
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -260,8 +255,7 @@ class T5Encoder(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """int64 [B, T] -> float32 states [B, T, dim] after the final norm."""
-        states: Tensor = self.encoder(self.shared(ids))
-        return states
+        return self.encoder(self.shared(ids))
 
 
 class _T5Stack(nn.Module):
@@ -274,8 +268,7 @@ class _T5Stack(nn.Module):
         bias: Tensor | None = None  # the first block's, which all share
         for block in self.block:
             x, bias = block(x, bias)
-        states: Tensor = self.final_layer_norm(x)
-        return states
+        return self.final_layer_norm(x)
 
 
 class _T5Block(nn.Module):
@@ -313,16 +306,14 @@ class _T5Attention(nn.Module):
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         q, k, v = (split_heads(part(x), self.heads) for part in (self.q, self.k, self.v))
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
-        out: Tensor = self.o(join_heads(attended))
-        return out
+        return self.o(join_heads(attended))
 
     def position_bias(self, length: int) -> Tensor:
         """float32 [1, heads, T, T]: query i's bias towards key j."""
         table = self.relative_attention_bias
         positions = torch.arange(length, device=table.weight.device)
         buckets = relative_buckets(positions[None, :] - positions[:, None], table.weight.shape[0])
-        bias: Tensor = table(buckets).permute(2, 0, 1)[None]
-        return bias
+        return table(buckets).permute(2, 0, 1)[None]
 
 
 class _T5FeedForwardLayer(nn.Module):
@@ -332,8 +323,7 @@ class _T5FeedForwardLayer(nn.Module):
         self.layer_norm = RMSNorm(config.dim, config.eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = x + self.DenseReluDense(self.layer_norm(x))
-        return out
+        return x + self.DenseReluDense(self.layer_norm(x))
 
 
 class _GatedGelu(nn.Module):
@@ -343,8 +333,7 @@ class _GatedGelu(nn.Module):
         self.wo = Linear(config.mlp_dim, config.dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.wo(F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x))
-        return out
+        return self.wo(F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x))
 
 
 def relative_buckets(distance: Tensor, buckets: int) -> Tensor:

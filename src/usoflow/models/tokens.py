@@ -202,9 +202,10 @@ class Tokenizers:
 
 def _tokenise(tokenizer: Tokenizer, text: str) -> list[list[tuple[int, float]]]:
     """(id, weight) of the tokens of each segment; names of special tokens in the text become those tokens."""
+    valid = text.encode("utf-8", "replace").decode("utf-8")  # JSON can hold halves of surrogate pairs
     return [
         [(token, segment.weight) for token in tokenizer.encode(words, add_special_tokens=False).ids]
-        for segment in parse_weights(text)
+        for segment in parse_weights(valid)
         if (words := _without_embeddings(segment.text))
     ]
 
