@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from golden.compare import Golden
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig as OracleClipConfig
@@ -265,9 +267,8 @@ def test_non_finite_values_name_the_encoder(encoders: Encoders, encoder: int, st
 
 
 @pytest.mark.full
-@pytest.mark.shared
 @pytest.mark.parametrize(("file", "prompts"), [("bf16", range(5)), ("fp8", [1])])
-def test_goldens(synth_models: Path, golden, file: str, prompts: list[int]) -> None:
+def test_goldens(synth_models: Path, golden: Callable[[str], Golden], file: str, prompts: list[int]) -> None:
     components = TensorFile.open(synth_models / f"checkpoints/flux1-dev-{file}.safetensors").components()
     clip, t5 = load_clip(components["clip_l"]), load_t5(components["t5"])
     tokenizers = Tokenizers.from_configs(clip.config, t5.config)

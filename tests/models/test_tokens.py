@@ -31,7 +31,7 @@ from usoflow.models.tokens import (
     parse_weights,
 )
 
-SHARED = Path(__file__).parents[3] / "shared"
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 # What people type: everything but control characters and exotic spaces, which transformers splits otherwise.
 ORDINARY = st.text(
@@ -272,9 +272,8 @@ def stripped(sequence: TokenSequence, pad: int) -> dict[str, object]:
     }
 
 
-@pytest.mark.shared
 def test_goldens() -> None:
-    cases = json.loads((SHARED / "goldens/tokens.json").read_text(encoding="utf-8"))["cases"]
+    cases = json.loads((GOLDEN / "tokens.json").read_text(encoding="utf-8"))["cases"]
     assert len(cases) > 30
     for case in cases:
         assert [stripped(s, CLIP_END) for s in ClipTokenizer()(case["prompt"])] == case["l"], case["prompt"]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from golden import synth
+from golden.compare import Golden
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
@@ -190,29 +193,29 @@ def test_values_are_clamped_and_alpha_is_dropped() -> None:
 # --- goldens ------------------------------------------------------------------------------------------
 
 
-def synthetic(synth, name: str, height: int, width: int) -> Tensor:
+def drawn(name: str, height: int, width: int) -> Tensor:
     return torch.from_numpy(synth.image(name, height, width).astype(np.float32) / 255)[None]
 
 
-@pytest.mark.shared
 @pytest.mark.parametrize(
     ("name", "size", "crop"),
     [("a", (430, 640), "center"), ("a", (430, 640), "none"), ("b", (384, 384), "center")],
 )
-def test_preprocessing_goldens(golden, synth, name: str, size: tuple[int, int], crop: str) -> None:
-    found = preprocess(synthetic(synth, f"vis.{name}", *size), 384, crop)
+def test_preprocessing_goldens(
+    golden: Callable[[str], Golden], name: str, size: tuple[int, int], crop: str
+) -> None:
+    found = preprocess(drawn(f"vis.{name}", *size), 384, crop)
     report = golden("vision").check(f"pre.{name}.{crop}", found.numpy(), 1e-6)
     assert report["ok"], report
 
 
 @pytest.mark.full
-@pytest.mark.shared
-def test_goldens(synth_models: Path, golden, synth) -> None:
+def test_goldens(synth_models: Path, golden: Callable[[str], Golden]) -> None:
     file = TensorFile.open(synth_models / "clip_vision/sigclip_vision_patch14_384.safetensors")
     tower = load(file.component("siglip"))
     assert tower.config.heads == 16
     name = "17-17-29.webp.webp"
-    images = synthetic(synth, name, *synth.IMAGES[name])
+    images = drawn(name, *synth.IMAGES[name])
     hidden = tower(preprocess(images, tower.config.image_size, "center"), layers=(-20, -11, -2, -1)).hidden
     for layer, states in hidden.items():
         report = golden("vision").check(f"17-17-29.center.hs{layer}", states.numpy(), 1e-4)
