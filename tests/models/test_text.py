@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden.compare import Golden
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig as OracleClipConfig
 from transformers import CLIPTextModel, T5EncoderModel
 from transformers import T5Config as OracleT5Config
 
+from golden.compare import Golden
 from usoflow.errors import UsoflowError
 from usoflow.models import text as text_module
 from usoflow.models.checkpoint import Component, TensorFile
@@ -29,8 +29,9 @@ from usoflow.models.text import (
 from usoflow.models.tokens import CLIP_END, Tokenizers
 from usoflow.models.weights import build
 
-CLIP = ClipTextConfig(dim=32, mlp_dim=48, layers=3, positions=77, heads=4)
-T5 = T5Config(dim=24, inner_dim=32, mlp_dim=40, layers=3, heads=4, min_length=64)
+EPS = 1e-3  # large enough to be seen in the results
+CLIP = ClipTextConfig(dim=32, mlp_dim=48, layers=3, positions=77, heads=4, eps=EPS)
+T5 = T5Config(dim=24, inner_dim=32, mlp_dim=40, layers=3, heads=4, eps=EPS, min_length=64)
 
 PROMPTS = (
     "",
@@ -67,7 +68,7 @@ def clip_oracle() -> CLIPTextModel:
         num_hidden_layers=CLIP.layers,
         num_attention_heads=CLIP.heads,
         max_position_embeddings=CLIP.positions,
-        layer_norm_eps=1e-5,
+        layer_norm_eps=EPS,
         hidden_act="quick_gelu",
         eos_token_id=CLIP_END,
     )
@@ -84,7 +85,7 @@ def t5_oracle() -> T5EncoderModel:
         num_layers=T5.layers,
         num_heads=T5.heads,
         feed_forward_proj="gated-gelu",
-        layer_norm_epsilon=1e-6,
+        layer_norm_epsilon=EPS,
         dropout_rate=0.0,
     )
     return randomised(T5EncoderModel(config))
@@ -118,13 +119,14 @@ def load_t5(component: Component) -> T5Encoder:
 
 @pytest.fixture
 def clip_component(clip_oracle: CLIPTextModel, tmp_path: Path) -> Component:
-    return component_of(tmp_path / "clip_l.safetensors", "clip_l", clip_state(clip_oracle), heads=CLIP.heads)
+    state = clip_state(clip_oracle)
+    return component_of(tmp_path / "clip_l.safetensors", "clip_l", state, heads=CLIP.heads, eps=EPS)
 
 
 @pytest.fixture
 def t5_component(t5_oracle: T5EncoderModel, tmp_path: Path) -> Component:
     state = t5_state(t5_oracle)
-    return component_of(tmp_path / "t5.safetensors", "t5", state, min_length=T5.min_length)
+    return component_of(tmp_path / "t5.safetensors", "t5", state, min_length=T5.min_length, eps=EPS)
 
 
 def ids(*shape: int, rows: int) -> Tensor:
