@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 from torch import Tensor
 
+from golden import synth
+from golden.compare import Golden
 from usoflow.errors import UsoflowError
 from usoflow.models.checkpoint import TensorFile
 from usoflow.models.vae import AutoEncoder, LatentFormat, VaeConfig, centre_crop
@@ -150,8 +153,7 @@ def test_latent_format_is_the_published_affine_map() -> None:
 
 
 @pytest.mark.full
-@pytest.mark.shared
-def test_goldens(synth_models: Path, golden, synth) -> None:
+def test_goldens(synth_models: Path, golden: Callable[[str], Golden]) -> None:
     component = TensorFile.open(synth_models / "checkpoints/flux1-dev-bf16.safetensors").component("vae")
     config = VaeConfig.from_component(component)
     assert config == VaeConfig()

@@ -146,9 +146,8 @@ def linear_quadratic(schedule: FluxSchedule, steps: int) -> Tensor:
     curved = steps - linear
     slope = QUADRATIC_FROM / linear
     curvature = (1 - QUADRATIC_FROM - slope * curved) / curved**2
-    i = torch.arange(steps + 1, dtype=torch.float64)
-    removed = slope * i + curvature * (i - linear).clamp(min=0) ** 2
-    return (1 - removed).float()
+    i = torch.arange(steps, dtype=torch.float64)
+    return _ending_in_zero(1 - slope * i - curvature * (i - linear).clamp(min=0) ** 2)
 
 
 def kl_optimal(schedule: FluxSchedule, steps: int) -> Tensor:
@@ -180,7 +179,7 @@ def symmetric_beta_quantile(p: Tensor, a: float) -> Tensor:
     low, high = torch.zeros_like(p), torch.full_like(p, 0.5)
     for _ in range(48):
         middle = (low + high) / 2
-        mass = middle**a * (coefficients * middle[:, None] ** n).sum(-1)
+        mass = middle**a * (torch.linalg.vander(middle, N=len(n)) @ coefficients)
         low, high = torch.where(mass < target, middle, low), torch.where(mass < target, high, middle)
     return torch.where(p > 0.5, 1 - high, high)
 
