@@ -200,6 +200,12 @@ def test_weights_follow_their_tokens() -> None:
     assert not ClipTokenizer()("a (blue eyes:1)")[0].weighted
 
 
+@pytest.mark.parametrize(("words", "first_chunk"), [(5, 75), (7, 70), (8, 75)])
+def test_only_segments_of_eight_tokens_are_cut(words: int, first_chunk: int) -> None:
+    chunk = ClipTokenizer()("word " * 70 + f"({'word ' * words})")[0]
+    assert chunk.ids.index(CLIP_END) - 1 == first_chunk
+
+
 @settings(deadline=None)
 @given(st.lists(st.integers(1, 100), max_size=12))
 def test_clip_chunks_keep_short_segments_whole(counts: list[int]) -> None:
