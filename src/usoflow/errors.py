@@ -181,6 +181,16 @@ CATALOGUE: Mapping[str, ErrorKind] = MappingProxyType(
             EXIT_MODEL,
         ),
         # --- pictures -------------------------------------------------------------------------------
+        "training_data": ErrorKind(
+            "The drawings that the pocket models are trained on cannot be had.",
+            "Check that npm runs and that the network is there; `usoflow train render` fetches them.",
+            EXIT_INPUT,
+        ),
+        "training_config": ErrorKind(
+            "The training file cannot be read.",
+            "Compare it with training/configs/pocket.toml of the package.",
+            EXIT_USAGE,
+        ),
         "picture_size": ErrorKind(
             "A picture is too small, or would become so, for what is done with it.",
             "Use a larger picture, or a larger size where it is scaled.",

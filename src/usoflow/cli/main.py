@@ -11,6 +11,7 @@ import typer
 from usoflow.cli.convert import convert
 from usoflow.cli.nodes import nodes
 from usoflow.cli.run import run
+from usoflow.cli.train import train
 from usoflow.errors import UsoflowError
 
 HELP = """USO style and subject generation on FLUX.1: runs ComfyUI's official USO workflows.
@@ -23,6 +24,7 @@ app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=False, pretty_
 app.command()(run)
 app.command()(convert)
 app.command()(nodes)
+app.command()(train)
 
 
 def main() -> None:

@@ -1,0 +1,32 @@
+"""`usoflow train`: make the pocket models, or others of the same kind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from usoflow.errors import UsoflowError
+
+
+def train(
+    stage: Annotated[str, typer.Argument(help="render, vae, base, guided, package, or all.")],
+    config: Annotated[Path | None, typer.Option(help="Training file; default: the shipped one.")] = None,
+    work: Annotated[Path, typer.Option(help="Folder for caches, states and sheets.")] = Path("training"),
+    threads: Annotated[int, typer.Option(help="Threads of torch; 0 leaves it to torch.")] = 0,
+    full_precision: Annotated[bool, typer.Option(help="Compute in fp32 instead of bf16.")] = False,
+) -> None:
+    """Run a stage of training to its end; interrupted, it continues where it was."""
+    import torch
+
+    from usoflow.training.stages import STAGES, Plan, Workshop
+
+    if stage not in (*STAGES, "all"):
+        raise UsoflowError("training_config", f"{stage!r} is no stage: {', '.join((*STAGES, 'all'))}.")
+    if threads:
+        torch.set_num_threads(threads)
+    dtype = torch.float32 if full_precision else torch.bfloat16
+    workshop = Workshop(work, Plan.read(config), dtype)
+    for name in STAGES if stage == "all" else (stage,):
+        STAGES[name](workshop)

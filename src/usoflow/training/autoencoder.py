@@ -1,0 +1,184 @@
+"""Stage `vae`: train the pocket autoencoder on rendered scenes.
+
+Reads scenes (`scenes`), trains `models.vae.AutoEncoder`, writes its state, sheets and PSNR. Loss: L1 of
+pixels and of their differences to the right and below, and the KL term of a variational autoencoder
+(arXiv:2112.10752, appendix G) with a small weight. `folded` turns the trained network into one whose
+latents have the mean and deviation that FLUX's fixed scale and shift expect.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from usoflow.models.vae import AutoEncoder, LatentFormat, VaeConfig
+from usoflow.training.drawings import Sprites
+from usoflow.training.initial import initialise
+from usoflow.training.loop import Recipe, Training, swap
+from usoflow.training.scenes import compose, draw_scene, generator, held_out_scene
+from usoflow.training.sheets import contact_sheet, loss_curve
+
+VALIDATION_SEED = 7_000_001
+
+
+@dataclass(frozen=True, slots=True)
+class VaeStage:
+    """What the `vae` section of a training file says.
+
+    Attributes:
+        recipe: length and speed.
+        widths: channels per resolution.
+        blocks: residual blocks per resolution.
+        groups: of GroupNorm.
+        side: of the training pictures; half of them are cut out of pictures twice as large.
+        kl: weight of the KL term, per latent number.
+        differences: weight of the L1 of differences.
+    """
+
+    recipe: Recipe
+    widths: tuple[int, ...]
+    blocks: int = 1
+    groups: int = 8
+    side: int = 64
+    kl: float = 3e-4
+    differences: float = 0.5
+
+    @property
+    def config(self) -> VaeConfig:
+        return VaeConfig(widths=self.widths, blocks=self.blocks, groups=self.groups)
+
+
+def training_picture(sprites: Sprites, stage: VaeStage, index: int) -> np.ndarray:
+    """Picture number `index` of the stage: a small scene, or a cut of a large one."""
+    scene = draw_scene(sprites.world, stage.recipe.seed, index)
+    if index % 2:
+        return compose(scene, sprites, side=stage.side)
+    x, y = generator(stage.recipe.seed + 1, index).integers(stage.side, size=2)
+    large = compose(scene, sprites, side=2 * stage.side)
+    return large[y : y + stage.side, x : x + stage.side]
+
+
+def to_tensor(pictures: list[np.ndarray]) -> Tensor:
+    """Pictures [S, S, 3] in 0..1 -> [B, 3, S, S] in -1..1, channels last in memory."""
+    batch = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) * 2 - 1
+    return batch.contiguous(memory_format=torch.channels_last)
+
+
+def reconstruction_loss(wanted: Tensor, got: Tensor, *, differences: float) -> Tensor:
+    """L1 of pixels plus weighted L1 of horizontal and vertical differences; [B, 3, S, S] each."""
+    error = got - wanted
+    loss = error.abs().mean()
+    for axis in (2, 3):
+        loss = loss + differences * error.diff(dim=axis).abs().mean()
+    return loss
+
+
+def kl_term(mean: Tensor, log_variance: Tensor) -> Tensor:
+    """KL of the posterior from the unit normal, per latent number."""
+    return 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean()
+
+
+def loss_function(module: AutoEncoder, sprites: Sprites, stage: VaeStage, dtype: torch.dtype):  # type: ignore[no-untyped-def]
+    """The loss of the batch that begins at a sample number."""
+
+    def loss_of(done: int) -> Tensor:
+        indices = range(done, done + stage.recipe.batch)
+        pixels = to_tensor([training_picture(sprites, stage, i) for i in indices])
+        mean, log_variance = module.encoder(pixels.to(dtype)).float().chunk(2, dim=1)
+        log_variance = log_variance.clamp(-20, 5)
+        noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(stage.recipe.seed + done))
+        latent = mean + (log_variance / 2).exp() * noise
+        got = module.decoder(latent.to(dtype)).float()
+        loss = reconstruction_loss(pixels, got, differences=stage.differences)
+        return loss + stage.kl * kl_term(mean, log_variance)
+
+    return loss_of
+
+
+def new_autoencoder(stage: VaeStage) -> AutoEncoder:
+    """The network with its first weights, channels last in memory."""
+    module = AutoEncoder(stage.config)
+    initialise(module, torch.Generator().manual_seed(stage.recipe.seed), zero=("conv2", "proj_out"))
+    return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+
+def train(
+    sprites: Sprites, stage: VaeStage, folder: Path, *, dtype: torch.dtype = torch.bfloat16
+) -> AutoEncoder:
+    """Run the stage to its end from wherever its folder is, and write `vae.pt`, sheets and PSNR."""
+    module = new_autoencoder(stage)
+    training = Training(dict(module.named_parameters()), stage.recipe, folder)
+    training.resume()
+
+    def report() -> None:
+        loss_curve(folder / "loss.png", *zip(*training.log, strict=True), title="VAE")
+        trained = swap(training.parameters, training.average)
+        numbers = evaluate(module, sprites, side=stage.side, count=64, sheet=folder / "sheet.png")
+        swap(training.parameters, trained)
+        with (folder / "psnr.jsonl").open("a") as file:
+            file.write(json.dumps({"done": training.done, "psnr": numbers}) + "\n")
+
+    training.run(loss_function(module, sprites, stage, dtype), after_save=report)
+    swap(training.parameters, training.average)
+    return module
+
+
+@torch.no_grad()
+def evaluate(module: AutoEncoder, sprites: Sprites, *, side: int, count: int, sheet: Path | None) -> float:
+    """Mean PSNR in dB over held-out scenes (held-out subjects, all styles), decoded from the mean latent."""
+    scenes = [held_out_scene(sprites.world, VALIDATION_SEED, i) for i in range(count)]
+    pictures = [compose(scene, sprites, side=side) for scene in scenes]
+    images = torch.from_numpy(np.stack(pictures))
+    decoded = decode(module, encode(module, images))
+    error = ((decoded - images) ** 2).mean(dim=(1, 2, 3))
+    if sheet is not None:
+        pairs = [p for pair in zip(pictures, decoded.numpy(), strict=True) for p in pair]
+        contact_sheet(sheet, pairs[:64], columns=16)
+    return round(float((-10 * error.clamp_min(1e-10).log10()).mean()), 3)
+
+
+@torch.no_grad()
+def encode(module: AutoEncoder, images: Tensor) -> Tensor:
+    """[B, S, S, 3] in 0..1 -> mean latents [B, 16, S/8, S/8], the whole batch at once."""
+    pixels = (images.permute(0, 3, 1, 2) * 2 - 1).contiguous(memory_format=torch.channels_last)
+    mean: Tensor = module.encoder(pixels).chunk(2, dim=1)[0]
+    return mean
+
+
+@torch.no_grad()
+def decode(module: AutoEncoder, latents: Tensor) -> Tensor:
+    """Latents [B, 16, h, w] -> pictures [B, 8h, 8w, 3] in 0..1, the whole batch at once."""
+    pixels = module.decoder(latents.contiguous(memory_format=torch.channels_last))
+    return ((pixels + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1).contiguous()
+
+
+@torch.no_grad()
+def folded(module: AutoEncoder, latents: Tensor) -> AutoEncoder:
+    """A copy whose latents have, per channel, the statistics that FLUX's scale and shift expect.
+
+    The last encoder and the first decoder convolution take up the change: z' = a z + b with a and b such
+    that (z' - shift) * scale has mean 0 and deviation 1. Pictures stay what they were, but for the
+    decoder's padding, which sees b where it saw 0; `conv_in` pads with zeros, so a narrow rim may change.
+
+    Args:
+        module: the trained autoencoder.
+        latents: [N, 16, h, w] mean latents of many training pictures.
+    """
+    form, result = LatentFormat(), copy.deepcopy(module)
+    mean, deviation = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
+    a = 1 / (form.scale * deviation)
+    b = form.shift - a * mean
+    last, first = result.encoder.conv_out, result.decoder.conv_in
+    channels = len(a)
+    last.weight[:channels] *= a[:, None, None, None]
+    last.bias[:channels] = last.bias[:channels] * a + b
+    last.bias[channels:] += 2 * a.log()
+    first.bias -= torch.einsum("oikl,i->o", first.weight, b / a)
+    first.weight /= a[None, :, None, None]
+    return result

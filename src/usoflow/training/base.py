@@ -1,0 +1,223 @@
+"""Stages `base` and `guided`: train the pocket text encoders and transformer on cached latents.
+
+`base`: flow matching (arXiv:2210.02747) as FLUX does it: x_s = (1 - s) x + s n, target n - x, s from a
+logit-normal (arXiv:2403.03206); captions are dropped for some samples; both encoders learn with the
+transformer. The guidance embedding is fed the constant `GUIDANCE` and means nothing yet.
+
+`guided`: guidance distillation (arXiv:2210.03142): the frozen base, asked with and without the caption, gives
+u + g (c - u), which the student must answer in one evaluation when g is its guidance. As with FLUX.1 [dev],
+pictures are then made with cfg 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from usoflow.models.flux import Flux, FluxConfig
+from usoflow.models.text import ClipText, ClipTextConfig, T5Config, T5Encoder
+from usoflow.training.captions import CaptionTokenizer, Ids, Vocabulary, end_positions
+from usoflow.training.initial import initialise
+from usoflow.training.latents import LatentSet
+from usoflow.training.loop import LossFunction, Recipe
+
+GUIDANCE = 3.5  # FLUX's default: what a graph without FluxGuidance asks for
+PREFIXES: Mapping[str, str] = {
+    "flux": "model.diffusion_model.",
+    "t5": "text_encoders.t5xxl.transformer.",
+    "clip": "text_encoders.clip_l.transformer.",
+}
+ZERO = ("_mod.lin", "modulation.lin", "adaLN_modulation.1", "final_layer.linear")
+
+
+@dataclass(frozen=True, slots=True)
+class BaseStage:
+    """What the `base` section of a training file says.
+
+    Attributes:
+        recipe: length and speed of flow matching.
+        guided: length and speed of guidance distillation.
+        side: of the pictures.
+        cached: number of scenes whose latents are cached.
+        hidden, double, single: width and depth of the transformer.
+        text_dim, text_layers: width and depth of T5.
+        clip_dim, clip_layers: width and depth of CLIP-L.
+        t5_length: T5's declared minimum length.
+        clip_length: CLIP's number of positions.
+        dropped: chance that a sample's caption is empty.
+        noise_mean, noise_deviation: of the logit of the noise level.
+        guidance_most: guidance strengths from 1 to this are distilled.
+    """
+
+    recipe: Recipe
+    guided: Recipe
+    side: int = 64
+    cached: int = 100_000
+    hidden: int = 256
+    double: int = 2
+    single: int = 4
+    text_dim: int = 64
+    text_layers: int = 2
+    clip_dim: int = 48
+    clip_layers: int = 1
+    t5_length: int = 24
+    clip_length: int = 32
+    dropped: float = 0.1
+    noise_mean: float = 0.4
+    noise_deviation: float = 1.2
+    guidance_most: float = 5.0
+
+    @property
+    def tokenizer(self) -> CaptionTokenizer:
+        return CaptionTokenizer(self.t5_length, self.clip_length)
+
+    @property
+    def flux(self) -> FluxConfig:
+        return FluxConfig(
+            hidden=self.hidden,
+            text_dim=self.text_dim,
+            pooled_dim=self.clip_dim,
+            mlp_dim=4 * self.hidden,
+            channels=16,
+            double_blocks=self.double,
+            single_blocks=self.single,
+            guidance=True,
+            head_dim=64,
+            axes=(8, 28, 28),
+        )
+
+    def t5(self, vocabulary: int) -> T5Config:
+        return T5Config(
+            dim=self.text_dim,
+            inner_dim=self.text_dim,
+            mlp_dim=2 * self.text_dim,
+            layers=self.text_layers,
+            heads=self.text_dim // 16,
+            min_length=self.t5_length,
+            vocabulary=vocabulary,
+        )
+
+    def clip(self, vocabulary: int) -> ClipTextConfig:
+        return ClipTextConfig(
+            dim=self.clip_dim,
+            mlp_dim=2 * self.clip_dim,
+            layers=self.clip_layers,
+            positions=self.clip_length,
+            heads=self.clip_dim // 16,
+            vocabulary=vocabulary,
+        )
+
+
+class Pocket(nn.Module):
+    """Both text encoders, with small vocabularies, and the transformer.
+
+    Args:
+        stage: the sizes.
+        t5_words, clip_words: the token rows that occur.
+    """
+
+    def __init__(self, stage: BaseStage, t5_words: Vocabulary, clip_words: Vocabulary) -> None:
+        super().__init__()
+        self.stage, self.t5_words, self.clip_words = stage, t5_words, clip_words
+        self.flux = Flux(stage.flux)
+        self.t5 = T5Encoder(stage.t5(len(t5_words.rows)))
+        self.clip = ClipText(stage.clip(len(clip_words.rows)))
+        generator = torch.Generator().manual_seed(stage.recipe.seed)
+        initialise(self, generator, zero=ZERO)
+
+    def encode(self, t5_ids: Ids, clip_ids: Ids) -> tuple[Tensor, Tensor]:
+        """Official ids -> context [B, T, text_dim] and pooled [B, clip_dim]."""
+        ends = end_positions(clip_ids)
+        context = self.t5(self.t5_words.compact(t5_ids))
+        return context, self.clip(self.clip_words.compact(clip_ids), ends)[1]
+
+    def encode_texts(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """Captions -> what `encode` gives."""
+        return self.encode(self.stage.tokenizer.t5(texts), self.stage.tokenizer.clip(texts))
+
+    def velocity(
+        self, x: Tensor, sigma: Tensor, text: tuple[Tensor, Tensor], *, guidance: float, dtype: torch.dtype
+    ) -> Tensor:
+        """The transformer's answer, [B, 16, h, w] float32."""
+        size = (x.shape[-2], x.shape[-1])
+        inputs = self.flux.prepare(*text, size, batch=len(x), guidance=guidance, dtype=dtype)
+        out: Tensor = self.flux(x, sigma, inputs)
+        return out
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Batches of latents and ids by sample number, with captions dropped at random."""
+
+    latents: LatentSet
+    t5_ids: Ids
+    clip_ids: Ids
+    empty: tuple[Ids, Ids]
+    dropped: float
+
+    @classmethod
+    def of(cls, latents: LatentSet, stage: BaseStage) -> Batches:
+        """Tokenise the captions of a latent set."""
+        empty = (stage.tokenizer.t5([""]), stage.tokenizer.clip([""]))
+        return cls(latents, *latents.ids(stage.tokenizer), empty, stage.dropped)
+
+    def vocabularies(self) -> tuple[Vocabulary, Vocabulary]:
+        """The rows that occur for T5 and CLIP."""
+        pairs = zip((self.t5_ids, self.clip_ids), self.empty, strict=True)
+        t5, clip = (Vocabulary.of(np.concatenate(pair)) for pair in pairs)
+        return t5, clip
+
+    def get(self, done: int, count: int) -> tuple[Tensor, Ids, Ids]:
+        """Latents [B, 16, h, w], T5 ids [B, T], CLIP ids [B, T]."""
+        indices = self.latents.indices(done, count)
+        drop = np.random.default_rng((self.latents.seed, done, 1)).random(count) < self.dropped
+        t5 = np.where(drop[:, None], self.empty[0], self.t5_ids[indices])
+        clip = np.where(drop[:, None], self.empty[1], self.clip_ids[indices])
+        return self.latents.batch(indices), t5, clip
+
+
+def noised(x: Tensor, stage: BaseStage, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw noise levels and noise: (sigma [B], x_s, noise)."""
+    logit = torch.randn(len(x), generator=generator) * stage.noise_deviation + stage.noise_mean
+    sigma = torch.sigmoid(logit)
+    noise = torch.randn(x.shape, generator=generator)
+    part = sigma[:, None, None, None]
+    return sigma, (1 - part) * x + part * noise, noise
+
+
+def flow_loss(pocket: Pocket, batches: Batches, *, dtype: torch.dtype) -> LossFunction:
+    """Flow matching: squared error of the velocity n - x."""
+    stage = pocket.stage
+
+    def loss_of(done: int) -> Tensor:
+        x, t5_ids, clip_ids = batches.get(done, stage.recipe.batch)
+        generator = torch.Generator().manual_seed((stage.recipe.seed << 32) + done)
+        sigma, x_s, noise = noised(x, stage, generator)
+        text = pocket.encode(t5_ids, clip_ids)
+        got = pocket.velocity(x_s, sigma, text, guidance=GUIDANCE, dtype=dtype)
+        return (got.float() - (noise - x)).pow(2).mean()
+
+    return loss_of
+
+
+def guided_loss(pocket: Pocket, teacher: Pocket, batches: Batches, *, dtype: torch.dtype) -> LossFunction:
+    """Guidance distillation: squared error to the teacher's guided velocity, one strength per batch."""
+    stage = pocket.stage
+
+    def loss_of(done: int) -> Tensor:
+        x, t5_ids, clip_ids = batches.get(done, stage.guided.batch)
+        generator = torch.Generator().manual_seed((stage.guided.seed << 32) + done)
+        sigma, x_s, _ = noised(x, stage, generator)
+        guidance = 1 + (stage.guidance_most - 1) * float(torch.rand((), generator=generator))
+        with torch.no_grad():
+            told, blank = teacher.encode(t5_ids, clip_ids), teacher.encode(*batches.empty)
+            c = teacher.velocity(x_s, sigma, told, guidance=GUIDANCE, dtype=dtype).float()
+            u = teacher.velocity(x_s, sigma, blank, guidance=GUIDANCE, dtype=dtype).float()
+        got = pocket.velocity(x_s, sigma, pocket.encode(t5_ids, clip_ids), guidance=guidance, dtype=dtype)
+        return (got.float() - (u + guidance * (c - u))).pow(2).mean()
+
+    return loss_of

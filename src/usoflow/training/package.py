@@ -1,0 +1,57 @@
+"""From trained modules to the all-in-one checkpoint that the ordinary loaders read.
+
+Takes the trained `AutoEncoder` and `Pocket`; writes one safetensors file in the official key layout. What no
+tensor shape tells goes into `usoflow.config`. Matrices are stored in fp16 and the two embedding tables, which
+are most of the rows, in fp8 (e4m3fn).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from usoflow.models.checkpoint import CONFIG_KEY
+from usoflow.models.tokens import CLIP_VOCABULARY
+from usoflow.models.vae import AutoEncoder
+from usoflow.training.base import PREFIXES, BaseStage, Pocket
+
+T5_ROWS = 32128
+T5_TABLE = PREFIXES["t5"] + "shared.weight"
+CLIP_TABLE = PREFIXES["clip"] + "text_model.embeddings.token_embedding.weight"
+
+
+def declaration(stage: BaseStage, vae: AutoEncoder) -> str:
+    """What no shape tells, as the JSON of `usoflow.config`."""
+    sections = {
+        "flux": {"axes": list(stage.flux.axes)},
+        "t5": {"min_length": stage.t5_length},
+        "clip_l": {"heads": stage.clip_dim // 16},
+        "vae": {"groups": vae.config.groups},
+    }
+    return json.dumps(sections)
+
+
+def tensors(pocket: Pocket, vae: AutoEncoder) -> dict[str, Tensor]:
+    """Every tensor of the checkpoint, by its official key, with full vocabularies."""
+    found = {"vae." + name: value for name, value in _values(vae).items()}
+    for part, prefix in PREFIXES.items():
+        found |= {prefix + name: value for name, value in _values(getattr(pocket, part)).items()}
+    found[T5_TABLE] = pocket.t5_words.expand(found[T5_TABLE], T5_ROWS)
+    found[CLIP_TABLE] = pocket.clip_words.expand(found[CLIP_TABLE], CLIP_VOCABULARY)
+    narrow = {T5_TABLE: torch.float8_e4m3fn, CLIP_TABLE: torch.float8_e4m3fn}
+    return {name: value.to(narrow.get(name, torch.float16)).contiguous() for name, value in found.items()}
+
+
+def write(path: Path, pocket: Pocket, vae: AutoEncoder) -> None:
+    """Write the checkpoint; the VAE must be `autoencoder.folded`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {CONFIG_KEY: declaration(pocket.stage, vae)}
+    save_file(tensors(pocket, vae), path, metadata=metadata)
+
+
+def _values(module: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone().contiguous() for name, p in module.named_parameters()}

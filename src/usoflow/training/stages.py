@@ -1,0 +1,172 @@
+"""The stages of training, in order, on one work folder: what `usoflow train STAGE` runs.
+
+    render   fetch the drawings, render the sprites, write a contact sheet
+    vae      train the autoencoder, fold its latent statistics
+    base     cache latents, train text encoders and transformer
+    guided   distil guidance into the transformer
+    package  write the checkpoint
+
+Each stage reads what the ones before left in the folder and continues where it was interrupted.
+"""
+
+from __future__ import annotations
+
+import functools
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+import torch
+
+from usoflow.errors import UsoflowError
+from usoflow.models.vae import AutoEncoder
+from usoflow.training import autoencoder, drawings, package, text_to_image
+from usoflow.training.autoencoder import VaeStage
+from usoflow.training.base import BaseStage, Batches, Pocket, flow_loss, guided_loss
+from usoflow.training.drawings import Sprites
+from usoflow.training.latents import LatentSet, cache
+from usoflow.training.loop import Recipe, Training, swap
+from usoflow.training.scenes import caption, compose, draw_scene
+from usoflow.training.sheets import contact_sheet, loss_curve
+from usoflow.training.world import World
+
+LATENT_SEED = 11  # of the scenes whose latents are cached
+STATISTICS = 1024  # scenes whose latents are measured for folding
+CHECKPOINT = "usoflow-pocket.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A training file: one section per stage that has settings."""
+
+    vae: VaeStage
+    base: BaseStage
+
+    @classmethod
+    def read(cls, path: Path | None) -> Plan:
+        """Read a TOML file; without one, the plan that made the shipped weights.
+
+        Raises:
+            UsoflowError: "training_config" naming what is wrong.
+        """
+        shipped = resources.files("usoflow.training").joinpath("configs", "pocket.toml")
+        try:
+            data = tomllib.loads((path or shipped).read_text("utf-8"))
+            vae, base = data["vae"], data["base"]
+            vae |= {"recipe": Recipe(**vae["recipe"]), "widths": tuple(vae["widths"])}
+            base |= {"recipe": Recipe(**base["recipe"]), "guided": Recipe(**base["guided"])}
+            return cls(VaeStage(**vae), BaseStage(**base))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UsoflowError("training_config", f"{path}: {error}.") from None
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """A work folder and the plan; every artefact of every stage is found through it."""
+
+    folder: Path
+    plan: Plan
+    dtype: torch.dtype = torch.bfloat16
+
+    @functools.cached_property
+    def sprites(self) -> Sprites:
+        return Sprites(World.load(), self.folder / "sprites")
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / CHECKPOINT
+
+    def render(self) -> None:
+        """Fetch and render the drawings, and show what training will see."""
+        world = self.sprites.world
+        drawings.fetch(world, self.folder / "npm")
+        drawings.render_sprites(world, self.folder / "npm", self.folder / "sprites")
+        scenes = [draw_scene(world, LATENT_SEED, i) for i in range(80)]
+        pictures = [compose(scene, self.sprites, side=128) for scene in scenes]
+        labels = [caption(world, scene) for scene in scenes]
+        contact_sheet(self.folder / "scenes.png", pictures, labels, columns=10, zoom=1)
+
+    def vae(self) -> None:
+        """Train the autoencoder and write the folded one."""
+        module = autoencoder.train(self.sprites, self.plan.vae, self.folder / "vae", dtype=self.dtype)
+        world, side = self.sprites.world, self.plan.vae.side
+        scenes = [draw_scene(world, LATENT_SEED, i) for i in range(STATISTICS)]
+        pictures = np.stack([compose(scene, self.sprites, side=side) for scene in scenes])
+        result = autoencoder.folded(module, autoencoder.encode(module, torch.from_numpy(pictures)))
+        torch.save(result.state_dict(), self.folder / "vae" / "folded.pt")
+
+    def base(self) -> None:
+        """Train text encoders and transformer by flow matching."""
+        pocket = self._pocket()
+        self._run(pocket, flow_loss(pocket, self._batches, dtype=self.dtype), "base")
+
+    def guided(self) -> None:
+        """Distil guidance into a copy of the trained base."""
+        teacher, pocket = self._pocket(), self._pocket()
+        for module in (teacher, pocket):
+            self._load(module, "base")
+        self._run(pocket, guided_loss(pocket, teacher, self._batches, dtype=self.dtype), "guided")
+
+    def package(self) -> None:
+        """Write the checkpoint from the guided weights, or, before there are any, from the base's."""
+        pocket = self._pocket()
+        self._load(pocket, "guided" if (self.folder / "guided" / "state.pt").exists() else "base")
+        package.write(self.checkpoint, pocket, self.folded_vae)
+
+    @functools.cached_property
+    def folded_vae(self) -> AutoEncoder:
+        """The trained autoencoder, folded."""
+        module = autoencoder.new_autoencoder(self.plan.vae)
+        module.load_state_dict(torch.load(self.folder / "vae" / "folded.pt", weights_only=True))
+        return module
+
+    @functools.cached_property
+    def latents(self) -> LatentSet:
+        """The cached latents of the plan's scenes."""
+        stage = self.plan.base
+        folder = self.folder / f"latents-{stage.side}"
+        sizes = {"side": stage.side, "count": stage.cached}
+        return cache(self.folded_vae, self.sprites, folder, seed=LATENT_SEED, **sizes)
+
+    @functools.cached_property
+    def _batches(self) -> Batches:
+        return Batches.of(self.latents, self.plan.base)
+
+    def _pocket(self) -> Pocket:
+        return Pocket(self.plan.base, *self._batches.vocabularies())
+
+    def _load(self, pocket: Pocket, stage: str) -> None:
+        """Put the averaged weights of a stage into the modules."""
+        state = torch.load(self.folder / stage / "state.pt", weights_only=True)
+        swap(dict(pocket.named_parameters()), state["average"])
+
+    def _run(self, pocket: Pocket, loss_of: Callable[[int], torch.Tensor], name: str) -> None:
+        folder = self.folder / name
+        recipe = self.plan.base.recipe if name == "base" else self.plan.base.guided
+        training = Training(dict(pocket.named_parameters()), recipe, folder)
+        training.resume()
+
+        def report() -> None:
+            loss_curve(folder / "loss.png", *zip(*training.log, strict=True), title=name)
+            trained = swap(training.parameters, training.average)
+            pictures = text_to_image.sample(pocket, self.folded_vae, text_to_image.PROMPTS, dtype=self.dtype)
+            swap(training.parameters, trained)
+            sheet = folder / f"sheet-{training.done:07d}.png"
+            contact_sheet(sheet, list(pictures.numpy()), text_to_image.PROMPTS, columns=8)
+
+        training.run(loss_of, after_save=report)
+
+
+STAGES: Mapping[str, Callable[[Workshop], None]] = MappingProxyType(
+    {
+        "render": Workshop.render,
+        "vae": Workshop.vae,
+        "base": Workshop.base,
+        "guided": Workshop.guided,
+        "package": Workshop.package,
+    }
+)

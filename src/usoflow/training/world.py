@@ -1,0 +1,91 @@
+"""The closed world that the pocket models know: subjects, drawing sets, renderings, and what is held out.
+
+Read from `world.json` beside this file; used by `drawings`, `scenes` and `evaluate`. Which subjects and
+styles are held out follows from a hash of their names, so that the split can be checked and never drifts.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib import resources
+
+HELD_OUT_SUBJECTS = 0.1  # of all subjects
+HELD_OUT_SETS = 1
+HELD_OUT_RENDERINGS = 3
+
+
+def rank(name: str) -> str:
+    """The order in which names are held out: lowest first."""
+    return hashlib.sha256(f"usoflow world {name}".encode()).hexdigest()
+
+
+def lowest(names: Iterable[str], count: int) -> frozenset[str]:
+    """The `count` names that are held out."""
+    return frozenset(sorted(names, key=rank)[:count])
+
+
+@dataclass(frozen=True)
+class World:
+    """Everything that a picture can be made of.
+
+    Attributes:
+        subjects: names in the drawing sets ("hot-dog"), sorted.
+        core: the seen subjects that the shipped base was trained on.
+        sets: drawing sets and the words that name them in captions.
+        renderings: whole-picture styles and the words that name them.
+        held_out: names of subjects, sets and renderings that no training picture shows.
+    """
+
+    subjects: tuple[str, ...]
+    core: tuple[str, ...]
+    sets: Mapping[str, str]
+    renderings: Mapping[str, str]
+    held_out: frozenset[str]
+
+    @classmethod
+    def load(cls) -> World:
+        """The world of the package.
+
+        The published split is in the file; a test compares it with `rank`.
+        """
+        data = json.loads(resources.files("usoflow.training").joinpath("world.json").read_text("utf-8"))
+        return cls(
+            subjects=tuple(data["subjects"]),
+            core=tuple(data["core"]),
+            sets=data["sets"],
+            renderings=data["renderings"],
+            held_out=frozenset(data["held_out"]),
+        )
+
+    @functools.cached_property
+    def subject_index(self) -> Mapping[str, int]:
+        return {name: i for i, name in enumerate(self.subjects)}
+
+    @functools.cached_property
+    def set_index(self) -> Mapping[str, int]:
+        return {name: i for i, name in enumerate(self.sets)}
+
+    @functools.cached_property
+    def seen_subjects(self) -> tuple[str, ...]:
+        return tuple(name for name in self.subjects if name not in self.held_out)
+
+    @functools.cached_property
+    def held_out_subjects(self) -> tuple[str, ...]:
+        return tuple(name for name in self.subjects if name in self.held_out)
+
+    @functools.cached_property
+    def seen_sets(self) -> tuple[str, ...]:
+        return tuple(name for name in self.sets if name not in self.held_out)
+
+    @functools.cached_property
+    def seen_renderings(self) -> tuple[str, ...]:
+        return tuple(name for name in self.renderings if name not in self.held_out)
+
+
+def words(subject: str) -> str:
+    """A subject's name in a caption: "hot-dog" -> "hot dog"."""
+    return subject.replace("-", " ")

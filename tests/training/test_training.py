@@ -1,0 +1,166 @@
+"""The loop resumes exactly, losses fall on what can be learnt by heart, and the package loads as usual."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from usoflow.errors import UsoflowError
+from usoflow.models.checkpoint import TensorFile
+from usoflow.models.library import load_clip, load_flux, load_t5, load_vae
+from usoflow.models.text import encode_prompt
+from usoflow.models.tokens import ClipTokenizer, T5Tokenizer, Tokenizers
+from usoflow.models.vae import LatentFormat
+from usoflow.training import autoencoder, package
+from usoflow.training.autoencoder import VaeStage
+from usoflow.training.base import BaseStage, Batches, Pocket, flow_loss, guided_loss
+from usoflow.training.captions import Vocabulary
+from usoflow.training.latents import LatentSet
+from usoflow.training.loop import Recipe, Training
+from usoflow.training.stages import Plan
+from usoflow.training.text_to_image import sample
+
+CAPTIONS = ["a cat on a beach", "a red apple in the snow, flat style", "an owl at sunset", "a bus"]
+SIZES = {"hidden": 64, "double": 1, "single": 1, "text_dim": 32, "text_layers": 1, "clip_dim": 32}
+VAE = VaeStage(Recipe(samples=64, batch=4, rate=1e-3), widths=(8, 8, 8, 16))
+
+
+def recipe(**changes: int) -> Recipe:
+    return Recipe(**({"samples": 64, "batch": 4, "rate": 3e-3, "warmup": 0, "save_every": 1000} | changes))
+
+
+def stage(**changes: float) -> BaseStage:
+    return BaseStage(
+        recipe(), recipe(seed=1), side=32, cached=4, t5_length=12, clip_length=16, **(SIZES | changes)
+    )
+
+
+@pytest.fixture
+def batches(tmp_path: Path) -> Batches:
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "latents.npy", rng.standard_normal((4, 16, 4, 4)).astype(np.float16))
+    (tmp_path / "captions.json").write_text(json.dumps(CAPTIONS))
+    return Batches.of(LatentSet(tmp_path, seed=3), stage())
+
+
+def pocket_of(batches: Batches, sizes: BaseStage | None = None) -> Pocket:
+    return Pocket(sizes or stage(), *batches.vocabularies())
+
+
+def trained(batches: Batches, folder: Path, *, until: int) -> Training:
+    pocket = pocket_of(batches)
+    training = Training(dict(pocket.named_parameters()), pocket.stage.recipe, folder)
+    training.resume()
+    training.run(flow_loss(pocket, batches, dtype=torch.float32), after_save=lambda: None, until=until)
+    return training
+
+
+def test_interrupted_training_equals_uninterrupted(batches: Batches, tmp_path: Path) -> None:
+    whole = trained(batches, tmp_path / "whole", until=32)
+    trained(batches, tmp_path / "parts", until=12)
+    parts = trained(batches, tmp_path / "parts", until=32)
+    assert [loss for _, loss in parts.log] == [loss for _, loss in whole.log]
+    for name in whole.parameters:
+        assert torch.equal(parts.parameters[name], whole.parameters[name]), name
+        assert torch.equal(parts.average[name], whole.average[name]), name
+
+
+def test_flow_loss_falls_on_one_batch(batches: Batches, tmp_path: Path) -> None:
+    pocket = pocket_of(batches)
+    fixed = flow_loss(pocket, batches, dtype=torch.float32)
+    training = Training(dict(pocket.named_parameters()), recipe(samples=400), tmp_path)
+    losses = [training.step(lambda _: fixed(0)) for _ in range(100)]
+    assert losses[0] == pytest.approx(2.0, rel=0.2)  # answer 0 to the difference of unit variances
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_guided_student_begins_off_and_approaches_its_teacher(batches: Batches, tmp_path: Path) -> None:
+    teacher, student = pocket_of(batches), pocket_of(batches)
+    learning = Training(dict(teacher.named_parameters()), recipe(samples=4000), tmp_path)
+    for _ in range(60):
+        learning.step(flow_loss(teacher, batches, dtype=torch.float32))
+    student.load_state_dict(teacher.state_dict())
+    fixed = guided_loss(student, teacher, batches, dtype=torch.float32)
+    training = Training(dict(student.named_parameters()), recipe(samples=4000), tmp_path)
+    losses = [training.step(lambda _: fixed(0)) for _ in range(60)]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_every_epoch_shows_every_scene_once(batches: Batches) -> None:
+    for epoch in range(3):
+        assert sorted(batches.latents.indices(epoch * 4, 4)) == [0, 1, 2, 3]
+    across = batches.latents.indices(2, 4)
+    assert list(across[:2]) == list(batches.latents.indices(0, 4)[2:])
+
+
+def test_vocabulary_expands_to_the_official_table() -> None:
+    words = Vocabulary.of(np.array([[7, 3], [900, 3]]))
+    table = torch.arange(6.0).reshape(3, 2)
+    full = words.expand(table, 1000)
+    assert full.shape == (1000, 2)
+    assert torch.equal(full[[3, 7, 900]], table)
+    assert torch.equal(full[5], table.mean(dim=0))
+    assert torch.equal(table[words.compact(np.array([900, 7, 3]))], full[[900, 7, 3]])
+
+
+def test_folding_keeps_pictures_and_sets_statistics() -> None:
+    module = autoencoder.new_autoencoder(VAE)
+    with torch.no_grad():
+        module.encoder.conv_out.bias.normal_(2.0, 1.0, generator=torch.Generator().manual_seed(0))
+        module.decoder.conv_out.weight.mul_(0.2)
+    images = torch.rand(6, 64, 64, 3, generator=torch.Generator().manual_seed(1))
+    before = autoencoder.encode(module, images)
+    folded = autoencoder.folded(module, before)
+    after = autoencoder.encode(folded, images)
+    x = LatentFormat().to_model(after)
+    assert x.mean(dim=(0, 2, 3)).abs().max() < 1e-3
+    assert (x.std(dim=(0, 2, 3)) - 1).abs().max() < 1e-3
+    rows, columns = slice(24, 40), slice(24, 40)  # what the zero padding of the latent does not reach
+    wanted = module.decoder.conv_in(before)[..., 3:5, 3:5]
+    assert torch.allclose(folded.decoder.conv_in(after)[..., 3:5, 3:5], wanted, atol=1e-4)
+    assert autoencoder.decode(folded, after)[:, rows, columns].shape == (6, 16, 16, 3)
+
+
+def test_package_loads_and_computes_as_the_trained_modules(batches: Batches, tmp_path: Path) -> None:
+    pocket, vae = pocket_of(batches), autoencoder.new_autoencoder(VAE)
+    training = Training(dict(pocket.named_parameters()), recipe(), tmp_path)
+    for _ in range(3):
+        training.step(flow_loss(pocket, batches, dtype=torch.float32))
+    path = tmp_path / "pocket.safetensors"
+    package.write(path, pocket, vae)
+    parts = TensorFile.open(path).components()
+    assert set(parts) == {"flux", "clip_l", "t5", "vae"}
+    clip, t5, flux = load_clip(parts["clip_l"]), load_t5(parts["t5"]), load_flux(parts["flux"])
+    tokenizers = Tokenizers(ClipTokenizer(clip.config.positions), T5Tokenizer(t5.config.min_length))
+    text = encode_prompt(CAPTIONS[1], clip, t5, tokenizers)
+    wanted = pocket.encode_texts([CAPTIONS[1]])
+    assert t5.config.min_length == 12
+    for got, exact in zip((text.context, text.pooled), wanted, strict=True):
+        assert (got - exact).norm() < 0.1 * exact.norm()  # the tables are stored in fp8
+    x, sigma = torch.randn(1, 16, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0.7])
+    got = flux(x, sigma, flux.prepare(*wanted, (4, 4), guidance=3.5))
+    exact = pocket.velocity(x, sigma, wanted, guidance=3.5, dtype=torch.float32)
+    assert torch.allclose(got, exact, atol=5e-3)
+    latent = torch.randn(1, 16, 4, 4, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(load_vae(parts["vae"]).decode(latent), autoencoder.decode(vae, latent), atol=5e-3)
+
+
+def test_samples_follow_from_the_seed(batches: Batches) -> None:
+    pocket, vae = pocket_of(batches), autoencoder.new_autoencoder(VAE)
+    pictures = [sample(pocket, vae, CAPTIONS[:2], dtype=torch.float32, seed=s, steps=2) for s in (1, 1, 2)]
+    assert pictures[0].shape == (2, 32, 32, 3)
+    assert torch.equal(pictures[0], pictures[1])
+    assert not torch.equal(pictures[0], pictures[2])
+
+
+def test_shipped_plan_is_read_and_a_wrong_one_refused(tmp_path: Path) -> None:
+    assert Plan.read(None).base.side == 64
+    wrong = tmp_path / "wrong.toml"
+    wrong.write_text("[vae]\nwidths = [8]\nbreadth = 3\n[vae.recipe]\n[base]\n")
+    with pytest.raises(UsoflowError) as error:
+        Plan.read(wrong)
+    assert error.value.code == "training_config"
