@@ -85,7 +85,9 @@ def missing_file_remedy(folder: str, name: str, folders: Folders) -> str:
     lines = []
     if twins := list(_same_kind(wanted, folder, folders)) if wanted else []:
         names = " or ".join(twins)
-        lines.append(f"You have {names} in {folder}, which holds the same kind of model: use that name instead.")
+        lines.append(
+            f"You have {names} in {folder}, which holds the same kind of model: use that name instead."
+        )
     place = folders.models[folder][0] if folders.models.get(folder) else folder
     if wanted:
         lines.append(f"Download {wanted.url} ({wanted.size}; {wanted.licence}) into {place}.")

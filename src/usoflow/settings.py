@@ -68,12 +68,9 @@ class Folders:
         return sorted({n for root in self.models.get(folder, ()) for n in _names(root, MODEL_SUFFIXES)})
 
     def exists(self, folder: str, name: str) -> bool:
-        """Whether "input", "output" or "temp" holds this file; False for names that leave the folder."""
-        if folder == "input" and name in self.given_images:
-            return True
-        roots = {"input": self.inputs, "output": (self.output,), "temp": (self.temp,)}[folder]
+        """Whether "input", "output" or "temp" holds this picture; False for names that leave the folder."""
         try:
-            return _find(roots, name) is not None
+            return self._picture(folder, name) is not None
         except UsoflowError:
             return False
 
@@ -89,17 +86,24 @@ class Folders:
             raise UsoflowError("model_missing", f"{name} is not in {folder} (looked in {looked}).")
         return path
 
-    def input_image(self, name: str) -> Path:
-        """The picture that a `LoadImage` names.
+    def picture(self, folder: str, name: str) -> Path:
+        """The picture that a `LoadImage` names, in the folder "input", "output" or "temp".
 
         Raises:
             UsoflowError: `image_missing`, `path_outside`.
         """
-        path = self.given_images.get(name) or _find(self.inputs, name)
+        path = self._picture(folder, name)
         if path is None:
-            looked = ", ".join(str(root) for root in self.inputs)
+            looked = ", ".join(str(root) for root in self._picture_roots(folder))
             raise UsoflowError("image_missing", f"The picture {name} was not found (looked in {looked}).")
         return path
+
+    def _picture(self, folder: str, name: str) -> Path | None:
+        given = self.given_images.get(name) if folder == "input" else None
+        return given or _find(self._picture_roots(folder), name)
+
+    def _picture_roots(self, folder: str) -> Sequence[Path]:
+        return {"input": self.inputs, "output": (self.output,), "temp": (self.temp,)}[folder]
 
 
 def find_folders(
@@ -184,6 +188,14 @@ def _names(root: Path, suffixes: tuple[str, ...], *, deep: bool = True) -> Itera
 def _find(roots: Sequence[Path], name: str) -> Path | None:
     """The first file of this name; names that leave their folder are refused before the disk is asked."""
     relative = PurePosixPath(name.replace("\\", "/"))
-    if relative.is_absolute() or ".." in relative.parts or "\0" in name or ":" in relative.parts[:1]:
+    drive = relative.parts[:1] and ":" in relative.parts[0]
+    if relative.is_absolute() or ".." in relative.parts or "\0" in name or drive:
         raise UsoflowError("path_outside", f"{name!r} is not a name inside a folder.")
-    return next((root / relative for root in roots if (root / relative).is_file()), None)
+    return next((root / relative for root in roots if _is_file(root / relative)), None)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long for the file system
+        return False

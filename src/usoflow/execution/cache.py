@@ -15,6 +15,7 @@ from usoflow.errors import UsoflowError
 from usoflow.models.checkpoint import TensorFile
 from usoflow.schema.node import NodeRegistry
 from usoflow.schema.specs import InputImage, InputSpec, ModelFile
+from usoflow.schema.values import image_location
 from usoflow.settings import Folders
 from usoflow.workflow.prompt import Prompt, PromptNode, link_of
 
@@ -75,7 +76,7 @@ def _state_of_file(spec: InputSpec, value: Any, folders: Folders) -> Any:
         if isinstance(spec.kind, ModelFile):
             return TensorFile.open(folders.model(spec.kind.folder, value)).fingerprint
         if isinstance(spec.kind, InputImage):
-            return hashlib.sha256(folders.input_image(value).read_bytes()).hexdigest()
+            return hashlib.sha256(folders.picture(*image_location(value)).read_bytes()).hexdigest()
     except (UsoflowError, OSError):  # the node itself will say what is wrong with the file
         return "unreadable"
     return None

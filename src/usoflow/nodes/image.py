@@ -10,6 +10,7 @@ from usoflow.nodes.context import NodeContext, SavedImage, Shown
 from usoflow.nodes.sockets import Image, Mask
 from usoflow.schema.node import node
 from usoflow.schema.specs import Choice, InputImage, Int, Text, Tip
+from usoflow.schema.values import image_location
 
 _SIDE = Int(min=0, max=16384, step=1)
 _HIDDEN = ("prompt", "extra_pnginfo")
@@ -23,7 +24,7 @@ def load_image(image: Annotated[str, InputImage()], *, context: NodeContext) -> 
 
     from usoflow.nodes.pictures import read_picture
 
-    pixels, mask = read_picture(context.folders.input_image(image))
+    pixels, mask = read_picture(context.folders.picture(*image_location(image)))
     return torch.from_numpy(pixels), torch.from_numpy(mask)
 
 

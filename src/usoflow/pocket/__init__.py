@@ -1,0 +1,1 @@
+"""Small models of exactly the official architecture and file layout, which run in seconds on a CPU."""

@@ -1,0 +1,67 @@
+"""Fixtures that several test modules share: the synthetic model tree and the reference's outputs on it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import platformdirs
+import pytest
+import torch
+from golden import synth
+from golden.compare import Golden
+from torch import Tensor
+
+GOLDEN = Path(__file__).parent / "golden"
+SHARED = Path(__file__).parents[2] / "shared"
+CACHE_VARIABLE = "USOFLOW_TEST_CACHE"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without the reference material, tests that need it are deselected and reported so."""
+    if SHARED.is_dir():
+        return
+    needing = [item for item in items if item.get_closest_marker("shared")]
+    config.hook.pytest_deselected(items=needing)
+    items[:] = [item for item in items if item not in needing]
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The reference material beside the repository (tests that use it are marked `shared`)."""
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def golden() -> Callable[[str], Golden]:
+    """`golden("dit").check(name, array, rtol)`: the reference's outputs of a stage."""
+    return lambda stage: Golden(stage, str(GOLDEN))
+
+
+@pytest.fixture(scope="session")
+def synthetic() -> Callable[..., Tensor]:
+    """`synthetic(name, shape, scale)`: the inputs of the goldens."""
+
+    def make(name: str, shape: tuple[int, ...], scale: float = 1.0) -> Tensor:
+        return torch.from_numpy(synth.tensor(name, shape, (scale, 0.0)))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def synth_models() -> Path:
+    """The synthetic model tree, written once and kept in the user's cache directory.
+
+    Its sibling `input` has the pictures. USOFLOW_TEST_CACHE names another place.
+    """
+    cache = Path(os.environ.get(CACHE_VARIABLE) or platformdirs.user_cache_path("usoflow-tests"))
+    models = cache / "models"
+    done = models / ".complete"
+    if not done.exists():
+        models.mkdir(parents=True, exist_ok=True)
+        subprocess.run([sys.executable, GOLDEN / "synth.py", models], check=True, stdout=subprocess.DEVNULL)
+        done.touch()
+    return models
