@@ -11,9 +11,10 @@ from pathlib import Path
 import platformdirs
 import pytest
 import torch
+from torch import Tensor
+
 from golden import synth
 from golden.compare import Golden
-from torch import Tensor
 
 GOLDEN = Path(__file__).parent / "golden"
 SHARED = Path(__file__).parents[2] / "shared"

@@ -1,0 +1,259 @@
+"""The transformer against diffusers' FluxTransformer2DModel at a small size, and against the goldens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from usoflow.models.checkpoint import TensorFile
+from usoflow.models.flux import Flux, FluxConfig, patchify, rotary_table, timestep_embedding, unpatchify
+from usoflow.models.library import load_flux, load_projector
+from usoflow.models.references import position_ids
+
+CONFIG = FluxConfig(
+    hidden=64, text_dim=24, pooled_dim=20, mlp_dim=256, channels=16,
+    double_blocks=2, single_blocks=3, guidance=True, head_dim=32, axes=(8, 12, 12),
+)  # fmt: skip
+RTOL = 1e-4
+
+EMBEDDERS = {
+    "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
+    "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
+    "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
+    "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
+    "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
+    "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "final_layer.linear": "proj_out",
+}
+DOUBLE = {
+    "img_mod.lin": "norm1.linear", "txt_mod.lin": "norm1_context.linear",
+    "img_attn.proj": "attn.to_out.0", "txt_attn.proj": "attn.to_add_out",
+    "img_mlp.0": "ff.net.0.proj", "img_mlp.2": "ff.net.2",
+    "txt_mlp.0": "ff_context.net.0.proj", "txt_mlp.2": "ff_context.net.2",
+}  # fmt: skip
+NORMS = {
+    "img_attn.norm.query_norm": "attn.norm_q", "img_attn.norm.key_norm": "attn.norm_k",
+    "txt_attn.norm.query_norm": "attn.norm_added_q", "txt_attn.norm.key_norm": "attn.norm_added_k",
+}  # fmt: skip
+
+
+def small_flux(seed: int = 0, config: FluxConfig = CONFIG) -> Flux:
+    generator = torch.Generator().manual_seed(seed)
+    model = Flux(config).eval()
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+    return model.requires_grad_(False)
+
+
+def diffusers_twin(ours: Flux) -> torch.nn.Module:
+    """diffusers' transformer with the same weights."""
+    from diffusers import FluxTransformer2DModel
+
+    c = ours.config
+    twin = FluxTransformer2DModel(
+        patch_size=1, in_channels=c.channels * 4, num_layers=c.double_blocks,
+        num_single_layers=c.single_blocks, attention_head_dim=c.head_dim, num_attention_heads=c.heads,
+        joint_attention_dim=c.text_dim, pooled_projection_dim=c.pooled_dim, guidance_embeds=True,
+        axes_dims_rope=c.axes,
+    ).eval()  # fmt: skip
+    state: dict[str, Tensor] = {}
+    for name, value in ours.state_dict().items():
+        state |= dict(_renamed(name, value, c.hidden))
+    twin.load_state_dict(state, strict=True)
+    return twin
+
+
+def _renamed(name: str, value: Tensor, hidden: int) -> list[tuple[str, Tensor]]:
+    stem, _, leaf = name.rpartition(".")
+    if stem in EMBEDDERS:
+        return [(f"{EMBEDDERS[stem]}.{leaf}", value)]
+    if stem == "final_layer.adaLN_modulation.1":  # theirs has scale before shift
+        return [(f"norm_out.linear.{leaf}", torch.cat(value.chunk(2)[::-1]))]
+    blocks, number, part = stem.split(".", 2)
+    if blocks == "double_blocks":
+        to = f"transformer_blocks.{number}."
+        if part in NORMS:
+            return [(f"{to}{NORMS[part]}.weight", value)]
+        if part.endswith("qkv"):
+            names = (
+                ("to_q", "to_k", "to_v")
+                if part.startswith("img")
+                else ("add_q_proj", "add_k_proj", "add_v_proj")
+            )
+            return [(f"{to}attn.{n}.{leaf}", v) for n, v in zip(names, value.chunk(3), strict=True)]
+        return [(f"{to}{DOUBLE[part]}.{leaf}", value)]
+    to = f"single_transformer_blocks.{number}."
+    if part == "linear1":
+        pieces = value.split([hidden, hidden, hidden, len(value) - 3 * hidden])
+        names = ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
+        return [(f"{to}{n}.{leaf}", v) for n, v in zip(names, pieces, strict=True)]
+    if part.startswith("norm."):
+        return [(f"{to}attn.norm_{part.split('.')[1][0]}.weight", value)]
+    return [(f"{to}{ {'linear2': 'proj_out', 'modulation.lin': 'norm.linear'}[part] }.{leaf}", value)]
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+@pytest.mark.parametrize("method", ["uxo", "index"])
+@pytest.mark.parametrize("references", [(), ((6, 4),), ((6, 4), (2, 8))])
+def test_diffusers_agrees(method: str, references: tuple[tuple[int, int], ...]) -> None:
+    """Same weights, tokens and position ids: same velocity; with references and style tokens too."""
+    ours = small_flux()
+    twin = diffusers_twin(ours)
+    torch.manual_seed(1)
+    latent, text, pooled = torch.randn(2, 16, 8, 10), torch.randn(2, 5, 24), torch.randn(2, 20)
+    latents, style = [torch.randn(1, 16, h, w) for h, w in references], torch.randn(1, 3, 64)
+    inputs = ours.prepare(
+        text, pooled, (8, 10), batch=2, guidance=3.5, references=latents, method=method, style=style
+    )
+    ids = position_ids((8, 10), references, method)
+    image = torch.cat([patchify(latent), *(patchify(r).expand(2, -1, -1) for r in latents)], dim=1)
+    # diffusers embeds text itself: the style tokens are put before them after its context_embedder.
+    twin.context_embedder.register_forward_hook(
+        lambda _m, _i, out: torch.cat([style.expand(2, -1, -1), out], 1)
+    )
+    with torch.no_grad():
+        theirs = twin(
+            hidden_states=image, encoder_hidden_states=text, pooled_projections=pooled,
+            timestep=torch.full((2,), 0.7), guidance=torch.full((2,), 3.5),
+            img_ids=ids, txt_ids=torch.zeros(8, 3), return_dict=False,
+        )[0]  # fmt: skip
+        found = ours(latent, torch.tensor(0.7), inputs)
+    assert relative_error(found, unpatchify(theirs[:, : 4 * 5], latent.shape)) < RTOL
+
+
+def test_odd_sizes_are_padded_by_wrapping_and_cropped_back() -> None:
+    latent = torch.arange(2 * 3 * 5, dtype=torch.float32).reshape(1, 2, 3, 5)
+    tokens = patchify(latent)
+    assert tokens.shape == (1, 2 * 3, 2 * 4)
+    assert torch.equal(unpatchify(tokens, latent.shape), latent)
+    assert tokens[0, -1, 0] == latent[0, 0, 2, 4]
+    assert tokens[0, -1, 3] == latent[0, 0, 0, 0]  # wrapped around in both directions
+
+
+def test_patch_features_are_ordered_channel_row_column() -> None:
+    latent = torch.arange(16.0).reshape(1, 4, 2, 2)
+    assert torch.equal(patchify(latent)[0, 0], torch.arange(16.0))
+
+
+def test_rotary_table_is_positions_times_frequencies() -> None:
+    cos, sin = rotary_table(torch.tensor([[0.0, 0.0], [3.0, 5.0]]), (4, 2), 100)
+    assert torch.equal(cos[0], torch.ones(3))
+    angles = torch.tensor([3.0, 3.0 / 10, 5.0])  # theta^(-2i/d): 1, 1/10 for d = 4; 1 for d = 2
+    assert torch.allclose(cos[1], angles.cos())
+    assert torch.allclose(sin[1], angles.sin())
+
+
+def test_timestep_embedding_begins_with_the_fastest_cosine() -> None:
+    features = timestep_embedding(torch.tensor([0.25]))
+    assert features.shape == (1, 256)
+    assert torch.isclose(features[0, 0], torch.tensor(250.0).cos())
+    assert torch.isclose(features[0, 128], torch.tensor(250.0).sin())
+
+
+def test_a_batch_is_its_members() -> None:
+    """Nothing mixes between the pictures of a batch."""
+    model = small_flux()
+    torch.manual_seed(2)
+    latent, text, pooled, style = (
+        torch.randn(3, 16, 4, 4), torch.randn(1, 5, 24), torch.randn(1, 20), torch.randn(1, 3, 64)
+    )  # fmt: skip
+    reference = [torch.randn(1, 16, 2, 4)]
+    sigma = torch.tensor(0.4)
+    together = model(
+        latent, sigma, model.prepare(text, pooled, (4, 4), batch=3, references=reference, style=style)
+    )
+    alone = [
+        model(one, sigma, model.prepare(text, pooled, (4, 4), references=reference, style=style))
+        for one in latent.split(1)
+    ]
+    assert relative_error(together, torch.cat(alone)) < 1e-5
+
+
+def test_more_references_change_the_picture() -> None:
+    model = small_flux()
+    torch.manual_seed(3)
+    latent, text, pooled = torch.randn(1, 16, 4, 4), torch.randn(1, 5, 24), torch.randn(1, 20)
+    reference = torch.randn(1, 16, 4, 4)
+
+    def velocity(count: int, method: str = "uxo") -> Tensor:
+        inputs = model.prepare(text, pooled, (4, 4), references=[reference] * count, method=method)
+        return model(latent, torch.tensor(0.4), inputs)
+
+    for one, other in [(0, 1), (1, 2)]:
+        assert relative_error(velocity(one), velocity(other)) > 1e-4
+    assert relative_error(velocity(1), velocity(1, "index")) > 1e-5
+
+
+@pytest.fixture(scope="module")
+def full_flux(synth_models: Path) -> Flux:
+    return load_flux(
+        TensorFile.open(synth_models / "checkpoints/flux1-dev-bf16.safetensors").component("flux")
+    )
+
+
+def _golden_inputs(synthetic, synth_models: Path, name: str) -> tuple[Tensor, dict[str, object]]:
+    """Latent and arguments of `prepare` for a case of goldens/dit.npz."""
+
+    def reference(key: str, size: tuple[int, int]) -> Tensor:
+        return (synthetic(key, (1, 16, *size), 2) - 0.1159) * 0.3611
+
+    a, b = reference("ref.a", (8, 12)), reference("ref.b", (14, 6))
+    latent = (
+        synthetic("dit.x2", (1, 16, 10, 22)) if "nonsquare" in name else synthetic("dit.x", (1, 16, 16, 16))
+    )
+    arguments: dict[str, object] = {"size": tuple(latent.shape[-2:])}
+    if name == "t2i.noguidance":
+        arguments["guidance"] = None
+    if name == "ref.uxo.1":
+        arguments |= {"references": [a], "method": "uxo"}
+    if name == "ref.offset.2":
+        arguments |= {"references": [a, b], "method": "offset"}
+    if name == "style.1":
+        file = TensorFile.open(synth_models / "model_patches/uso-flux1-projector-v1.safetensors")
+        states = {
+            layer: synthetic(f"sig.a.{level}", (1, 729, 1152), 2)
+            for level, layer in (("low", -20), ("mid", -11), ("high", -2))
+        }
+        arguments["style"] = load_projector(file.component("uso_projector"))(states)
+    return latent, arguments
+
+
+FULL = pytest.mark.full
+CASES = [
+    "ref.uxo.1",
+    *(pytest.param(name, marks=FULL) for name in ("t2i", "t2i.t1.0", "t2i.noguidance", "t2i.nonsquare")),
+    *(pytest.param(name, marks=FULL) for name in ("ref.offset.2", "style.1")),
+]
+
+
+@pytest.mark.parametrize("name", CASES)
+@torch.inference_mode()
+def test_golden(name: str, full_flux: Flux, synthetic, synth_models: Path, golden) -> None:
+    latent, arguments = _golden_inputs(synthetic, synth_models, name)
+    text, pooled = synthetic("dit.ctx", (1, 256, 4096), 0.2), synthetic("dit.y", (1, 768))
+    velocity = full_flux(
+        latent, torch.tensor(1.0 if name == "t2i.t1.0" else 0.7), full_flux.prepare(text, pooled, **arguments)
+    )
+    result = golden("dit").check(name, velocity.numpy(), RTOL)
+    assert result["ok"], result
+
+
+@pytest.mark.full
+@torch.inference_mode()
+def test_bf16_is_near_fp32(full_flux: Flux, synthetic, golden) -> None:
+    """The default dtype's distance to fp32 for one velocity; measured 0.71 %, docs/numerics.md."""
+    latent = synthetic("dit.x", (1, 16, 16, 16))
+    text, pooled = synthetic("dit.ctx", (1, 256, 4096), 0.2), synthetic("dit.y", (1, 768))
+    velocity = full_flux(
+        latent, torch.tensor(0.7), full_flux.prepare(text, pooled, (16, 16), dtype=torch.bfloat16)
+    )
+    result = golden("dit").check("t2i", velocity.numpy(), 0.01)
+    assert result["ok"], result
