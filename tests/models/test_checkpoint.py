@@ -1,0 +1,149 @@
+"""Headers: what a file holds, and every way in which one can be wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from usoflow.errors import UsoflowError
+from usoflow.models.checkpoint import CONFIG_KEY, TensorFile
+
+FLUX_KEY = "model.diffusion_model.double_blocks.0.img_attn.qkv.weight"
+
+
+def written(path: Path, header: object, data: bytes = b"", length: int | None = None) -> Path:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
+    return path
+
+
+def code_of(path: Path) -> str:
+    with pytest.raises(UsoflowError) as caught:
+        TensorFile.open(path).components()
+    assert path.name in caught.value.detail
+    return caught.value.code
+
+
+def entry(dtype: str = "F32", shape: tuple[int, ...] = (2,), offsets: tuple[int, int] = (0, 8)) -> dict:
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+def test_components_of_an_all_in_one_file(synth_models: Path) -> None:
+    file = TensorFile.open(synth_models / "checkpoints/flux1-dev-fp8.safetensors")
+    found = {kind: (c.prefix, len(c.tensors)) for kind, c in file.components().items()}
+    assert found == {
+        "flux": ("model.diffusion_model.", 60),
+        "clip_l": ("text_encoders.clip_l.transformer.", 197),
+        "t5": ("text_encoders.t5xxl.transformer.", 12),
+        "vae": ("vae.", 244),
+    }
+    assert file.component("flux").tensors["img_in.weight"].dtype == "F8_E4M3"
+
+
+@pytest.mark.parametrize(
+    ("folder", "kind"),
+    [("loras", "uso_lora"), ("model_patches", "uso_projector"), ("clip_vision", "siglip")],
+)
+def test_single_components(synth_models: Path, folder: str, kind: str) -> None:
+    (path,) = (synth_models / folder).glob("*.safetensors")
+    assert list(TensorFile.open(path).components()) == [kind]
+
+
+def test_declared_configuration(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file({FLUX_KEY: torch.ones(1)}, path, metadata={CONFIG_KEY: json.dumps({"flux": {"theta": 7}})})
+    assert TensorFile.open(path).component("flux").declared == {"theta": 7}
+
+
+@pytest.mark.parametrize("config", ["{", "[]", '{"flux": 3}'])
+def test_broken_configuration(tmp_path: Path, config: str) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file({FLUX_KEY: torch.ones(1)}, path, metadata={CONFIG_KEY: config})
+    assert code_of(path) == "model_damaged"
+
+
+def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file({"a": torch.ones(1)}, path)
+    before = TensorFile.open(path)
+    assert TensorFile.open(path) is before
+    save_file({"b": torch.ones(2)}, path)
+    assert list(TensorFile.open(path).tensors) == ["b"]
+    assert TensorFile.open(path).fingerprint != before.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("header", "data", "length", "code"),
+    [
+        ({"a": entry()}, b"1234567", None, "model_truncated"),
+        (b"{}", b"", 1000, "model_truncated"),
+        (b"{}", b"", 2**62, "model_damaged"),
+        (b"not json", b"", None, "model_damaged"),
+        ([], b"", None, "model_damaged"),
+        ({"a": 3}, b"", None, "model_damaged"),
+        ({"a": entry(dtype="F99")}, b"12345678", None, "model_damaged"),
+        ({"a": entry(shape=(3,))}, b"12345678", None, "model_damaged"),
+        ({"a": entry(shape=(-1, -2))}, b"12345678", None, "model_damaged"),
+        ({"a": entry(offsets=(8, 0))}, b"12345678", None, "model_damaged"),
+        ({"a": entry(offsets=(-8, 0))}, b"12345678", None, "model_damaged"),
+        ({"__metadata__": 3}, b"", None, "model_damaged"),
+    ],
+)
+def test_damaged_files(tmp_path: Path, header: object, data: bytes, length: int | None, code: str) -> None:
+    assert code_of(written(tmp_path / "bad.safetensors", header, data, length)) == code
+
+
+@pytest.mark.parametrize("start", [b"PK\x03\x04xxxxxxxxxx", b"\x80\x02}q\x00xxxxxxx"])
+def test_pickles_are_refused(tmp_path: Path, start: bytes) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(start)
+    assert code_of(path) == "model_pickle"
+
+
+def test_empty_and_absent_files(tmp_path: Path) -> None:
+    (tmp_path / "empty.safetensors").touch()
+    assert code_of(tmp_path / "empty.safetensors") == "model_truncated"
+    assert code_of(tmp_path / "absent.safetensors") == "model_missing"
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_a_file_or_an_error(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
+    path = tmp_path_factory.mktemp("any") / "any.safetensors"
+    path.write_bytes(data)
+    try:
+        TensorFile.open(path).components()
+    except UsoflowError:
+        pass
+    finally:
+        os.unlink(path)
+
+
+def test_tensors_of_no_model_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file({FLUX_KEY: torch.ones(1), "first_stage_model.x": torch.ones(1)}, path)
+    assert code_of(path) == "tensor_unknown"
+
+
+def test_another_architecture_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "sd15.safetensors"
+    save_file({"model.diffusion_model.input_blocks.0.0.weight": torch.ones(1)}, path)
+    with pytest.raises(UsoflowError, match=r"holds no FLUX\.1 transformer; it holds nothing") as caught:
+        TensorFile.open(path).component("flux")
+    assert caught.value.code == "model_kind"
+
+
+def test_a_gap_in_block_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "gap.safetensors"
+    keys = [FLUX_KEY, FLUX_KEY.replace(".0.", ".2.")]
+    save_file({key: torch.ones(1) for key in keys}, path)
+    with pytest.raises(UsoflowError, match=r"double_blocks\.1\.") as caught:
+        TensorFile.open(path).component("flux").count("double_blocks.{}.")
+    assert caught.value.code == "block_gap"
