@@ -8,13 +8,16 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import platformdirs
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from golden import synth
 from golden.compare import Golden
+from usoflow.pocket.untrained import write_untrained
 
 GOLDEN = Path(__file__).parent / "golden"
 SHARED = Path(__file__).parents[2] / "shared"
@@ -66,3 +69,19 @@ def synth_models() -> Path:
         subprocess.run([sys.executable, GOLDEN / "synth.py", models], check=True, stdout=subprocess.DEVNULL)
         done.touch()
     return models
+
+
+@pytest.fixture(scope="session")
+def small_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Untrained models of the official layout that run in a second; not to be changed.
+
+    The sibling `input` has `subject.png`, 80x48, and `style.png`, 64x64.
+    """
+    root = tmp_path_factory.mktemp("small")
+    write_untrained(root / "models")
+    (root / "input").mkdir()
+    generator = np.random.default_rng(0)
+    for name, size in (("subject", (48, 80, 3)), ("style", (64, 64, 3))):
+        pixels = generator.integers(0, 256, size, dtype=np.uint8)
+        Image.fromarray(pixels).save(root / "input" / f"{name}.png")
+    return root / "models"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 
 from usoflow.errors import UsoflowError
 from usoflow.models.checkpoint import TensorFile
@@ -72,6 +73,8 @@ KNOWN_FILES: tuple[KnownFile, ...] = (
     ),
 )
 
+PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+
 # ByteDance's own names (bytedance-research/USO, uso_flux_v1.0/), which two steps of the tutorial use.
 ALIASES = {
     ("loras", "dit_lora.safetensors"): "uso-flux1-dit-lora-v1.safetensors",
@@ -80,9 +83,11 @@ ALIASES = {
 
 
 def missing_file_remedy(folder: str, name: str, folders: Folders) -> str:
-    """What to do about a model file that is not there: which local file would do, else where to get it."""
+    """What to do about a model file that is not offered: which local file would do, else where to get it."""
     wanted = known_file(folder, name)
     lines = []
+    if PurePosixPath(name).suffix in PICKLE_SUFFIXES:
+        lines.append(f"{name} is a pickle, which can execute code when it is loaded: it is refused.")
     if twins := list(_same_kind(wanted, folder, folders)) if wanted else []:
         names = " or ".join(twins)
         lines.append(

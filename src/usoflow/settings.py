@@ -165,32 +165,46 @@ def _extra_paths(file: Path) -> Iterator[tuple[str, list[Path]]]:
         return
     try:
         sections = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-        for section in sections.values():
+        for section in filter(None, sections.values()):  # one of which all lines are comments is None
             base = Path(os.path.expandvars(section.get("base_path") or file.parent)).expanduser()
             base = base if base.is_absolute() else file.parent / base
             for kind, names in MODEL_FOLDERS.items():
                 for key in (kind, *names):
-                    lines = str(section.get(key) or "").split("\n")
+                    lines = (section.get(key) or "").split("\n")
                     yield kind, [base / line.strip() for line in lines if line.strip()]
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, TypeError) as error:
         raise UsoflowError("settings_invalid", f"{file} cannot be read: {error}") from None
 
 
 def _names(root: Path, suffixes: tuple[str, ...], *, deep: bool = True) -> Iterator[str]:
-    try:
-        for path in root.rglob("*") if deep else root.glob("*"):
+    """Files by suffix; a folder that cannot be read offers nothing, one that is a link is followed once."""
+    seen: set[str] = set()
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        if not deep or os.path.realpath(folder) in seen:
+            subfolders.clear()
+        seen.add(os.path.realpath(folder))
+        for name in files:
+            path = Path(folder, name)
             if path.suffix.lower() in suffixes and path.is_file():
                 yield path.relative_to(root).as_posix()
-    except OSError:  # a folder that cannot be read offers nothing
-        return
 
 
-def _find(roots: Sequence[Path], name: str) -> Path | None:
-    """The first file of this name; names that leave their folder are refused before the disk is asked."""
+def inside(name: str) -> PurePosixPath:
+    r"""A name from a workflow as a path relative to some folder, with `/` or `\` between its parts.
+
+    Raises:
+        UsoflowError: `path_outside` for what leads out of the folder: `..`, absolute paths, drives, NUL.
+    """
     relative = PurePosixPath(name.replace("\\", "/"))
     drive = relative.parts[:1] and ":" in relative.parts[0]
     if relative.is_absolute() or ".." in relative.parts or "\0" in name or drive:
         raise UsoflowError("path_outside", f"{name!r} is not a name inside a folder.")
+    return relative
+
+
+def _find(roots: Sequence[Path], name: str) -> Path | None:
+    """The first file of this name; names that leave their folder are refused before the disk is asked."""
+    relative = inside(name)
     return next((root / relative for root in roots if _is_file(root / relative)), None)
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from usoflow.errors import UsoflowError
+from usoflow.schema.specs import Float, Int
 
 if TYPE_CHECKING:
     from usoflow.schema.specs import InputSpec, NodeSchema
@@ -50,8 +51,8 @@ def _kind(spec: InputSpec) -> str:
         words.append(f"a file of {folder}/")
     if options := getattr(kind, "options", ()):
         words.append("one of " + ", ".join(dict.fromkeys(options)))
-    if getattr(kind, "min", None) is not None:
-        words.append(f"{getattr(kind, 'min')} to {getattr(kind, 'max')}")
+    if isinstance(kind, Int | Float) and kind.min is not None:
+        words.append(f"{kind.min} to {kind.max}")
     if spec.default is not None and spec.is_widget:
         words.append(f"default {spec.default!r}")
     return ", ".join(words)

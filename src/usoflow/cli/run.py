@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -103,10 +106,18 @@ def _with_images(prompt: Prompt, images: list[str]) -> tuple[Prompt, dict[str, P
         picture = Path(path).expanduser()
         if not picture.is_file():
             raise UsoflowError("image_missing", f"{picture} does not exist.", remedy="Check the path.")
-        name = picture.name if picture.name not in given else f"{len(given)}_{picture.name}"
+        key = prompt.find(node)
+        taken = [entry.inputs.get("image") for other, entry in prompt.nodes.items() if other != key]
+        name = _free_name(picture.name, taken)
         given[name] = picture
-        prompt = prompt.set(node, "image", name)
+        prompt = prompt.set(key, "image", name)
     return prompt, given
+
+
+def _free_name(name: str, taken: Container[object]) -> str:
+    """The name, with a number before it if other nodes use it for another picture."""
+    numbered = (f"{number}_{name}" for number in itertools.count(1))
+    return next(candidate for candidate in itertools.chain([name], numbered) if candidate not in taken)
 
 
 def _with_seed(prompt: Prompt, seed: int) -> Prompt:
@@ -149,18 +160,28 @@ def _execute(job: _Job, placement: Placement, listen: Listener) -> RunResult:
     from usoflow.models.library import ModelLibrary
     from usoflow.nodes import registry
 
-    cancellation = Cancellation()
-    _stop_on_interrupt(cancellation)
-    return Executor(registry(), ModelLibrary(placement)).run(
-        job.prompt, job.targets, job.folders, workflow=job.workflow, listen=listen, cancellation=cancellation
-    )
+    executor, cancellation = Executor(registry(), ModelLibrary(placement)), Cancellation()
+    with _stopped_by_interrupt(cancellation):
+        return executor.run(
+            job.prompt,
+            job.targets,
+            job.folders,
+            workflow=job.workflow,
+            listen=listen,
+            cancellation=cancellation,
+        )
 
 
-def _stop_on_interrupt(cancellation: Cancellation) -> None:
+@contextmanager
+def _stopped_by_interrupt(cancellation: Cancellation) -> Iterator[None]:
     """Ctrl+C stops after the step in progress; a second one stops at once."""
 
     def stop(*_: object) -> None:
         cancellation.set()
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    signal.signal(signal.SIGINT, stop)
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

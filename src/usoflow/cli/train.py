@@ -15,6 +15,7 @@ def train(
     config: Annotated[Path | None, typer.Option(help="Training file; default: the shipped one.")] = None,
     work: Annotated[Path, typer.Option(help="Folder for caches, states and sheets.")] = Path("training"),
     threads: Annotated[int, typer.Option(help="Threads of torch; 0 leaves it to torch.")] = 0,
+    compiled: Annotated[bool, typer.Option(help="Compile the transformer's steps.")] = False,
     full_precision: Annotated[bool, typer.Option(help="Compute in fp32 instead of bf16.")] = False,
 ) -> None:
     """Run a stage of training to its end; interrupted, it continues where it was."""
@@ -27,6 +28,6 @@ def train(
     if threads:
         torch.set_num_threads(threads)
     dtype = torch.float32 if full_precision else torch.bfloat16
-    workshop = Workshop(work, Plan.read(config), dtype)
+    workshop = Workshop(work, Plan.read(config), dtype, compiled)
     for name in STAGES if stage == "all" else (stage,):
         STAGES[name](workshop)

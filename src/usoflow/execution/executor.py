@@ -116,10 +116,12 @@ class _Run:
         needed = list(in_order(self.prompt, targets, stop_at=known))
         cached = [node_id for node_id in needed if node_id in known]
         self.listen(NodesCached(tuple(cached)))
-        for node_id in needed:
-            self.outputs[node_id] = known[node_id] if node_id in known else self._run_node(node_id)
-            cache.put(key_of[node_id], self.outputs[node_id])
-        cache.keep_only(set(key_of.values()))
+        try:
+            for node_id in needed:
+                self.outputs[node_id] = known[node_id] if node_id in known else self._run_node(node_id)
+                cache.put(key_of[node_id], self.outputs[node_id])
+        finally:
+            cache.keep_only(set(key_of.values()))
         shown = {t: self.outputs[t][0] for t in targets if self.outputs[t]}
         return RunResult(shown, self.finished, cached, time.perf_counter() - start)
 

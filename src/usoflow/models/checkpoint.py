@@ -20,9 +20,11 @@ from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 from usoflow.errors import UsoflowError
+
+T = TypeVar("T", int, float, tuple[int, ...])
 
 CONFIG_KEY = "usoflow.config"  # safetensors metadata: JSON object, one section per component
 MAX_HEADER_BYTES = 100_000_000  # the limit that the safetensors library sets itself
@@ -112,15 +114,14 @@ class TensorFile:
         """The model of this kind.
 
         Raises:
-            UsoflowError: `model_kind` if the file holds none, naming what it holds instead.
+            UsoflowError: `model_kind` if the file holds none, naming what it holds instead; `tensor_unknown`.
         """
-        components = self.components()
-        if kind not in components:
+        if self._prefix(kind) is None:
             raise UsoflowError(
                 "model_kind",
                 f"{self.path.name} holds no {KIND_NAMES[kind]}; it holds {self.describe()}.",
             )
-        return components[kind]
+        return self.components()[kind]
 
     def describe(self) -> str:
         """What the file holds, in words: 'FLUX.1 transformer, FLUX VAE' or 'nothing usoflow knows'."""
@@ -190,6 +191,20 @@ class Component:
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return {name: info.shape for name, info in self.tensors.items()}
 
+    def setting(self, name: str, default: T) -> T:
+        """What the file declares of the model under this name, else the default (the official value).
+
+        Raises:
+            UsoflowError: `model_damaged` if it declares something that is no value like the default.
+        """
+        value = self.declared.get(name, default)
+        try:
+            return type(default)(value)  # type: ignore[call-arg]
+        except (TypeError, ValueError):
+            raise UsoflowError(
+                "model_damaged", f"{self.file.path.name} declares {self.kind} {name} = {value!r}."
+            ) from None
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor that the model cannot be without.
 
@@ -213,10 +228,8 @@ class Component:
         found = {int(match.group(1)) for name in self.tensors if (match := numbered.match(name))}
         absent = sorted(set(range(max(found, default=-1) + 1)) - found)
         if absent:
-            raise UsoflowError(
-                "block_gap",
-                f"{self.file.path.name} has {pattern.format(max(found))}* but no {pattern.format(absent[0])}*.",
-            )
+            last, first = pattern.format(max(found)), pattern.format(absent[0])
+            raise UsoflowError("block_gap", f"{self.file.path.name} has {last}* but no {first}*.")
         return len(found)
 
 

@@ -11,7 +11,7 @@ import re
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 
 from usoflow.errors import UsoflowError
+from usoflow.settings import inside
 from usoflow.workflow.metadata import png_info
 
 MAX_PIXELS = 64_000_000  # all frames together: 768 MB as float32
@@ -43,14 +44,21 @@ def read_picture(path: Path) -> tuple[Array, Array]:
     with _opened(path) as picture:
         frames = [_frame(frame) for frame in _frames(picture, path)]
     same = [frame for frame in frames if frame[0].shape == frames[0][0].shape]
-    return np.stack([image for image, _ in same]), np.stack([mask for _, mask in same])
+    return np.stack([image for image, _ in same]), _masks([mask for _, mask in same])
+
+
+def _masks(masks: list[Array | None]) -> Array:
+    """One mask a frame; frames without transparency have zeros, in the size of the others."""
+    size = next((mask.shape for mask in masks if mask is not None), EMPTY_MASK)
+    opaque = np.zeros(size, dtype=np.float32)
+    return np.stack([opaque if mask is None else mask for mask in masks])
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
+            warnings.simplefilter("ignore")  # a bomb: our own limit is lower; odd EXIF or palettes: read on
             with Image.open(path) as picture:
                 yield picture
     except FileNotFoundError:
@@ -77,14 +85,15 @@ def _too_large(path: Path, pixels: str) -> UsoflowError:
     )
 
 
-def _frame(frame: Image.Image) -> tuple[Array, Array]:
+def _frame(frame: Image.Image) -> tuple[Array, Array | None]:
+    """RGB and, if there is transparency, the mask."""
     turned = ImageOps.exif_transpose(frame)
     if turned.mode.startswith("I"):  # 16 bits a pixel, which Pillow's RGB conversion would clip
-        turned = Image.fromarray((np.asarray(turned).astype(np.float32) / 257).round().astype(np.uint8))
+        turned = Image.fromarray((np.asarray(turned) / 257).round().clip(0, 255).astype(np.uint8))
     image = _unit(turned.convert("RGB"))
     if "A" in turned.getbands() or "transparency" in turned.info:
         return image, np.float32(1) - _unit(turned.convert("RGBA").getchannel("A"))
-    return image, np.zeros(EMPTY_MASK, dtype=np.float32)
+    return image, None
 
 
 def _unit(picture: Image.Image) -> Array:
@@ -130,16 +139,14 @@ def write_pictures(
                 )
             written.append(PurePosixPath(partial.with_suffix(".png").relative_to(root).as_posix()))
     except OSError as error:
-        raise UsoflowError("save_failed", f"{folder} cannot be written to: {error.strerror}.") from None
+        reason = error.strerror or error
+        raise UsoflowError("save_failed", f"{folder} cannot be written to: {reason}.") from None
     return written
 
 
 def _place(root: Path, prefix: str) -> tuple[Path, str]:
     """Folder and file stem; refuses what would leave the output folder."""
-    relative = PurePosixPath(prefix.replace("\\", "/"))
-    folder = (root / relative.parent).resolve()
-    if relative.is_absolute() or "\0" in prefix or not folder.is_relative_to(root.resolve()):
-        raise UsoflowError("path_outside", f"filename_prefix {prefix!r} leads out of the output folder.")
+    relative = inside(prefix)
     return root / relative.parent, relative.name
 
 
@@ -158,18 +165,27 @@ def _reserved(folder: Path, stem: str) -> Iterator[Path]:
     number = _next_number(folder, stem)
     while True:
         partial = folder / f"{stem}_{number:05}_.part"
-        try:
-            os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
-        except FileExistsError:  # another process is writing this number
-            number += 1
-            continue
-        break
+        if _taken(partial):
+            break
+        number += 1
     try:
         yield partial
-        partial.replace(partial.with_suffix(".png"))
-    finally:
-        with suppress(FileNotFoundError):
-            partial.unlink()
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    partial.replace(partial.with_suffix(".png"))
+
+
+def _taken(partial: Path) -> bool:
+    """Whether this number is ours now: nobody is writing it, nor has finished since we looked."""
+    try:
+        os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+    except FileExistsError:
+        return False
+    if partial.with_suffix(".png").exists():
+        partial.unlink()
+        return False
+    return True
 
 
 def _next_number(folder: Path, stem: str) -> int:

@@ -1,0 +1,7 @@
+"""`python -m usoflow` is `usoflow`."""
+
+from __future__ import annotations
+
+from usoflow.cli.main import main
+
+main()

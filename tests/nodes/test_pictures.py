@@ -1,0 +1,326 @@
+"""Picture files: what is read from every kind of file, and what is written, whatever the disk does."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import subprocess
+import sys
+import textwrap
+import warnings
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from usoflow.errors import UsoflowError
+from usoflow.nodes.pictures import read_picture, write_pictures
+from usoflow.workflow import metadata
+
+RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+
+
+def picture(width: int = 5, height: int = 3, *, seed: int = 0) -> Image.Image:
+    generator = np.random.default_rng(seed)
+    return Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def saved(tmp_path: Path, image: Image.Image, name: str = "a.png", **options: Any) -> Path:
+    image.save(tmp_path / name, **options)
+    return tmp_path / name
+
+
+def refused(path: Path) -> UsoflowError:
+    with pytest.raises(UsoflowError) as caught:
+        read_picture(path)
+    assert path.name in caught.value.detail
+    return caught.value
+
+
+def png_header(width: int, height: int) -> bytes:
+    """The start of a PNG that claims to be this large."""
+    body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    start = metadata.PNG_SIGNATURE + struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body))
+    data = b"IDAT" + zlib.compress(b"\0" * 100)
+    return start + struct.pack(">I", len(data) - 4) + data + struct.pack(">I", zlib.crc32(data))
+
+
+class TestReading:
+    def test_rgb(self, tmp_path: Path) -> None:
+        original = picture()
+        image, mask = read_picture(saved(tmp_path, original))
+        assert image.shape == (1, 3, 5, 3)
+        assert image.dtype == np.float32
+        assert np.array_equal(np.round(image[0] * 255), np.asarray(original))
+        assert mask.shape == (1, 64, 64)
+        assert not mask.any()
+
+    @pytest.mark.parametrize(
+        ("orientation", "corner"), [(1, (0, 0)), (3, (-1, -1)), (6, (0, -1)), (8, (-1, 0)), (2, (0, -1))]
+    )
+    def test_exif_turns(self, tmp_path: Path, orientation: int, corner: tuple[int, int]) -> None:
+        """EXIF 2.32, 4.6.4: where the first row and column of the file are meant to be."""
+        image = Image.new("RGB", (4, 2))
+        image.putpixel((0, 0), RED)
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        read, _ = read_picture(saved(tmp_path, image, exif=exif))
+        assert read.shape[1:3] == ((4, 2) if orientation in (6, 8) else (2, 4))
+        assert tuple(read[0][corner]) == (1, 0, 0)
+
+    def test_mask_is_transparency(self, tmp_path: Path) -> None:
+        image = Image.new("RGBA", (2, 1), (*RED, 255))
+        image.putpixel((1, 0), (*GREEN, 51))
+        read, mask = read_picture(saved(tmp_path, image))
+        assert read[0, 0].tolist() == [[1, 0, 0], [0, 1, 0]]
+        assert mask[0, 0] == pytest.approx([0, 0.8])
+
+    def test_palette(self, tmp_path: Path) -> None:
+        image = Image.new("P", (2, 1))
+        image.putpalette([*BLUE, *GREEN])
+        image.putpixel((1, 0), 1)
+        read, mask = read_picture(saved(tmp_path, image))
+        assert read[0, 0].tolist() == [[0, 0, 1], [0, 1, 0]]
+        assert not mask.any()
+
+    @pytest.mark.parametrize("transparency", [1, b"\xff\x00"])
+    def test_palette_with_transparency(self, tmp_path: Path, transparency: int | bytes) -> None:
+        image = Image.new("P", (2, 1))
+        image.putpalette([*BLUE, *GREEN])
+        image.putpixel((1, 0), 1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            read, mask = read_picture(saved(tmp_path, image, transparency=transparency))
+        assert read[0, 0].tolist() == [[0, 0, 1], [0, 1, 0]]
+        assert mask[0, 0].tolist() == [0, 1]
+
+    def test_16_bit_grey(self, tmp_path: Path) -> None:
+        levels = np.array([[0, 257, 32896, 65535]], dtype=np.uint16)
+        read, _ = read_picture(saved(tmp_path, Image.fromarray(levels)))
+        assert np.round(read[0, 0, :, 0] * 255).tolist() == [0, 1, 128, 255]
+
+    def test_32_bit_grey_saturates(self, tmp_path: Path) -> None:
+        levels = np.array([[-5, 65535, 70000, 2**30]], dtype=np.int32)
+        read, _ = read_picture(saved(tmp_path, Image.fromarray(levels), "a.tiff"))
+        assert read[0, 0, :, 0].tolist() == [0, 1, 1, 1]
+
+    @pytest.mark.parametrize("mode", ["1", "L", "LA", "CMYK", "YCbCr", "LAB", "F", "I;16", "RGBX"])
+    def test_every_mode(self, tmp_path: Path, mode: str) -> None:
+        read, mask = read_picture(saved(tmp_path, Image.new(mode, (4, 2)), "a.tiff"))
+        assert read.shape == (1, 2, 4, 3)
+        assert len(mask) == 1
+
+    def test_cmyk_jpeg(self, tmp_path: Path) -> None:
+        read, _ = read_picture(saved(tmp_path, Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "a.jpg"))
+        assert read[0, 4, 4] == pytest.approx([1, 0, 0], abs=0.03)
+
+    @pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png", "a.tiff"])
+    def test_frames_are_a_batch(self, tmp_path: Path, name: str) -> None:
+        frames = [Image.new("RGB", (8, 8), colour) for colour in (RED, GREEN, BLUE)]
+        options = {"lossless": True} if name == "a.webp" else {}
+        path = saved(tmp_path, frames[0], name, save_all=True, append_images=frames[1:], **options)
+        read, mask = read_picture(path)
+        assert np.round(read[:, 4, 4]).tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
+        assert len(mask) == 3
+
+    def test_frames_of_another_size_are_left_out(self, tmp_path: Path) -> None:
+        frames = [Image.new("RGB", size, RED) for size in ((8, 8), (4, 4), (8, 8))]
+        path = saved(tmp_path, frames[0], "a.tiff", save_all=True, append_images=frames[1:])
+        assert read_picture(path)[0].shape == (2, 8, 8, 3)
+
+    def test_frames_with_and_without_alpha(self, tmp_path: Path) -> None:
+        frames = [Image.new("RGB", (8, 8), RED), Image.new("RGBA", (8, 8), (*RED, 0))]
+        path = saved(tmp_path, frames[0], "a.tiff", save_all=True, append_images=frames[1:])
+        read, mask = read_picture(path)
+        assert len(read) == len(mask) == 2
+        assert mask[1].min() == 1
+        assert mask[0].max() == 0
+
+    def test_content_counts_not_the_name(self, tmp_path: Path) -> None:
+        original = picture()
+        buffer = io.BytesIO()
+        original.save(buffer, "PNG")
+        (tmp_path / "a.webp").write_bytes(buffer.getvalue())
+        read, _ = read_picture(tmp_path / "a.webp")
+        assert np.array_equal(np.round(read[0] * 255), np.asarray(original))
+
+    def test_missing(self, tmp_path: Path) -> None:
+        assert refused(tmp_path / "a.png").code == "image_missing"
+
+    @pytest.mark.parametrize("content", [b"", b"hello", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"RIFF\0\0\0\0WEBP"])
+    def test_not_a_picture(self, tmp_path: Path, content: bytes) -> None:
+        (tmp_path / "a.png").write_bytes(content)
+        assert refused(tmp_path / "a.png").code == "image_invalid"
+
+    def test_folder(self, tmp_path: Path) -> None:
+        (tmp_path / "a.png").mkdir()
+        assert refused(tmp_path / "a.png").code == "image_invalid"
+
+    @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.gif", "a.bmp", "a.tiff"])
+    def test_truncated(self, tmp_path: Path, name: str) -> None:
+        path = saved(tmp_path, picture(40, 40), name)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+        assert refused(path).code == "image_invalid"
+
+    @pytest.mark.parametrize("side", [10_000, 30_000, 2**31 - 1])
+    def test_too_large_is_refused_by_its_header(self, tmp_path: Path, side: int) -> None:
+        """100 megapixels, and what Pillow itself takes for a bomb."""
+        (tmp_path / "a.png").write_bytes(png_header(side, side))
+        assert refused(tmp_path / "a.png").code == "image_too_large"
+
+    def test_many_frames_are_too_large_together(self, tmp_path: Path) -> None:
+        frames = [Image.new("P", (2000, 2000), index) for index in range(17)]
+        path = saved(tmp_path, frames[0], "a.gif", save_all=True, append_images=frames[1:])
+        assert refused(path).code == "image_too_large"
+
+    @settings(max_examples=150, deadline=None)
+    @given(data=st.data())
+    def test_damage_never_crashes(
+        self, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+    ) -> None:
+        """Bytes changed anywhere: a picture still, or one of our errors."""
+        name = data.draw(st.sampled_from(["a.png", "a.jpg", "a.webp", "a.gif", "a.bmp", "a.tiff"]))
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        buffer = io.BytesIO()
+        options: dict[str, Any] = {} if name in ("a.gif", "a.bmp") else {"exif": exif}
+        picture(9, 7).save(buffer, name[2:].replace("jpg", "jpeg"), **options)
+        content = bytearray(buffer.getvalue())
+        for _ in range(data.draw(st.integers(1, 4))):
+            position = data.draw(st.integers(0, len(content) - 1))
+            content[position] = data.draw(st.integers(0, 255))
+        path = tmp_path_factory.getbasetemp() / "damaged"
+        path.write_bytes(content)
+        try:
+            image, mask = read_picture(path)
+        except UsoflowError as error:
+            code = error.code
+        else:
+            code = "" if image.ndim == 4 and len(mask) == len(image) and image.max() <= 1 else "wrong"
+        assert code in ("", "image_invalid", "image_too_large")
+
+
+def write(root: Path, prefix: str = "out", *, count: int = 1, **options: Any) -> list[str]:
+    images = np.full((count, 8, 16, 3), 0.5, dtype=np.float32)
+    options = {"prompt": {}, "workflow": None} | options
+    return [str(path) for path in write_pictures(images, root, prefix, **options)]
+
+
+class TestWriting:
+    def test_values_are_truncated_not_rounded(self, tmp_path: Path) -> None:
+        levels = np.array([-1.0, 0.0, 0.9 / 255, 1 / 255, 1.9 / 255, 254.9 / 255, 1.0, 7.0])
+        images = np.repeat(levels[None, None, :, None], 3, axis=3).astype(np.float32)
+        (name,) = write_pictures(images, tmp_path, "a", prompt={}, workflow=None)
+        with Image.open(tmp_path / name) as image:
+            assert np.asarray(image)[0, :, 0].tolist() == [0, 0, 0, 1, 1, 254, 255, 255]
+
+    def test_counts_on(self, tmp_path: Path) -> None:
+        assert write(tmp_path, count=2) == ["out_00001_.png", "out_00002_.png"]
+        (tmp_path / "out_00007_.png").touch()
+        (tmp_path / "other_00009_.png").touch()
+        (tmp_path / "out_x_.png").touch()
+        assert write(tmp_path) == ["out_00008_.png"]
+
+    def test_counts_beyond_five_digits(self, tmp_path: Path) -> None:
+        (tmp_path / "out_99999_.png").touch()
+        assert write(tmp_path) == ["out_100000_.png"]
+        assert write(tmp_path) == ["out_100001_.png"]
+
+    def test_subfolder(self, tmp_path: Path) -> None:
+        assert write(tmp_path, "a/b/c") == ["a/b/c_00001_.png"]
+        assert write(tmp_path, "a\\b\\c") == ["a/b/c_00002_.png"]
+
+    def test_size_and_date(self, tmp_path: Path) -> None:
+        (name,) = write(tmp_path, "%width%x%height%-%year%")
+        assert name.startswith("16x8-20")
+
+    @pytest.mark.parametrize(
+        "prefix", ["../a", "a/../../b", "/tmp/a", "..\\a", "C:/a", "\\\\host\\a", "a\0b", "..", "a/../b"]
+    )
+    def test_stays_in_its_folder(self, tmp_path: Path, prefix: str) -> None:
+        root = tmp_path / "output"
+        with pytest.raises(UsoflowError) as caught:
+            write(root, prefix)
+        assert caught.value.code == "path_outside"
+        assert not list(tmp_path.rglob("*.png"))
+
+    @settings(max_examples=100, deadline=None)
+    @given(prefix=st.text(st.characters(exclude_categories=["Cs"]), max_size=30))
+    def test_any_prefix(self, tmp_path_factory: pytest.TempPathFactory, prefix: str) -> None:
+        root = tmp_path_factory.mktemp("any")
+        names, code = [], ""
+        try:
+            names = write(root / "output", prefix)
+        except UsoflowError as error:
+            code = error.code
+        assert code in ("", "path_outside", "save_failed")
+        files = [path.relative_to(root / "output").as_posix() for path in root.rglob("*") if path.is_file()]
+        assert files == names
+
+    def test_embeds_prompt_and_workflow(self, tmp_path: Path) -> None:
+        prompt = {"1": {"class_type": "X", "inputs": {"text": 'ünï "q" \n 猫'}}}
+        workflow = {"nodes": [], "extra": "é"}
+        (name,) = write(tmp_path, prompt=prompt, workflow=workflow)
+        texts = metadata.read((tmp_path / name).read_bytes())
+        assert {key: json.loads(text) for key, text in texts.items()} == {
+            "prompt": prompt,
+            "workflow": workflow,
+        }
+
+    def test_no_workflow_where_there_is_none(self, tmp_path: Path) -> None:
+        (name,) = write(tmp_path)
+        assert set(metadata.read((tmp_path / name).read_bytes())) == {"prompt"}
+
+    def test_concurrent_writers_take_distinct_names(self, tmp_path: Path) -> None:
+        with ThreadPoolExecutor(8) as pool:
+            names = [
+                name for part in pool.map(lambda _: write(tmp_path, count=4), range(20)) for name in part
+            ]
+        assert len(set(names)) == len(names) == 80
+        assert {path.name for path in tmp_path.iterdir()} == set(names)
+
+    def test_never_replaces_a_file_that_appeared_meanwhile(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Two processes looked at the folder at once, and the other was faster."""
+        (tmp_path / "out_00001_.png").write_text("theirs")
+        monkeypatch.setattr("usoflow.nodes.pictures._next_number", lambda folder, stem: 1)
+        assert write(tmp_path) == ["out_00002_.png"]
+        assert (tmp_path / "out_00001_.png").read_text() == "theirs"
+
+    def test_folder_that_cannot_be_made(self, tmp_path: Path) -> None:
+        (tmp_path / "output").write_text("a file")
+        with pytest.raises(UsoflowError) as caught:
+            write(tmp_path / "output")
+        assert caught.value.code == "save_failed"
+        assert "None" not in caught.value.detail
+
+    def test_full_disk_leaves_nothing(self, tmp_path: Path) -> None:
+        """A limit on file sizes stands for the disk: setrlimit(2) makes write fail with EFBIG."""
+        code = f"""
+            import resource
+            import numpy as np
+            from pathlib import Path
+            from usoflow.errors import UsoflowError
+            from usoflow.nodes.pictures import write_pictures
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+            noise = np.random.default_rng(0).random((1, 100, 100, 3), dtype=np.float32)
+            try:
+                write_pictures(noise, Path({str(tmp_path)!r}), "out", prompt={{}}, workflow=None)
+            except UsoflowError as error:
+                print(error.code, error.detail)
+        """
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False
+        )
+        assert done.stderr == ""
+        assert done.stdout.startswith("save_failed")
+        assert "File too large" in done.stdout
+        assert list(tmp_path.iterdir()) == []
