@@ -1,0 +1,44 @@
+# `make demo` and `make test` work from a bare `python3 -m venv` and pip; everything goes into .venv and out/.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-full lint install clean
+
+demo: $(VENV)/.installed
+	$(BIN)/python examples/demo.py
+
+# Units, property tests, oracles, and one golden of each stage. The first run writes 5 GB of synthetic weights
+# to the user's cache directory (USOFLOW_TEST_CACHE names another).
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m "not full"
+
+# Every golden and every conversion pair.
+test-full: $(VENV)/.installed-test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check src tests examples benchmarks
+	$(BIN)/ruff format --check src tests examples benchmarks
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+install: $(VENV)/.installed
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "usoflow needs Python 3.11 or newer: make PYTHON=python3.12 demo"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) \
+		|| { rm -rf $(VENV); echo "Python's venv module is missing: apt-get install python3-venv"; exit 1; }
+
+$(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .[test,train]
+	@touch $@
+
+clean:
+	rm -rf $(VENV) out build dist
