@@ -199,7 +199,7 @@ class Component:
         """
         value = self.declared.get(name, default)
         try:
-            return type(default)(value)  # type: ignore[call-arg]
+            return tuple(int(item) for item in value) if isinstance(default, tuple) else type(default)(value)
         except (TypeError, ValueError):
             raise UsoflowError(
                 "model_damaged", f"{self.file.path.name} declares {self.kind} {name} = {value!r}."

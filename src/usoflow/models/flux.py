@@ -55,7 +55,7 @@ class FluxConfig:
             UsoflowError: `tensor_missing`, `block_gap`, `model_unsupported`.
         """
         hidden, patch_dim = component.shape("img_in.weight")
-        axes = tuple(component.declared.get("axes", cls.axes))
+        axes = component.setting("axes", cls.axes)
         config = cls(
             hidden=hidden,
             text_dim=component.shape("txt_in.weight")[1],
@@ -67,7 +67,7 @@ class FluxConfig:
             guidance="guidance_in.in_layer.weight" in component.tensors,
             head_dim=component.shape("double_blocks.0.img_attn.norm.query_norm.scale")[0],
             axes=axes,
-            theta=component.declared.get("theta", cls.theta),
+            theta=component.setting("theta", cls.theta),
         )
         config._check(component.file.path.name)
         return config

@@ -131,7 +131,7 @@ class ClipTextConfig:
             layers=component.count("text_model.encoder.layers.{}."),
             positions=component.shape(name.format("position"))[0],
             heads=head_count(component, dim, CLIP_HEADS),
-            eps=float(component.declared.get("eps", CLIP_EPS)),
+            eps=component.setting("eps", CLIP_EPS),
             vocabulary=vocabulary,
         )
 
@@ -238,8 +238,8 @@ class T5Config:
             layers=component.count("encoder.block.{}."),
             heads=heads,
             buckets=buckets,
-            eps=float(component.declared.get("eps", T5_EPS)),
-            min_length=int(component.declared.get("min_length", T5_MIN_LENGTH)),
+            eps=component.setting("eps", T5_EPS),
+            min_length=component.setting("min_length", T5_MIN_LENGTH),
             vocabulary=vocabulary,
         )
 

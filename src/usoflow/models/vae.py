@@ -36,10 +36,9 @@ class LatentFormat:
     @classmethod
     def from_component(cls, component: Component) -> LatentFormat:
         """The declared `scale` and `shift`, else FLUX.1's."""
-        declared = component.declared
         return cls(
-            scale=float(declared.get("scale", OFFICIAL_SCALE)),
-            shift=float(declared.get("shift", OFFICIAL_SHIFT)),
+            scale=component.setting("scale", OFFICIAL_SCALE),
+            shift=component.setting("shift", OFFICIAL_SHIFT),
         )
 
     def to_model(self, z: Tensor) -> Tensor:
@@ -85,7 +84,7 @@ class VaeConfig:
         """
         levels = range(max(component.count("encoder.down.{}."), 1))
         widths = tuple(component.shape(f"encoder.down.{n}.block.0.conv1.weight")[0] for n in levels)
-        groups = int(component.declared.get("groups", OFFICIAL_GROUPS))
+        groups = component.setting("groups", OFFICIAL_GROUPS)
         if groups < 1 or any(width % groups for width in widths):
             raise UsoflowError(
                 "model_unsupported",
@@ -96,7 +95,7 @@ class VaeConfig:
             blocks=component.count("encoder.down.0.block.{}."),
             latent_channels=component.shape("decoder.conv_in.weight")[1],
             groups=groups,
-            eps=float(component.declared.get("eps", OFFICIAL_EPS)),
+            eps=component.setting("eps", OFFICIAL_EPS),
         )
 
 

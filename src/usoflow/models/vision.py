@@ -65,7 +65,7 @@ class SiglipConfig:
         patch = component.shape("embeddings.patch_embedding.weight")[-1]
         grid = math.isqrt(positions)
         official = OFFICIAL_SIZE if (grid, patch) == (OFFICIAL_GRID, OFFICIAL_PATCH) else grid * patch
-        image_size = int(component.declared.get("image_size", official))
+        image_size = component.setting("image_size", official)
         if (image_size // patch) ** 2 != positions:
             raise UsoflowError(
                 "model_unsupported",
@@ -80,7 +80,7 @@ class SiglipConfig:
             patch=patch,
             grid=grid,
             image_size=image_size,
-            eps=float(component.declared.get("eps", EPS)),
+            eps=component.setting("eps", EPS),
         )
 
 

@@ -73,7 +73,7 @@ def denoise_latent(
     """
     flux = library.flux(model.flux, model.loras, model.weight_dtype)
     samples = _with_channels(samples, flux.config.channels)
-    schedule = FluxSchedule(**{k: float(v) for k, v in model.flux.declared.items() if k == "shift"})
+    schedule = FluxSchedule(model.flux.setting("sampling_shift", FluxSchedule().shift))
     levels = sigmas(run.scheduler, run.steps, run.denoise, schedule=schedule, sampler_name=run.sampler_name)
     if len(levels) < 2:
         return samples
