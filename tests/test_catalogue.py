@@ -1,0 +1,119 @@
+"""A model file that is missing is answered with where to get it, or with the file that is there instead."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from usoflow.catalogue import KNOWN_FILES, KnownFile, known_file, missing_file_remedy
+from usoflow.settings import MODEL_FOLDERS, find_folders
+
+# facts of https://docs.comfy.org/tutorials/flux/flux-1-uso, written down a second time
+TUTORIAL = {
+    "flux1-dev-fp8.safetensors": ("checkpoints", "Comfy-Org/flux1-dev", "17.2 GB", "non-commercial"),
+    "uso-flux1-dit-lora-v1.safetensors": ("loras", "Comfy-Org/USO_1.0_Repackaged", "478 MB", "Apache-2.0"),
+    "uso-flux1-projector-v1.safetensors": (
+        "model_patches",
+        "Comfy-Org/USO_1.0_Repackaged",
+        "MB",
+        "Apache-2.0",
+    ),
+    "sigclip_vision_patch14_384.safetensors": (
+        "clip_vision",
+        "Comfy-Org/sigclip_vision_384",
+        "MB",
+        "Apache-2.0",
+    ),
+}
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    return tmp_path / "models"
+
+
+def remedy(models: Path, folder: str, name: str) -> str:
+    models.mkdir(exist_ok=True)
+    return missing_file_remedy(folder, name, find_folders(models=models))
+
+
+def test_every_file_of_the_tutorial() -> None:
+    assert {file.name for file in KNOWN_FILES} == set(TUTORIAL)
+    assert all(file.folder in MODEL_FOLDERS for file in KNOWN_FILES)
+
+
+@pytest.mark.parametrize("name", TUTORIAL)
+def test_link_folder_size_and_licence(models: Path, name: str) -> None:
+    folder, repository, size, licence = TUTORIAL[name]
+    text = remedy(models, folder, name)
+    assert f"https://huggingface.co/{repository}/resolve/main/" in text
+    assert f"/{name} (" in text
+    assert str(models / folder) in text
+    assert size in text
+    assert licence in text
+    assert "You have" not in text
+
+
+@pytest.mark.parametrize("file", KNOWN_FILES, ids=lambda file: file.folder)
+def test_the_same_kind_under_another_name(models: Path, small_models: Path, file: KnownFile) -> None:
+    """Found by its tensors: ByteDance's names, or whatever somebody renamed it to."""
+    (models / file.folder / "sub").mkdir(parents=True)
+    shutil.copy(small_models / file.folder / file.name, models / file.folder / "sub" / "mine.safetensors")
+    text = remedy(models, file.folder, file.name)
+    assert "You have sub/mine.safetensors" in text
+    assert file.url in text
+
+
+@pytest.mark.parametrize(
+    ("folder", "theirs", "ours"),
+    [
+        ("loras", "dit_lora.safetensors", "uso-flux1-dit-lora-v1.safetensors"),
+        ("model_patches", "projector.safetensors", "uso-flux1-projector-v1.safetensors"),
+    ],
+)
+def test_names_of_bytedance(models: Path, small_models: Path, folder: str, theirs: str, ours: str) -> None:
+    known = known_file(folder, theirs)
+    assert known is not None
+    assert known.name == ours
+    (models / folder).mkdir(parents=True)
+    shutil.copy(small_models / folder / ours, models / folder / ours)
+    assert f"You have {ours}" in remedy(models, folder, theirs)
+    shutil.move(models / folder / ours, models / folder / theirs)
+    assert f"You have {theirs}" in remedy(models, folder, ours)
+
+
+def test_other_kinds_and_damaged_files_are_no_twins(models: Path, small_models: Path) -> None:
+    (models / "loras").mkdir(parents=True)
+    for path in small_models.rglob("*projector*.safetensors"):
+        shutil.copy(path, models / "loras" / "other-kind.safetensors")
+    lora = (small_models / "loras/uso-flux1-dit-lora-v1.safetensors").read_bytes()
+    (models / "loras/half.safetensors").write_bytes(lora[: len(lora) // 2])
+    (models / "loras/empty.safetensors").touch()
+    assert "You have" not in remedy(models, "loras", "uso-flux1-dit-lora-v1.safetensors")
+
+
+def test_only_part_of_a_checkpoint_is_no_twin(models: Path, small_models: Path) -> None:
+    """A checkpoint must hold all four models; the vision tower holds none of them."""
+    (models / "checkpoints").mkdir(parents=True)
+    tower = small_models / "clip_vision/sigclip_vision_patch14_384.safetensors"
+    shutil.copy(tower, models / "checkpoints/x.safetensors")
+    assert "You have" not in remedy(models, "checkpoints", "flux1-dev-fp8.safetensors")
+
+
+def test_unknown_file_is_answered_with_what_there_is(models: Path) -> None:
+    (models / "loras").mkdir(parents=True)
+    (models / "loras/b.safetensors").touch()
+    text = remedy(models, "loras", "my.safetensors")
+    assert "There are: b.safetensors" in text
+    assert str(models / "loras") in text
+
+
+def test_unknown_file_in_an_empty_folder(models: Path) -> None:
+    assert "--models" in remedy(models, "vae", "my.safetensors")
+
+
+@pytest.mark.parametrize("name", ["a.ckpt", "a.pt", "a.bin"])
+def test_pickles(models: Path, name: str) -> None:
+    assert "pickle" in remedy(models, "checkpoints", name)

@@ -1,0 +1,290 @@
+"""Where models and pictures are looked for, and that no name leads out of its folder."""
+
+from __future__ import annotations
+
+import os
+import string
+from pathlib import Path
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from usoflow.errors import UsoflowError
+from usoflow.settings import MODEL_FOLDERS, Folders, find_folders
+
+ESCAPES = [
+    "../a.png",
+    "x/../../a.png",
+    "..",
+    "/etc/passwd",
+    "//host/a.png",
+    "..\\a.png",
+    "\\\\host\\share\\a.png",
+    "C:\\a.png",
+    "c:/a.png",
+    "a\0.png",
+]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No variables of the person who runs the tests, and a working folder of their own."""
+    for name in ("USOFLOW_MODELS", "USOFLOW_INPUT", "USOFLOW_OUTPUT"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+
+def touch(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    return path
+
+
+def code_of(error: pytest.ExceptionInfo[UsoflowError]) -> str:
+    return error.value.code
+
+
+class TestModelFolders:
+    @pytest.mark.parametrize("given_as", ["ComfyUI", "ComfyUI/models"])
+    def test_comfyui_folder_or_its_models(self, tmp_path: Path, given_as: str) -> None:
+        file = touch(tmp_path / "ComfyUI/models/loras/sub/a.safetensors")
+        folders = find_folders(models=tmp_path / given_as)
+        assert folders.list("loras") == ["sub/a.safetensors"]
+        assert folders.model("loras", "sub/a.safetensors") == file
+        assert folders.model("loras", "sub\\a.safetensors") == file
+
+    @pytest.mark.parametrize(
+        ("kind", "directory"), [(kind, name) for kind, names in MODEL_FOLDERS.items() for name in names]
+    )
+    def test_old_and_new_names(self, tmp_path: Path, kind: str, directory: str) -> None:
+        touch(tmp_path / directory / "a.safetensors")
+        folders = find_folders(models=tmp_path)
+        assert {k: folders.list(k) for k in MODEL_FOLDERS if folders.list(k)} == {kind: ["a.safetensors"]}
+
+    def test_the_names_of_comfyui(self) -> None:
+        assert MODEL_FOLDERS["clip_vision"] == ("clip_vision", "clip_visions")
+        assert MODEL_FOLDERS["diffusion_models"] == ("diffusion_models", "unet")
+        assert MODEL_FOLDERS["text_encoders"] == ("text_encoders", "clip")
+
+    def test_same_name_twice_is_listed_once_and_the_first_folder_wins(self, tmp_path: Path) -> None:
+        first = touch(tmp_path / "diffusion_models/a.safetensors")
+        touch(tmp_path / "unet/a.safetensors")
+        folders = find_folders(models=tmp_path)
+        assert folders.list("diffusion_models") == ["a.safetensors"]
+        assert folders.model("diffusion_models", "a.safetensors") == first
+
+    def test_only_safetensors_are_offered(self, tmp_path: Path) -> None:
+        for name in ("a.ckpt", "b.SAFETENSORS", "c.safetensors.part", "d.pt", ".safetensors"):
+            touch(tmp_path / "vae" / name)
+        (tmp_path / "vae" / "folder.safetensors").mkdir()
+        assert find_folders(models=tmp_path).list("vae") == ["b.SAFETENSORS"]
+
+    def test_links_are_followed_also_in_circles(self, tmp_path: Path) -> None:
+        touch(tmp_path / "disk/a.safetensors")
+        (tmp_path / "models/loras").mkdir(parents=True)
+        (tmp_path / "models/loras/linked").symlink_to(tmp_path / "disk")
+        (tmp_path / "disk/circle").symlink_to(tmp_path / "disk")
+        folders = find_folders(models=tmp_path / "models")
+        names = folders.list("loras")
+        assert "linked/a.safetensors" in names
+        assert len(names) <= 2
+        assert folders.model("loras", "linked/a.safetensors").is_file()
+
+    def test_option_before_variable(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        touch(tmp_path / "a/vae/a.safetensors")
+        touch(tmp_path / "b/vae/b.safetensors")
+        touch(tmp_path / "c/vae/c.safetensors")
+        monkeypatch.setenv("USOFLOW_MODELS", f"{tmp_path / 'a'}{os.pathsep}{tmp_path / 'b'}")
+        assert find_folders().list("vae") == ["a.safetensors", "b.safetensors"]
+        assert find_folders(models=tmp_path / "c").list("vae") == ["c.safetensors"]
+
+    def test_folder_that_is_not_there(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        with pytest.raises(UsoflowError) as error:
+            find_folders(models=tmp_path / "none")
+        assert code_of(error) == "file_not_found"
+        monkeypatch.setenv("USOFLOW_MODELS", str(tmp_path / "nowhere"))
+        with pytest.raises(UsoflowError, match="nowhere"):
+            find_folders()
+
+    def test_missing_model(self, tmp_path: Path) -> None:
+        with pytest.raises(UsoflowError, match=f"{tmp_path}/vae") as error:
+            find_folders(models=tmp_path).model("vae", "a.safetensors")
+        assert code_of(error) == "model_missing"
+
+
+class TestExtraModelPaths:
+    """https://docs.comfy.org/development/core-concepts/models: extra_model_paths.yaml."""
+
+    def found(self, tmp_path: Path, text: str, *, file: str = "ComfyUI/extra_model_paths.yaml") -> Folders:
+        (tmp_path / "ComfyUI/models").mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(text)
+        return find_folders(models=tmp_path / "ComfyUI")
+
+    def test_sections_lines_and_base_path(self, tmp_path: Path) -> None:
+        touch(tmp_path / "other/one/a.safetensors")
+        touch(tmp_path / "other/two/b.safetensors")
+        touch(tmp_path / "third/clips/c.safetensors")
+        text = f"""
+            # a comment
+            a111:
+                base_path: {tmp_path}/other/
+                is_default: true
+                loras: |
+                    one
+                    two
+                controlnet: cn
+            third:
+                base_path: {tmp_path}/third
+                clip: clips
+        """
+        folders = self.found(tmp_path, text)
+        assert folders.list("loras") == ["a.safetensors", "b.safetensors"]
+        assert folders.list("text_encoders") == ["c.safetensors"]
+
+    @pytest.mark.parametrize("base", ["base_path: extra", "", "base_path: $EXTRA", "base_path: ~/extra"])
+    def test_base_path_may_be_relative_absent_a_variable_or_home(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: str
+    ) -> None:
+        monkeypatch.setenv("EXTRA", str(tmp_path / "ComfyUI/extra"))
+        monkeypatch.setenv("HOME", str(tmp_path / "ComfyUI"))
+        touch(tmp_path / "ComfyUI/extra/mine/a.safetensors")
+        line = "mine" if base else "extra/mine"
+        assert self.found(tmp_path, f"x:\n  {base}\n  vae: {line}\n").list("vae") == ["a.safetensors"]
+
+    def test_absolute_lines(self, tmp_path: Path) -> None:
+        touch(tmp_path / "disk/a.safetensors")
+        assert self.found(tmp_path, f"x:\n  base_path: /none\n  unet: {tmp_path}/disk\n").list(
+            "diffusion_models"
+        ) == ["a.safetensors"]
+
+    def test_is_found_beside_the_models_folder_too(self, tmp_path: Path) -> None:
+        touch(tmp_path / "ComfyUI/x/a.safetensors")
+        self.found(tmp_path, "x:\n  vae: x\n")
+        assert find_folders(models=tmp_path / "ComfyUI/models").list("vae") == ["a.safetensors"]
+
+    @pytest.mark.parametrize("text", ["", "# only comments", "x:\n  # all commented\n", "x: {}"])
+    def test_nothing_in_it(self, tmp_path: Path, text: str) -> None:
+        assert self.found(tmp_path, text).list("vae") == []
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "{",
+            "- a\n- b",
+            "x: [1, 2]",
+            "x: text",
+            "x:\n  base_path: 5",
+            "x:\n  vae: [a, b]",
+            "x:\n  vae: 7",
+            "7",
+        ],
+    )
+    def test_broken(self, tmp_path: Path, text: str) -> None:
+        with pytest.raises(UsoflowError, match=r"extra_model_paths\.yaml") as error:
+            self.found(tmp_path, text)
+        assert code_of(error) == "settings_invalid"
+
+    def test_not_text(self, tmp_path: Path) -> None:
+        (tmp_path / "ComfyUI/models").mkdir(parents=True)
+        (tmp_path / "ComfyUI/extra_model_paths.yaml").write_bytes(b"\xff\xfe\x00")
+        with pytest.raises(UsoflowError) as error:
+            find_folders(models=tmp_path / "ComfyUI")
+        assert code_of(error) == "settings_invalid"
+
+
+class TestPictures:
+    def test_where_they_are_found(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Here, in ComfyUI's input folder, beside the workflow; unless a folder is given."""
+        touch(tmp_path / "here/input/a.png")
+        touch(tmp_path / "ComfyUI/input/b.JPG")
+        touch(tmp_path / "ComfyUI/models/vae/x.safetensors")
+        touch(tmp_path / "flows/c.webp")
+        touch(tmp_path / "option/d.png")
+        touch(tmp_path / "variable/e.png")
+
+        def listed(**options: Path) -> list[str]:
+            beside = tmp_path / "flows/flow.json"
+            return list(find_folders(beside=beside, **options).list("input"))
+
+        assert listed(models=tmp_path / "ComfyUI") == ["a.png", "b.JPG", "c.webp"]
+        assert listed(models=tmp_path / "ComfyUI/models") == ["a.png", "b.JPG", "c.webp"]
+        assert listed(inputs=tmp_path / "option") == ["d.png"]
+        monkeypatch.setenv("USOFLOW_INPUT", str(tmp_path / "variable"))
+        assert listed() == ["e.png"]
+
+    def test_subfolders_are_read_but_not_listed(self, tmp_path: Path) -> None:
+        file = touch(tmp_path / "in/sub/a.png")
+        touch(tmp_path / "in/notes.txt")
+        folders = find_folders(inputs=tmp_path / "in")
+        assert folders.list("input") == []
+        assert folders.picture("input", "sub/a.png") == file
+
+    def test_given_pictures_come_first(self, tmp_path: Path) -> None:
+        touch(tmp_path / "in/a.png")
+        other = touch(tmp_path / "other.png")
+        folders = find_folders(inputs=tmp_path / "in", given_images={"a.png": other})
+        assert folders.picture("input", "a.png") == other
+        assert folders.exists("input", "a.png")
+        assert folders.list("input") == ["a.png"]
+
+    def test_output_and_temp(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert find_folders().output == Path("output")
+        monkeypatch.setenv("USOFLOW_OUTPUT", str(tmp_path / "out"))
+        assert find_folders().output == tmp_path / "out"
+        assert find_folders(output=tmp_path / "o").output == tmp_path / "o"
+        file = touch(tmp_path / "out/a.png")
+        assert find_folders().picture("output", "a.png") == file
+        assert not find_folders().exists("temp", "a.png")
+
+    def test_missing_picture(self, tmp_path: Path) -> None:
+        with pytest.raises(UsoflowError, match=r"nothing\.png.*here-in") as error:
+            find_folders(inputs=tmp_path / "here-in").picture("input", "nothing.png")
+        assert code_of(error) == "image_missing"
+
+
+class TestNames:
+    @pytest.mark.parametrize("name", ESCAPES)
+    def test_escapes_are_refused(self, tmp_path: Path, name: str) -> None:
+        touch(tmp_path / "a.png")
+        folders = find_folders(models=tmp_path, inputs=tmp_path / "here")
+        for look in (folders.model, folders.picture):
+            with pytest.raises(UsoflowError) as error:
+                look("vae" if look == folders.model else "input", name)
+            assert code_of(error) == "path_outside"
+        assert not folders.exists("input", name)
+
+    @pytest.mark.parametrize("name", ["x" * 300 + ".png", "x/" * 3000, "\ud800.png", "", ".", "a.png/b"])
+    def test_names_that_no_file_can_have(self, tmp_path: Path, name: str) -> None:
+        touch(tmp_path / "a.png")
+        folders = find_folders(inputs=tmp_path)
+        assert not folders.exists("input", name)
+        with pytest.raises(UsoflowError) as error:
+            folders.picture("input", name)
+        assert code_of(error) == "image_missing"
+
+    @given(name=st.text(st.sampled_from("./\\:\0 ~a$%") | st.characters(), max_size=20))
+    def test_what_is_found_lies_inside(self, tmp_path_factory: pytest.TempPathFactory, name: str) -> None:
+        root = tmp_path_factory.getbasetemp() / "names"
+        touch(root / "secret.png")
+        touch(root / "in/a")
+        try:
+            path = find_folders(inputs=root / "in").picture("input", name)
+        except UsoflowError as error:
+            code = error.code
+        else:
+            code = "" if path.resolve().is_relative_to((root / "in").resolve()) else "outside!"
+        assert code in ("", "image_missing", "path_outside")
+
+    @given(
+        parts=st.lists(st.text(string.ascii_letters + " _-.", min_size=1, max_size=9), min_size=1, max_size=3)
+    )
+    def test_ordinary_names_are_found(
+        self, tmp_path_factory: pytest.TempPathFactory, parts: list[str]
+    ) -> None:
+        assume(not any(part.strip(".") == "" for part in parts))
+        root = tmp_path_factory.mktemp("ordinary")
+        file = touch(root.joinpath(*parts))
+        assert find_folders(inputs=root).picture("input", "/".join(parts)) == file
+        assert find_folders(inputs=root).picture("input", "\\".join(parts)) == file
