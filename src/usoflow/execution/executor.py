@@ -137,11 +137,10 @@ class _Run:
             if error.code == "cancelled":
                 raise
             raise self._at(node_id, error.code, error.detail, error.remedy) from None
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            raise self._at(node_id, "out_of_memory", str(error) or "Memory ran out.") from error
         except Exception as error:
-            code = "out_of_memory" if "not enough memory" in str(error) else "node_failed"
-            raise self._at(node_id, code, f"{type(error).__name__}: {error}") from error
+            if _is_out_of_memory(error):
+                raise self._at(node_id, "out_of_memory", str(error) or "Memory ran out.") from error
+            raise self._at(node_id, "node_failed", f"{type(error).__name__}: {error}") from error
         shown = outputs[0] if outputs and isinstance(outputs[0], Shown) else None
         record = NodeFinished(node_id, node.class_type, time.perf_counter() - start, peak.bytes(), shown)
         self.finished.append(record)
@@ -203,6 +202,12 @@ def in_order(
         stack.append((node_id, True))
         links = [link for value in prompt.nodes[node_id].inputs.values() if (link := link_of(value))]
         stack += [(origin, False) for origin, _ in reversed(links) if origin not in done]
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Also where torch's CPU allocator and Metal raise a bare RuntimeError with the words of the system."""
+    words = ("allocate memory", "not enough memory", "out of memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
 def _check_finite(outputs: Outputs) -> None:

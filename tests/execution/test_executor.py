@@ -1,0 +1,503 @@
+"""What a run does: which nodes, in which order, how often; what is kept; how it stops."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import small
+from usoflow.errors import UsoflowError
+from usoflow.execution.executor import Executor, NodeError, RunResult, in_order
+from usoflow.execution.progress import (
+    Cancellation,
+    Event,
+    NodeFinished,
+    NodeProgress,
+    NodesCached,
+    NodeStarted,
+)
+from usoflow.models.checkpoint import CONFIG_KEY
+from usoflow.models.library import ModelLibrary
+from usoflow.models.placement import Placement
+from usoflow.nodes import registry
+from usoflow.nodes.context import NodeContext, Shown
+from usoflow.schema.node import AnyNode, NodeRegistry, node
+from usoflow.schema.specs import Int, Text
+from usoflow.settings import find_folders
+from usoflow.workflow.prompt import Prompt
+
+FP32 = Placement.choose("cpu", "fp32")
+
+
+class Bench:
+    """An executor with folders of its own, and everything that it told."""
+
+    def __init__(self, root: Path, nodes: NodeRegistry) -> None:
+        self.executor = Executor(nodes, ModelLibrary(FP32))
+        self.root = root
+        self.events: list[Event] = []
+
+    def run(
+        self,
+        prompt: small.Prompt,
+        *targets: str,
+        listen: Callable[[Event], None] | None = None,
+        **options: Any,
+    ) -> RunResult:
+        folders = find_folders(
+            models=self.root / "models", inputs=self.root / "input", output=self.root / "output"
+        )
+        self.events.clear()
+
+        def tell(event: Event) -> None:
+            self.events.append(event)
+            if listen:
+                listen(event)
+
+        return self.executor.run(Prompt.parse(prompt), targets or ("save",), folders, listen=tell, **options)
+
+    @property
+    def ran(self) -> list[str]:
+        """Ids of the nodes that the last run ran."""
+        return [event.node_id for event in self.events if isinstance(event, NodeStarted)]
+
+    def output(self) -> torch.Tensor:
+        """The picture that was written last."""
+        path = max((self.root / "output").glob("*.png"))
+        with Image.open(path) as image:
+            return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).float()
+
+
+@pytest.fixture
+def bench(tmp_path: Path, small_models: Path) -> Bench:
+    """With the real nodes, and copies of the small models and pictures."""
+    shutil.copytree(small_models, tmp_path / "models")
+    shutil.copytree(small_models.parent / "input", tmp_path / "input")
+    return Bench(tmp_path, registry())
+
+
+def counting_nodes(calls: list[str]) -> NodeRegistry:
+    """Nodes that note when they are called."""
+
+    @node("Source", category="test")
+    def source(name: Annotated[str, Text()], *, context: NodeContext) -> str:
+        calls.append(name)
+        return name
+
+    @node("Join", category="test")
+    def join(a: Annotated[str, Text()], b: Annotated[str, Text()] = "") -> tuple[str, int]:
+        calls.append(f"({a}{b})")
+        return f"({a}{b})", len(f"{a}{b}")
+
+    @node("Show", category="test", output_node=True)
+    def show(text: Annotated[str, Text()]) -> Shown:
+        calls.append(f"show {text}")
+        return Shown()
+
+    @node("Fail", category="test")
+    def fail(how: Annotated[str, Text()]) -> str:
+        errors: Mapping[str, BaseException] = {
+            "bug": ZeroDivisionError("division by zero"),
+            "memory": MemoryError(),
+            "known": UsoflowError("image_invalid", "x.png is odd.", remedy="Look at it."),
+        }
+        raise errors[how]
+
+    members: list[AnyNode] = [source, join, show, fail]
+    return NodeRegistry(members)
+
+
+@pytest.fixture
+def calls() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def plain(tmp_path: Path, calls: list[str]) -> Bench:
+    """With nodes that only count."""
+    (tmp_path / "models").mkdir()
+    return Bench(tmp_path, counting_nodes(calls))
+
+
+def entry(class_type: str, **inputs: Any) -> dict[str, Any]:
+    return {"class_type": class_type, "inputs": inputs}
+
+
+DIAMOND = {
+    "show": entry("Show", text=["top", 0]),
+    "top": entry("Join", a=["left", 0], b=["right", 0]),
+    "right": entry("Join", a=["source", 0], b="r"),
+    "left": entry("Join", a=["source", 0], b="l"),
+    "source": entry("Source", name="s"),
+    "dead": entry("Source", name="never"),
+}
+
+
+class TestOrder:
+    def test_each_node_that_is_needed_once_after_its_inputs(self, plain: Bench, calls: list[str]) -> None:
+        plain.run(DIAMOND, "show")
+        assert calls == ["s", "(sl)", "(sr)", "((sl)(sr))", "show ((sl)(sr))"]
+        assert plain.ran == ["source", "left", "right", "top", "show"]
+
+    def test_second_output_of_a_node(self, plain: Bench, calls: list[str]) -> None:
+        plain.run({"j": entry("Join", a="xyz"), "show": entry("Show", text=["j", 1])}, "show")
+        assert calls[-1] == "show 3"
+
+    def test_lists_as_values(self, plain: Bench, calls: list[str]) -> None:
+        plain.run({"show": entry("Show", text={"__value__": ["a", 0]})}, "show")
+        assert calls == ["show ['a', 0]"]
+
+    def test_inputs_that_the_node_does_not_have_are_not_given(self, plain: Bench, calls: list[str]) -> None:
+        plain.run({"show": entry("Show", text="a", speed=3)}, "show")
+        assert calls == ["show a"]
+
+    def test_only_the_targets(self, plain: Bench, calls: list[str]) -> None:
+        prompt = {name: entry("Show", text=name) for name in "abc"}
+        result = plain.run(prompt, "c", "a")
+        assert calls == ["show c", "show a"]
+        assert set(result.shown) == {"a", "c"}
+
+    def test_long_chains(self, plain: Bench, calls: list[str]) -> None:
+        """Deeper than Python's recursion limit."""
+        prompt = {"0": entry("Source", name="s")}
+        prompt |= {str(i): entry("Join", a="x", b=[str(i - 1), 1] if i > 1 else "") for i in range(1, 3000)}
+        prompt["show"] = entry("Show", text=["2999", 1])
+        plain.run(prompt, "show")
+        assert len(calls) == 3000
+
+    def test_in_order_stops_at_what_is_known(self) -> None:
+        prompt = Prompt.parse(DIAMOND)
+        assert list(in_order(prompt, ["show"], stop_at={"left": ()})) == [
+            "left",
+            "source",
+            "right",
+            "top",
+            "show",
+        ]
+        assert list(in_order(prompt, ["top"], stop_at={"top": ()})) == ["top"]
+
+
+class TestCache:
+    def test_nothing_runs_twice(self, plain: Bench, calls: list[str]) -> None:
+        first = plain.run(DIAMOND, "show")
+        calls.clear()
+        second = plain.run(DIAMOND, "show")
+        assert calls == []
+        assert second.shown == first.shown
+        assert second.cached == ["show"]
+        assert plain.events == [NodesCached(("show",))]
+
+    def test_what_follows_a_change_runs_again(self, plain: Bench, calls: list[str]) -> None:
+        plain.run(DIAMOND, "show")
+        result = plain.run(small.with_inputs(DIAMOND, "right", b="R"), "show")
+        assert plain.ran == ["right", "top", "show"]
+        assert set(result.cached) == {"source", "left"}
+        assert calls[-1] == "show ((sl)(sR))"
+
+    def test_ids_do_not_matter(self, plain: Bench, calls: list[str]) -> None:
+        plain.run(DIAMOND, "show")
+        text = str(DIAMOND).replace("'source'", "'57:1'").replace("'left'", "'3'")
+        calls.clear()
+        plain.run(eval(text), "show")
+        assert calls == []
+
+    def test_values_of_different_types_differ(self, plain: Bench, calls: list[str]) -> None:
+        for value in ("1", 1, 1.0, True, ["x", "y"]):
+            plain.run({"show": entry("Show", text=value)}, "show")
+        assert len(calls) == 5
+
+    def test_what_the_last_run_did_not_use_is_forgotten(self, plain: Bench, calls: list[str]) -> None:
+        plain.run(DIAMOND, "show")
+        plain.run(DIAMOND, "left")
+        calls.clear()
+        plain.run(DIAMOND, "show")
+        assert calls == ["(sr)", "((sl)(sr))", "show ((sl)(sr))"]
+
+    def test_a_run_that_fails_keeps_what_it_computed_and_nothing_else(
+        self, plain: Bench, calls: list[str]
+    ) -> None:
+        failing = {
+            "show": entry("Show", text=["join", 0]),
+            "join": entry("Join", a=["source", 0], b=["fail", 0]),
+            "source": entry("Source", name="s"),
+            "fail": entry("Fail", how="bug"),
+        }
+        for _ in range(3):
+            plain.run(DIAMOND, "left")
+            with pytest.raises(NodeError):
+                plain.run(failing, "show")
+            with pytest.raises(NodeError):
+                plain.run(small.with_inputs(failing, "source", name="other"), "show")
+        assert calls == ["s", "(sl)", "other"] * 3
+
+
+class TestFiles:
+    """The same prompt again, while files change under their names."""
+
+    def test_unchanged(self, bench: Bench) -> None:
+        prompt = small.with_style(small.subject())
+        bench.run(prompt)
+        assert len(bench.ran) == len(prompt)
+        bench.run(prompt)
+        assert bench.ran == []
+
+    def test_seed_runs_the_sampler_only(self, bench: Bench) -> None:
+        prompt = small.with_style(small.subject())
+        bench.run(prompt)
+        before = bench.output()
+        bench.run(small.with_inputs(prompt, "sampler", seed=2))
+        assert bench.ran == ["sampler", "decode", "save"]
+        assert not torch.equal(before, bench.output())
+
+    def test_picture_with_other_content(self, bench: Bench) -> None:
+        prompt = small.with_style(small.subject())
+        bench.run(prompt)
+        before = bench.output()
+        Image.new("RGB", (80, 48), (255, 0, 0)).save(bench.root / "input/subject.png")
+        bench.run(prompt)
+        assert "picture" in bench.ran
+        assert "sampler" in bench.ran
+        assert {"loader", "text", "style picture", "vision"}.isdisjoint(bench.ran)
+        assert not torch.equal(before, bench.output())
+
+    def test_touched_picture_is_the_same_picture(self, bench: Bench) -> None:
+        bench.run(small.subject())
+        (bench.root / "input/subject.png").touch()
+        bench.run(small.subject())
+        assert bench.ran == []
+
+    def test_model_file_with_other_content(self, bench: Bench) -> None:
+        prompt = small.subject()
+        bench.run(prompt)
+        before = bench.output()
+        path = bench.root / "models/loras/uso-flux1-dit-lora-v1.safetensors"
+        change(path, lambda name, tensor: tensor * 3)
+        bench.run(prompt)
+        assert bench.ran == ["lora", "sampler", "decode", "save"]
+        assert not torch.equal(before, bench.output())
+
+    def test_checkpoint_with_other_content(self, bench: Bench) -> None:
+        bench.run(small.text_to_image())
+        before = bench.output()
+        change(checkpoint(bench), lambda name, tensor: tensor * 1.1)
+        bench.run(small.text_to_image())
+        assert set(bench.ran) == set(small.text_to_image()) - {"empty"}
+        assert not torch.equal(before, bench.output())
+
+    def test_removed_model(self, bench: Bench) -> None:
+        bench.run(small.subject())
+        (bench.root / "models/loras/uso-flux1-dit-lora-v1.safetensors").unlink()
+        with pytest.raises(NodeError) as caught:
+            bench.run(small.subject())
+        assert caught.value.code == "model_missing"
+        assert "huggingface.co" in caught.value.remedy
+
+
+def checkpoint(bench: Bench) -> Path:
+    return bench.root / "models/checkpoints/flux1-dev-fp8.safetensors"
+
+
+def change(path: Path, new: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
+    """Rewrite a model file, tensor by tensor."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as reader:
+        metadata = reader.metadata()
+    assert metadata is None or set(metadata) == {CONFIG_KEY}
+    tensors = {name: new(name, tensor).contiguous() for name, tensor in load_file(path).items()}
+    path.unlink()  # the old file may still be mapped
+    save_file(tensors, path, metadata=metadata)
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("how", "code", "words"),
+        [
+            ("bug", "node_failed", "ZeroDivisionError: division by zero"),
+            ("memory", "out_of_memory", "Memory ran out"),
+            ("known", "image_invalid", "x.png is odd."),
+        ],
+    )
+    def test_errors_name_the_node(self, plain: Bench, how: str, code: str, words: str) -> None:
+        prompt = {"7": entry("Fail", how=how), "show": entry("Show", text=["7", 0])}
+        with pytest.raises(NodeError) as caught:
+            plain.run(prompt, "show")
+        assert caught.value.code == code
+        assert caught.value.detail.startswith("Fail (node 7): ")
+        assert words in caught.value.detail
+        assert (caught.value.node_id, caught.value.class_type) == ("7", "Fail")
+        assert how != "known" or caught.value.remedy == "Look at it."
+
+    @pytest.mark.parametrize(
+        ("tensor", "node_id", "stage"),
+        [
+            ("model.diffusion_model.double_blocks.1.img_mlp.0.weight", "sampler", "step 1 of 2"),
+            ("text_encoders.t5xxl.transformer.encoder.final_layer_norm.weight", "text", "T5"),
+            ("text_encoders.clip_l.transformer.text_model.final_layer_norm.weight", "text", "CLIP"),
+            ("vae.encoder.conv_in.weight", "encode", "VAE encoding"),
+            ("vae.decoder.conv_in.weight", "decode", "VAE decoding"),
+        ],
+    )
+    def test_values_that_are_not_finite(self, bench: Bench, tensor: str, node_id: str, stage: str) -> None:
+        found = []
+
+        def damage(name: str, values: torch.Tensor) -> torch.Tensor:
+            found.append(name)
+            return values * float("nan") if name == tensor else values
+
+        change(checkpoint(bench), damage)
+        assert tensor in found
+        with pytest.raises(NodeError) as caught:
+            bench.run(small.subject())
+        assert caught.value.code == "non_finite"
+        assert caught.value.node_id == node_id
+        assert stage in caught.value.detail
+        assert not (bench.root / "output").exists()
+
+    @pytest.mark.parametrize(
+        ("file", "node_id"),
+        [("loras/*", "sampler"), ("model_patches/*", "sampler"), ("clip_vision/*", "vision")],
+    )
+    def test_adapters_that_are_not_finite(self, bench: Bench, file: str, node_id: str) -> None:
+        (path,) = (bench.root / "models").glob(file)
+        change(path, lambda name, values: values * float("inf"))
+        with pytest.raises(NodeError) as caught:
+            bench.run(small.with_style(small.subject()))
+        assert (caught.value.code, caught.value.node_id) == ("non_finite", node_id)
+
+    def test_results_that_are_not_finite(self, bench: Bench) -> None:
+        """Also from a node that does not look itself."""
+        prompt = small.text_to_image()
+        prompt["decode"] = {"class_type": "Infinite", "inputs": {}}
+
+        @node("Infinite", category="test")
+        def infinite(value: Annotated[int, Int()] = 0) -> Annotated[Any, Text()]:
+            return {"samples": [(torch.ones(1), {"pooled": torch.tensor([1.0, float("inf")])})]}
+
+        bench.executor.registry = NodeRegistry([*registry().values(), infinite])
+        with pytest.raises(NodeError) as caught:
+            bench.run(prompt)
+        assert (caught.value.code, caught.value.node_id) == ("non_finite", "decode")
+
+    def test_memory_that_runs_out(self, tmp_path: Path, small_models: Path) -> None:
+        """An address space limit (setrlimit(2)) in a process of its own."""
+        code = f"""
+            import resource
+            from pathlib import Path
+            import small
+            from usoflow.errors import UsoflowError
+            from usoflow.execution.executor import Executor
+            from usoflow.models.library import ModelLibrary
+            from usoflow.models.placement import Placement
+            from usoflow.nodes import registry
+            from usoflow.settings import find_folders
+            from usoflow.workflow.prompt import Prompt
+            large = dict(class_type="EmptyImage", inputs=dict(width=8192, height=8192))
+            prompt = small.text_to_image() | dict(decode=large)
+            folders = find_folders(models=Path({str(small_models)!r}), output=Path({str(tmp_path)!r}))
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            limit = pages * resource.getpagesize() + 400_000_000
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+            executor = Executor(registry(), ModelLibrary(Placement.choose("cpu", "fp32")))
+            try:
+                executor.run(Prompt.parse(prompt), ["save"], folders)
+            except UsoflowError as error:
+                print(error.code, "|", error.detail)
+        """
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(code)],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={"PYTHONPATH": str(Path(small.__file__).parent), "PATH": ""},
+        )
+        assert done.stderr == ""
+        assert done.stdout.startswith("out_of_memory | ")
+        assert "(node " in done.stdout
+
+
+class TestProgress:
+    def test_events_in_order(self, bench: Bench) -> None:
+        result = bench.run(small.text_to_image())
+        started = [event.node_id for event in bench.events if isinstance(event, NodeStarted)]
+        finished = [event for event in bench.events if isinstance(event, NodeFinished)]
+        assert isinstance(bench.events[0], NodesCached)
+        assert [event.node_id for event in finished] == started
+        assert list(result.finished) == finished
+        steps = [event for event in bench.events if isinstance(event, NodeProgress)]
+        assert steps == [NodeProgress("sampler", 1, 2), NodeProgress("sampler", 2, 2)]
+        position = [bench.events.index(event) for event in steps]
+        begin = bench.events.index(NodeStarted("sampler", "KSampler"))
+        end = next(
+            i for i, e in enumerate(bench.events) if isinstance(e, NodeFinished) and e.node_id == "sampler"
+        )
+        assert begin < position[0] < position[1] < end
+
+    def test_timings_and_memory(self, bench: Bench) -> None:
+        result = bench.run(small.text_to_image())
+        total = sum(record.seconds for record in result.finished)
+        assert 0 < total <= result.seconds
+        assert max(result.finished, key=lambda record: record.seconds).class_type in (
+            "KSampler",
+            "CLIPTextEncode",
+            "VAEDecode",
+        )
+        assert all(record.peak_bytes > 10_000_000 for record in result.finished)
+
+    def test_what_was_saved(self, bench: Bench) -> None:
+        result = bench.run(small.with_inputs(small.text_to_image(), "empty", batch_size=2))
+        names = [image.filename for image in result.shown["save"].images]
+        assert names == ["out_00001_.png", "out_00002_.png"]
+        (record,) = [record for record in result.finished if record.node_id == "save"]
+        assert record.shown == result.shown["save"]
+
+
+class TestCancellation:
+    def test_within_one_step(self, bench: Bench) -> None:
+        cancellation = Cancellation()
+
+        def stop(event: Event) -> None:
+            if event == NodeProgress("sampler", 2, 50):
+                cancellation.set()
+
+        prompt = small.with_inputs(small.text_to_image(), "sampler", steps=50)
+        with pytest.raises(UsoflowError) as caught:
+            bench.run(prompt, listen=stop, cancellation=cancellation)
+        assert caught.value.code == "cancelled"
+        assert caught.value.exit_code == 130
+        assert bench.events[-1] == NodeProgress("sampler", 2, 50)
+        assert not (bench.root / "output").exists()
+
+    def test_between_nodes(self, plain: Bench, calls: list[str]) -> None:
+        cancellation = Cancellation()
+
+        def stop(event: Event) -> None:
+            if isinstance(event, NodeFinished) and event.node_id == "left":
+                cancellation.set()
+
+        with pytest.raises(UsoflowError) as caught:
+            plain.run(DIAMOND, "show", listen=stop, cancellation=cancellation)
+        assert caught.value.code == "cancelled"
+        assert calls == ["s", "(sl)"]
+
+    def test_runs_on_from_there(self, bench: Bench) -> None:
+        cancellation = Cancellation()
+
+        def stop(event: Event) -> None:
+            if isinstance(event, NodeProgress):
+                cancellation.set()
+
+        with pytest.raises(UsoflowError):
+            bench.run(small.subject(), listen=stop, cancellation=cancellation)
+        bench.run(small.subject())
+        assert bench.ran == ["sampler", "decode", "save"]
