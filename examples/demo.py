@@ -6,12 +6,13 @@ Run by `make demo`. Each variation is one `usoflow run`, printed so that it can 
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(os.path.relpath(Path(__file__).parent))  # so that the printed commands are short
 OUT = Path("out") / "demo"
 SIZE = 256
 

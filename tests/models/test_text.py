@@ -18,6 +18,7 @@ from golden.compare import Golden
 from usoflow.errors import UsoflowError
 from usoflow.models import text as text_module
 from usoflow.models.checkpoint import Component, TensorFile
+from usoflow.models.library import tokenizers_of
 from usoflow.models.text import (
     ClipText,
     ClipTextConfig,
@@ -186,7 +187,7 @@ def test_t5_widens_stored_weights_exactly(
 @pytest.fixture
 def encoders(clip_component: Component, t5_component: Component) -> tuple[ClipText, T5Encoder, Tokenizers]:
     clip, t5 = load_clip(clip_component), load_t5(t5_component)
-    return clip, t5, Tokenizers.from_configs(clip.config, t5.config)
+    return clip, t5, tokenizers_of(clip, t5)
 
 
 Encoders = tuple[ClipText, T5Encoder, Tokenizers]
@@ -273,7 +274,7 @@ def test_non_finite_values_name_the_encoder(encoders: Encoders, encoder: int, st
 def test_goldens(synth_models: Path, golden: Callable[[str], Golden], file: str, prompts: list[int]) -> None:
     components = TensorFile.open(synth_models / f"checkpoints/flux1-dev-{file}.safetensors").components()
     clip, t5 = load_clip(components["clip_l"]), load_t5(components["t5"])
-    tokenizers = Tokenizers.from_configs(clip.config, t5.config)
+    tokenizers = tokenizers_of(clip, t5)
     for number in prompts:
         encoding = encode_prompt(PROMPTS[number], clip, t5, tokenizers)
         for name, result in (("cond", encoding.context), ("pooled", encoding.pooled)):

@@ -85,7 +85,7 @@ class FluxConfig:
         if self.hidden % self.head_dim or sum(self.axes) != self.head_dim or any(a % 2 for a in self.axes):
             raise UsoflowError(
                 "model_unsupported",
-                f"{file}: width {self.hidden}, head dim {self.head_dim} and rope axes {self.axes} do not fit.",
+                f"{file}: width {self.hidden}, head dim {self.head_dim}, rope axes {self.axes} do not fit.",
             )
 
 

@@ -6,7 +6,6 @@ shares the weights. Encoders and VAE are on the device only while they compute (
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from usoflow.models.checkpoint import Component
 from usoflow.models.flux import OFFICIAL_DEPTH, Flux, FluxConfig
 from usoflow.models.lora import attach
 from usoflow.models.placement import Placement
-from usoflow.models.style_projector import StyleProjector, StyleProjectorConfig
+from usoflow.models.style_projector import LEVELS, StyleProjector, StyleProjectorConfig
 from usoflow.models.text import ClipText, ClipTextConfig, T5Config, T5Encoder, TextEncoding, encode_prompt
 from usoflow.models.tokens import ClipTokenizer, T5Tokenizer, Tokenizers
 from usoflow.models.vae import AutoEncoder, VaeConfig
@@ -56,7 +55,7 @@ class ModelLibrary:
     def encode_text(self, clip_l: Component, t5: Component, prompt: str) -> TextEncoding:
         """A prompt through both text encoders, in fp32."""
         clip_module, t5_module = self._module(clip_l, load_clip), self._module(t5, load_t5)
-        tokenizers = _tokenizers(clip_module.config.positions, t5_module.config.min_length)
+        tokenizers = tokenizers_of(clip_module, t5_module)
         with self.placement.borrow(clip_module), self.placement.borrow(t5_module):
             return encode_prompt(prompt, clip_module, t5_module, tokenizers)
 
@@ -64,7 +63,7 @@ class ModelLibrary:
         """Pictures [B, H, W, C] in 0..1 through the vision tower, in fp32; `crop` is "center" or "none"."""
         with self.placement.borrow(self._module(siglip, load_siglip)) as module:
             pixels = preprocess(images, module.config.image_size, crop)
-            return cast(VisionOutput, module(pixels.to(self.placement.device)))
+            return cast(VisionOutput, module(pixels.to(self.placement.device), tuple(LEVELS.values())))
 
     def vae_encode(self, component: Component, images: Tensor) -> Tensor:
         """Pictures [B, H, W, C] to latents [B, 16, h, w], unscaled."""
@@ -173,10 +172,11 @@ def load_projector(component: Component) -> StyleProjector:
     return build(component, lambda: StyleProjector(config), ignored=style_projector.IGNORED)
 
 
-@functools.cache
-def _tokenizers(clip_length: int, t5_min_length: int) -> Tokenizers:
-    """Tokenizers read their vocabularies once a process."""
-    return Tokenizers(ClipTokenizer(length=clip_length), T5Tokenizer(min_length=t5_min_length))
+def tokenizers_of(clip: ClipText, t5: T5Encoder) -> Tokenizers:
+    """The tokenizers for two encoders: as long as they can take, as short as they were trained with."""
+    return Tokenizers(
+        ClipTokenizer(length=clip.config.positions), T5Tokenizer(min_length=t5.config.min_length)
+    )
 
 
 def _key(component: Component) -> Key:

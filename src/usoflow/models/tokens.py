@@ -19,12 +19,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from typing import TYPE_CHECKING, Self
 
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
-
-if TYPE_CHECKING:
-    from usoflow.models.text import ClipTextConfig, T5Config
 
 logger = logging.getLogger(__name__)
 
@@ -193,11 +189,6 @@ class Tokenizers:
 
     clip: ClipTokenizer
     t5: T5Tokenizer
-
-    @classmethod
-    def from_configs(cls, clip: ClipTextConfig, t5: T5Config) -> Self:
-        """Tokenizers that give what these two encoders read."""
-        return cls(ClipTokenizer(clip.positions), T5Tokenizer(t5.min_length))
 
 
 def _tokenise(tokenizer: Tokenizer, text: str) -> list[list[tuple[int, float]]]:

@@ -27,7 +27,6 @@ from usoflow.models.weights import Conv2d, Embedding
 HEADS: Mapping[int, int] = MappingProxyType({1152: 16})  # official, by width
 EPS = 1e-5
 OFFICIAL_GRID, OFFICIAL_PATCH, OFFICIAL_SIZE = 27, 14, 384  # 378 of 384 pixels are seen
-USO_LAYERS = (-20, -11, -2)  # low, mid, high
 
 # What comes after the last layer: USO reads the layers themselves.
 IGNORED: tuple[str, ...] = ("post_layernorm.*", "head.*")
@@ -107,7 +106,7 @@ class SiglipVision(nn.Module):
             for _ in range(config.layers)
         )
 
-    def forward(self, pixels: Tensor, layers: Sequence[int] = USO_LAYERS) -> VisionOutput:
+    def forward(self, pixels: Tensor, layers: Sequence[int]) -> VisionOutput:
         """Run as far as the deepest layer asked for.
 
         Args:

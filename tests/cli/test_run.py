@@ -1,0 +1,399 @@
+"""`usoflow run`: every variation of the official workflow, on small untrained models."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import small
+from numpy.typing import NDArray
+from PIL import Image
+from shell import Done, usoflow
+
+from usoflow.workflow import metadata
+
+PAIRS = Path(__file__).parents[1] / "pairs"
+TEMPLATE = "template:flux1_dev_uso_reference_image_gen"
+SMALL = (
+    *("--set", "KSampler.steps=2"),
+    *("--set", "ImageScaleToMaxDimension.largest_size=64"),
+    *("--set", "EmptySD3LatentImage.width=64"),
+    *("--set", "EmptySD3LatentImage.height=64"),
+)
+SMALL_LATENT = (
+    *("--set", "KSampler.steps=2"),
+    *("--set", "EmptyLatentImage.width=64"),
+    *("--set", "EmptyLatentImage.height=64"),
+)
+
+
+@pytest.fixture
+def run(small_models: Path, tmp_path: Path) -> Any:
+    """`run(prompt or file, *options)` -> its JSON record; it must succeed, silently on stderr."""
+
+    def start(what: small.Prompt | Path | str, *options: str | Path) -> dict[str, Any]:
+        source: Path | str = tmp_path / "prompt.json"
+        if isinstance(what, dict):
+            (tmp_path / "prompt.json").write_text(json.dumps(what))
+        else:
+            source = what
+        done = raw(source, *options, "--json", "--dtype", "fp32", models=small_models, output=tmp_path / "out")
+        assert (done.code, done.err) == (0, ""), done
+        return dict(json.loads(done.out))
+
+    return start
+
+
+def raw(source: Path | str, *options: str | Path, models: Path, output: Path) -> Done:
+    return usoflow("run", source, "--models", models, "--output", output, "--device", "cpu", *options)
+
+
+def pixels(record: dict[str, Any], index: int = 0) -> NDArray[np.int16]:
+    with Image.open(record["images"][index]) as image:
+        return np.asarray(image).astype(np.int16)
+
+
+def differ(*records: dict[str, Any]) -> bool:
+    """Whether all pictures are pairwise different."""
+    return len({pixels(record).tobytes() for record in records}) == len(records)
+
+
+class TestOfficialWorkflow:
+    def test_the_four_variations_run_and_differ(self, run: Any, small_models: Path) -> None:
+        subject = small_models.parent / "input/subject.png"
+        style = small_models.parent / "input/style.png"
+        seed = ("--seed", "7", "--set", "CLIPTextEncode.text=a cat")
+        both_styles = ("--image", f"82={style}", "--image", f"84={subject}")
+        records = {
+            "text": run(PAIRS / "uso_t2i_style_bypassed.ui.json", *seed, *SMALL_LATENT),
+            "subject": run(PAIRS / "uso_template.ui.json", *seed, *SMALL, "--image", f"LoadImage={subject}"),
+            "style": run(PAIRS / "uso_style_only.ui.json", *seed, *SMALL_LATENT, *both_styles),
+            "both": run(
+                PAIRS / "uso_style_one.ui.json", *seed, *SMALL, "--image", f"47={subject}", *one_style(style)
+            ),
+        }
+        assert differ(*records.values())
+        assert all(pixels(record).shape == (64, 64, 3) for record in records.values())
+        assert all(record["seeds"] == [7] for record in records.values())
+
+    def test_template_by_name(self, run: Any, small_models: Path) -> None:
+        picture = small_models.parent / "input/subject.png"
+        file = run(PAIRS / "uso_template.ui.json", *SMALL, "--image", f"47={picture}")
+        named = run(TEMPLATE, *SMALL, "--image", f"47={picture}")
+        assert (pixels(file) == pixels(named)).all()
+
+    def test_lora_bypassed_in_the_editor(self, run: Any, small_models: Path) -> None:
+        options = (*SMALL, "--image", f"47={small_models.parent / 'input/subject.png'}")
+        with_lora = run(PAIRS / "uso_template.ui.json", *options)
+        without = run(PAIRS / "uso_inner_lora_bypassed.ui.json", *options)
+        zero = run(PAIRS / "uso_template.ui.json", *options, "--set", "LoraLoaderModelOnly.strength_model=0")
+        assert differ(with_lora, without)
+        assert (pixels(without) == pixels(zero)).all()
+
+
+def one_style(picture: Path) -> tuple[str, str]:
+    """The picture for the style node of `uso_style_one`."""
+    prompt = json.loads((PAIRS / "uso_style_one.api.json").read_text())
+    (node,) = [key for key, node in prompt.items() if node.get("class_type") == "LoadImage" and key != "47"]
+    return "--image", f"{node}={picture}"
+
+
+class TestReferences:
+    def test_several_subjects(self, run: Any) -> None:
+        one = small.subject()
+        two = one | {
+            "second": {"class_type": "LoadImage", "inputs": {"image": "style.png"}},
+            "second latent": {
+                "class_type": "VAEEncode",
+                "inputs": {"pixels": ["second", 0], "vae": ["loader", 2]},
+            },
+            "second reference": {
+                "class_type": "ReferenceLatent",
+                "inputs": {"conditioning": ["reference", 0], "latent": ["second latent", 0]},
+            },
+        }
+        two = small.with_inputs(two, "method", conditioning=["second reference", 0])
+        assert differ(run(small.text_to_image()), run(one), run(two))
+
+    @pytest.mark.parametrize("methods", [("uxo/uno", "offset", "index")])
+    def test_methods(self, run: Any, methods: tuple[str, ...]) -> None:
+        prompts = [small.with_inputs(small.subject(), "method", reference_latents_method=m) for m in methods]
+        assert differ(*map(run, prompts))
+
+    def test_uso_is_another_name_of_uxo(self, run: Any) -> None:
+        """The official example pictures carry it."""
+        other = small.with_inputs(small.subject(), "method", reference_latents_method="uso")
+        assert (pixels(run(small.subject())) == pixels(run(other))).all()
+
+    def test_several_styles(self, run: Any) -> None:
+        one = small.with_style(small.text_to_image())
+        two = one | {
+            "vision 2": {
+                "class_type": "CLIPVisionEncode",
+                "inputs": {"clip_vision": ["tower", 0], "image": ["picture 2", 0], "crop": "center"},
+            },
+            "picture 2": {"class_type": "LoadImage", "inputs": {"image": "subject.png"}},
+            "style 2": {
+                "class_type": "USOStyleReference",
+                "inputs": {"model": ["style", 0], "model_patch": ["patch", 0], "clip_vision_output": ["vision 2", 0]},
+            },
+        }
+        two = small.with_inputs(two, "sampler", model=["style 2", 0])
+        assert differ(run(small.text_to_image()), run(one), run(two))
+
+    def test_the_same_style_twice_is_not_once(self, run: Any) -> None:
+        one = small.with_style(small.subject())
+        two = one | {"again": small.with_inputs(one, "style", model=["style", 0])["style"]}
+        assert differ(run(one), run(small.with_inputs(two, "sampler", model=["again", 0])))
+
+
+class TestSampling:
+    @pytest.mark.parametrize("styled", [False, True], ids=["text", "style"])
+    def test_a_batch_has_the_pictures_of_its_noise(self, run: Any, styled: bool) -> None:
+        """The first picture of a batch is the picture of a batch of one; the second is another."""
+        prompt = small.with_style(small.subject()) if styled else small.text_to_image()
+        one, two = run(prompt), run(small.with_inputs(prompt, "empty", batch_size=2))
+        assert len(two["images"]) == 2
+        assert np.abs(pixels(one) - pixels(two, 0)).max() <= 1
+        assert np.abs(pixels(one) - pixels(two, 1)).max() > 1
+
+    def test_cfg_uses_the_negative_prompt(self, run: Any) -> None:
+        """With style, where the reference fails."""
+        prompt = small.with_style(small.text_to_image()) | {
+            "negative": {"class_type": "CLIPTextEncode", "inputs": {"text": "rain", "clip": ["loader", 1]}}
+        }
+        plain = small.with_inputs(prompt, "sampler", cfg=2.0)
+        negative = small.with_inputs(plain, "sampler", negative=["negative", 0])
+        assert differ(run(prompt), run(plain), run(negative))
+        off = small.with_inputs(negative, "sampler", cfg=1.0)
+        assert (pixels(run(off)) == pixels(run(prompt))).all()
+
+    def test_cfg_and_batch_with_style(self, run: Any) -> None:
+        prompt = small.with_inputs(small.with_style(small.subject()), "sampler", cfg=2.0)
+        one, two = run(prompt), run(small.with_inputs(prompt, "empty", batch_size=2))
+        assert np.abs(pixels(one) - pixels(two, 0)).max() <= 1
+
+    def test_denoise_keeps_the_picture_more_the_less_it_is(self, run: Any) -> None:
+        prompt = small.with_inputs(small.subject(), "sampler", latent_image=["encode", 0], steps=4)
+        kept = small.with_inputs(prompt, "decode", samples=["encode", 0])
+        origin = pixels(run(kept)).astype(np.float64)
+        distance = [
+            np.abs(pixels(run(small.with_inputs(prompt, "sampler", denoise=denoise))) - origin).mean()
+            for denoise in (0.0, 0.05, 0.5, 1.0)
+        ]
+        assert distance[0] == 0
+        assert 0 < distance[1] < distance[2]
+        assert distance[3] > distance[1]
+
+    def test_easy_cache(self, run: Any) -> None:
+        prompt = small.with_inputs(small.text_to_image(), "sampler", steps=12, model=["cache", 0])
+        prompt["cache"] = {
+            "class_type": "EasyCache",
+            "inputs": {
+                "model": ["loader", 0],
+                "reuse_threshold": 0.0,
+                "start_percent": 0.1,
+                "end_percent": 0.95,
+                "verbose": False,
+            },
+        }
+        plain = small.with_inputs(prompt, "sampler", model=["loader", 0])
+        eager = small.with_inputs(prompt, "cache", reuse_threshold=3.0)
+        assert differ(run(plain), run(eager))
+        assert (pixels(run(plain)) == pixels(run(prompt))).all()
+
+
+class TestOptions:
+    def test_seed(self, run: Any) -> None:
+        one, same, other = (run(small.text_to_image(), "--seed", seed) for seed in ("5", "5", "6"))
+        assert (one["seeds"], other["seeds"]) == ([5], [6])
+        assert (pixels(one) == pixels(same)).all()
+        assert differ(one, other)
+        assert run(small.with_inputs(small.text_to_image(), "sampler", seed=5))["seeds"] == [5]
+        assert run(small.text_to_image(), "--seed", str(2**64 - 1))["seeds"] == [2**64 - 1]
+
+    def test_set_by_id_title_and_type(self, run: Any) -> None:
+        prompt = small.text_to_image()
+        prompt["text"]["_meta"] = {"title": "My Prompt"}
+        texts = ("text.text=a dog", "My Prompt.text=a dog", "CLIPTextEncode.text=a dog")
+        first, *others = (run(prompt, "--set", text) for text in texts)
+        assert all((pixels(first) == pixels(other)).all() for other in others)
+        assert differ(first, run(prompt))
+
+    def test_set_keeps_texts_that_look_like_numbers(self, run: Any) -> None:
+        record = run(small.text_to_image(), "--set", "text.text=1984", "--set", "save.filename_prefix=12")
+        assert Path(record["images"][0]).name == "12_00001_.png"
+        assert embedded(record)["text"]["inputs"]["text"] == "1984"
+
+    def test_image(self, run: Any, small_models: Path, tmp_path: Path) -> None:
+        picture = tmp_path / "elsewhere" / "mine.png"
+        picture.parent.mkdir()
+        Image.open(small_models.parent / "input/style.png").save(picture)
+        given = run(small.subject(), "--image", f"picture={picture}")
+        same = run(small.with_inputs(small.subject(), "picture", image="style.png"))
+        assert (pixels(given) == pixels(same)).all()
+        assert embedded(given)["picture"]["inputs"]["image"] == "mine.png"
+
+    def test_image_of_a_name_that_another_node_uses(self, run: Any, small_models: Path, tmp_path: Path) -> None:
+        """Only the node that is named gets the picture."""
+        impostor = tmp_path / "subject.png"
+        Image.open(small_models.parent / "input/style.png").save(impostor)
+        prompt = small.with_style(small.subject())
+        expected = run(prompt)
+        given = run(prompt, "--image", f"style picture={impostor}")
+        assert (pixels(given) == pixels(expected)).all()
+
+    def test_input_folder(self, run: Any, tmp_path: Path) -> None:
+        (tmp_path / "mine").mkdir()
+        Image.new("RGB", (32, 32), (9, 9, 200)).save(tmp_path / "mine/subject.png")
+        assert differ(run(small.subject()), run(small.subject(), "--input", tmp_path / "mine"))
+
+    def test_pictures_beside_the_workflow(self, run: Any, tmp_path: Path) -> None:
+        Image.new("RGB", (32, 32), (9, 9, 200)).save(tmp_path / "beside.png")
+        assert run(small.with_inputs(small.subject(), "picture", image="beside.png"))["images"]
+
+    @pytest.mark.parametrize("dtype", ["auto", "bf16", "fp16", "fp32"])
+    def test_dtypes_are_close(self, run: Any, dtype: str) -> None:
+        exact = pixels(run(small.with_style(small.subject()), "--dtype", "fp32"))
+        record = run(small.with_style(small.subject()), "--dtype", dtype)
+        assert np.abs(pixels(record) - exact).mean() < 4
+        assert record["dtype"] == {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(
+            dtype, record["dtype"]
+        )
+
+    def test_comfyui_folder_and_variable(
+        self, run: Any, small_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        run(small.text_to_image(), "--models", small_models.parent)
+        (tmp_path / "prompt.json").write_text(json.dumps(small.text_to_image()))
+        monkeypatch.setenv("USOFLOW_MODELS", str(small_models))
+        done = usoflow("run", tmp_path / "prompt.json", "--output", tmp_path / "out", "--json")
+        assert done.code == 0
+
+    def test_preview_goes_to_a_cache_folder(
+        self, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        prompt = small.text_to_image()
+        prompt["save"] = {"class_type": "PreviewImage", "inputs": {"images": ["decode", 0]}}
+        record = run(prompt)
+        assert Path(record["images"][0]).is_file()
+        assert str(tmp_path / "cache") in record["images"][0]
+        assert not (tmp_path / "out").exists()
+
+
+def embedded(record: dict[str, Any], key: str = "prompt") -> dict[str, Any]:
+    return dict(json.loads(metadata.read(Path(record["images"][0]).read_bytes())[key]))
+
+
+class TestPictureAgain:
+    def test_a_picture_runs_again_and_gives_itself(self, run: Any, small_models: Path) -> None:
+        picture = small_models.parent / "input/subject.png"
+        first = run(PAIRS / "uso_template.ui.json", *SMALL, "--image", f"47={picture}", "--seed", "11")
+        again = run(Path(first["images"][0]))
+        assert first["images"] != again["images"]
+        assert (pixels(first) == pixels(again)).all()
+        assert embedded(first) == embedded(again)
+        assert embedded(again, "workflow") == json.loads((PAIRS / "uso_template.ui.json").read_text())
+
+    def test_prompt_is_embedded_as_it_was_run(self, run: Any) -> None:
+        record = run(small.text_to_image(), "--seed", "3", "--set", "sampler.steps=1")
+        inputs = embedded(record)["sampler"]["inputs"]
+        assert (inputs["seed"], inputs["steps"]) == (3, 1)
+
+
+class TestText:
+    def test_files_then_seed_time_and_memory(self, small_models: Path, tmp_path: Path) -> None:
+        (tmp_path / "prompt.json").write_text(json.dumps(small.text_to_image()))
+        done = raw(tmp_path / "prompt.json", "--seed", "42", models=small_models, output=tmp_path / "out")
+        first, summary, *_ = done.out.splitlines()
+        assert first == str(tmp_path / "out/out_00001_.png")
+        assert " s · peak " in summary
+        assert "seed 42" in summary
+        assert "cpu " in summary
+        assert done.err == ""
+
+    def test_json_is_one_object(self, run: Any) -> None:
+        record = run(small.text_to_image())
+        assert set(record) == {"images", "seeds", "seconds", "device", "dtype", "nodes", "warnings"}
+        assert {node["class_type"] for node in record["nodes"]} >= {"KSampler", "VAEDecode", "SaveImage"}
+        assert record["warnings"] == []
+
+    def test_outputs_that_cannot_run_are_left_out_and_said(self, small_models: Path, tmp_path: Path) -> None:
+        prompt = small.text_to_image() | {
+            "broken": {"class_type": "PreviewImage", "inputs": {}},
+        }
+        (tmp_path / "prompt.json").write_text(json.dumps(prompt))
+        done = raw(tmp_path / "prompt.json", "--json", models=small_models, output=tmp_path / "out")
+        assert done.code == 0
+        assert "PreviewImage (node broken)" in done.err
+        assert len(json.loads(done.out)["images"]) == 1
+        assert "node broken" in json.loads(done.out)["warnings"][0]
+
+
+class TestInterrupt:
+    def interrupted(self, prompt: Path, models: Path, output: Path, *, after: str) -> tuple[int, str, float]:
+        """Exit code, stderr and the seconds it took to stop after Ctrl+C, sent when `after` has happened."""
+        arguments = [sys.executable, "-c", WATCHED, "run", str(prompt), "--models", str(models)]
+        process = subprocess.Popen(
+            [*arguments, "--output", str(output), "--device", "cpu"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "WATCHED": after},
+        )
+        assert process.stdout is not None
+        while "ready" not in (line := process.stdout.readline()):
+            assert line or process.poll() is None
+        start = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+        return process.returncode, errors, time.monotonic() - start
+
+    @pytest.mark.parametrize("after", ["step", "import"])
+    def test_ctrl_c(self, small_models: Path, tmp_path: Path, after: str) -> None:
+        """While it samples (thousands of steps to go), and before, while torch is imported."""
+        prompt = small.with_inputs(small.text_to_image(), "sampler", steps=10000)
+        (tmp_path / "prompt.json").write_text(json.dumps(prompt))
+        code, errors, seconds = self.interrupted(
+            tmp_path / "prompt.json", small_models, tmp_path / "out", after=after
+        )
+        assert code == 130
+        assert "Traceback" not in errors
+        assert seconds < 20  # a busy machine; alone it is a fraction of a second
+        assert not (tmp_path / "out").exists()
+
+
+# Says "ready" when the moment has come that a test waits for.
+WATCHED = """
+import os, time
+import usoflow.cli.run as run
+if os.environ["WATCHED"] == "import":
+    before = run._placement
+    def slowly(*arguments):
+        print("ready", flush=True)
+        time.sleep(60)
+        return before(*arguments)
+    run._placement = slowly
+else:
+    import usoflow.cli.report as report
+    from contextlib import contextmanager
+    from usoflow.execution.progress import NodeProgress
+    @contextmanager
+    def progress(**options):
+        def listen(event):
+            if isinstance(event, NodeProgress) and event.step == 2:
+                print("ready", flush=True)
+        yield listen
+    report.progress = progress
+from usoflow.cli.main import main
+main()
+"""
