@@ -1,9 +1,9 @@
 """Stage `vae`: train the pocket autoencoder on rendered scenes.
 
-Reads scenes (`scenes`), trains `models.vae.AutoEncoder`, writes its state, sheets and PSNR. Loss: L1 of
-pixels and of their differences to the right and below, and the KL term of a variational autoencoder
-(arXiv:2112.10752, appendix G) with a small weight. `folded` turns the trained network into one whose
-latents have the mean and deviation that FLUX's fixed scale and shift expect.
+Reads scenes (`scenes`), trains `models.vae.AutoEncoder`, writes its state, sheets and PSNR. Loss: squared
+and absolute error of pixels, absolute error of their differences to the right and below, and the KL term of a
+variational autoencoder (arXiv:2112.10752, appendix G) with a small weight. `folded` turns the
+trained network into one whose latents have the mean and deviation that FLUX's scale and shift expect.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch import Tensor
 from usoflow.models.vae import AutoEncoder, LatentFormat, VaeConfig
 from usoflow.training.drawings import Sprites
 from usoflow.training.initial import initialise
-from usoflow.training.loop import Recipe, Training, swap
-from usoflow.training.scenes import compose, draw_scene, generator, held_out_scene
+from usoflow.training.loop import LossFunction, Recipe, Training, swap
+from usoflow.training.scenes import Picture, compose, draw_scene, generator, held_out_scene
 from usoflow.training.sheets import contact_sheet, loss_curve
 
 VALIDATION_SEED = 7_000_001
@@ -38,23 +38,26 @@ class VaeStage:
         groups: of GroupNorm.
         side: of the training pictures; half of them are cut out of pictures twice as large.
         kl: weight of the KL term, per latent number.
-        differences: weight of the L1 of differences.
+        squared, absolute: weights of the errors of pixels in -1..1.
+        differences: weight of the absolute error of differences.
     """
 
     recipe: Recipe
     widths: tuple[int, ...]
     blocks: int = 1
-    groups: int = 8
+    groups: int = 1
     side: int = 64
     kl: float = 3e-4
-    differences: float = 0.5
+    squared: float = 5.0
+    absolute: float = 0.3
+    differences: float = 0.2
 
     @property
     def config(self) -> VaeConfig:
         return VaeConfig(widths=self.widths, blocks=self.blocks, groups=self.groups)
 
 
-def training_picture(sprites: Sprites, stage: VaeStage, index: int) -> np.ndarray:
+def training_picture(sprites: Sprites, stage: VaeStage, index: int) -> Picture:
     """Picture number `index` of the stage: a small scene, or a cut of a large one."""
     scene = draw_scene(sprites.world, stage.recipe.seed, index)
     if index % 2:
@@ -64,18 +67,17 @@ def training_picture(sprites: Sprites, stage: VaeStage, index: int) -> np.ndarra
     return large[y : y + stage.side, x : x + stage.side]
 
 
-def to_tensor(pictures: list[np.ndarray]) -> Tensor:
-    """Pictures [S, S, 3] in 0..1 -> [B, 3, S, S] in -1..1, channels last in memory."""
-    batch = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) * 2 - 1
-    return batch.contiguous(memory_format=torch.channels_last)
+def to_tensor(pictures: list[Picture]) -> Tensor:
+    """Pictures [S, S, 3] in 0..1 -> [B, 3, S, S] in -1..1."""
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous() * 2 - 1
 
 
-def reconstruction_loss(wanted: Tensor, got: Tensor, *, differences: float) -> Tensor:
-    """L1 of pixels plus weighted L1 of horizontal and vertical differences; [B, 3, S, S] each."""
+def reconstruction_loss(wanted: Tensor, got: Tensor, stage: VaeStage) -> Tensor:
+    """Weighted errors of pixels and of horizontal and vertical differences; [B, 3, S, S] each."""
     error = got - wanted
-    loss = error.abs().mean()
+    loss = stage.squared * error.pow(2).mean() + stage.absolute * error.abs().mean()
     for axis in (2, 3):
-        loss = loss + differences * error.diff(dim=axis).abs().mean()
+        loss = loss + stage.differences * error.diff(dim=axis).abs().mean()
     return loss
 
 
@@ -84,7 +86,7 @@ def kl_term(mean: Tensor, log_variance: Tensor) -> Tensor:
     return 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean()
 
 
-def loss_function(module: AutoEncoder, sprites: Sprites, stage: VaeStage, dtype: torch.dtype):  # type: ignore[no-untyped-def]
+def loss_function(module: AutoEncoder, sprites: Sprites, stage: VaeStage, dtype: torch.dtype) -> LossFunction:
     """The loss of the batch that begins at a sample number."""
 
     def loss_of(done: int) -> Tensor:
@@ -95,17 +97,17 @@ def loss_function(module: AutoEncoder, sprites: Sprites, stage: VaeStage, dtype:
         noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(stage.recipe.seed + done))
         latent = mean + (log_variance / 2).exp() * noise
         got = module.decoder(latent.to(dtype)).float()
-        loss = reconstruction_loss(pixels, got, differences=stage.differences)
+        loss = reconstruction_loss(pixels, got, stage)
         return loss + stage.kl * kl_term(mean, log_variance)
 
     return loss_of
 
 
 def new_autoencoder(stage: VaeStage) -> AutoEncoder:
-    """The network with its first weights, channels last in memory."""
+    """The network with its first weights."""
     module = AutoEncoder(stage.config)
     initialise(module, torch.Generator().manual_seed(stage.recipe.seed), zero=("conv2", "proj_out"))
-    return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+    return module
 
 
 def train(
@@ -144,17 +146,17 @@ def evaluate(module: AutoEncoder, sprites: Sprites, *, side: int, count: int, sh
 
 
 @torch.no_grad()
-def encode(module: AutoEncoder, images: Tensor) -> Tensor:
-    """[B, S, S, 3] in 0..1 -> mean latents [B, 16, S/8, S/8], the whole batch at once."""
-    pixels = (images.permute(0, 3, 1, 2) * 2 - 1).contiguous(memory_format=torch.channels_last)
-    mean: Tensor = module.encoder(pixels).chunk(2, dim=1)[0]
-    return mean
+def encode(module: AutoEncoder, images: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """[B, S, S, 3] in 0..1 -> mean latents [B, 16, S/8, S/8] float32, the whole batch at once."""
+    pixels = images.permute(0, 3, 1, 2).contiguous() * 2 - 1
+    mean: Tensor = module.encoder(pixels.to(dtype)).chunk(2, dim=1)[0]
+    return mean.float()
 
 
 @torch.no_grad()
 def decode(module: AutoEncoder, latents: Tensor) -> Tensor:
     """Latents [B, 16, h, w] -> pictures [B, 8h, 8w, 3] in 0..1, the whole batch at once."""
-    pixels = module.decoder(latents.contiguous(memory_format=torch.channels_last))
+    pixels = module.decoder(latents)
     return ((pixels + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1).contiguous()
 
 
@@ -179,6 +181,6 @@ def folded(module: AutoEncoder, latents: Tensor) -> AutoEncoder:
     last.weight[:channels] *= a[:, None, None, None]
     last.bias[:channels] = last.bias[:channels] * a + b
     last.bias[channels:] += 2 * a.log()
-    first.bias -= torch.einsum("oikl,i->o", first.weight, b / a)
-    first.weight /= a[None, :, None, None]
+    first.bias.sub_(torch.einsum("oikl,i->o", first.weight, b / a))
+    first.weight.div_(a[None, :, None, None])
     return result

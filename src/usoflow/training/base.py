@@ -11,12 +11,13 @@ pictures are then made with cfg 1.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from usoflow.models.flux import Flux, FluxConfig
 from usoflow.models.text import ClipText, ClipTextConfig, T5Config, T5Encoder
@@ -126,8 +127,14 @@ class Pocket(nn.Module):
         self.flux = Flux(stage.flux)
         self.t5 = T5Encoder(stage.t5(len(t5_words.rows)))
         self.clip = ClipText(stage.clip(len(clip_words.rows)))
+        self._step: Callable[..., Tensor] = self.flux.forward
         generator = torch.Generator().manual_seed(stage.recipe.seed)
         initialise(self, generator, zero=ZERO)
+
+    def compiled(self) -> Pocket:
+        """Compute the transformer's steps compiled, about twice as fast on a CPU; the same weights."""
+        self._step = torch.compile(self.flux.forward)
+        return self
 
     def encode(self, t5_ids: Ids, clip_ids: Ids) -> tuple[Tensor, Tensor]:
         """Official ids -> context [B, T, text_dim] and pooled [B, clip_dim]."""
@@ -145,8 +152,8 @@ class Pocket(nn.Module):
         """The transformer's answer, [B, 16, h, w] float32."""
         size = (x.shape[-2], x.shape[-1])
         inputs = self.flux.prepare(*text, size, batch=len(x), guidance=guidance, dtype=dtype)
-        out: Tensor = self.flux(x, sigma, inputs)
-        return out
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels are slower at lengths of a few dozen
+            return self._step(x, sigma, inputs)
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,14 @@ def _order(seed: int, epoch: int, total: int) -> npt.NDArray[np.int64]:
 
 
 def cache(
-    module: AutoEncoder, sprites: Sprites, folder: Path, *, seed: int, side: int, count: int
+    module: AutoEncoder,
+    sprites: Sprites,
+    folder: Path,
+    *,
+    seed: int,
+    side: int,
+    count: int,
+    dtype: torch.dtype = torch.float32,
 ) -> LatentSet:
     """Encode scenes 0 to `count` of `seed`, of core subjects, at `side` pixels, unless they are there."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -82,7 +89,9 @@ def cache(
         stop = min(start + CHUNK, count)
         scenes = [draw_scene(sprites.world, seed, i, sprites.world.core) for i in range(start, stop)]
         images = torch.from_numpy(np.stack([compose(scene, sprites, side=side) for scene in scenes]))
-        stored[start:stop] = LatentFormat().to_model(encode(module, images)).numpy().astype(np.float16)
+        stored[start:stop] = (
+            LatentFormat().to_model(encode(module, images, dtype=dtype)).numpy().astype(np.float16)
+        )
         if start % (CHUNK * 50) == 0 or stop == count:
             stored.flush()
             progress.write_text(json.dumps({"done": stop}))

@@ -97,7 +97,7 @@ class Training:
         value = float(loss.detach())
         if not math.isfinite(value):
             raise UsoflowError("non_finite", f"The loss is {value} after {self.done} samples.")
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)

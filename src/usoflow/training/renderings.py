@@ -67,13 +67,15 @@ def halftone(picture: Picture, rng: np.random.Generator) -> Picture:
 def oil_painting(picture: Picture, rng: np.random.Generator) -> Picture:
     """Short strokes: colours smeared along a smooth random field."""
     side = picture.shape[0]
-    field = rng.standard_normal((2, side, side), np.float32).transpose(1, 2, 0)
-    field = cv2.GaussianBlur(field, (0, 0), side / 24)
+    raw = rng.standard_normal((2, side, side), np.float32).transpose(1, 2, 0)
+    field = np.asarray(cv2.GaussianBlur(raw, (0, 0), side / 24), np.float32)
     field /= np.linalg.norm(field, axis=2, keepdims=True) + 1e-6
     here = np.stack(np.meshgrid(np.arange(side), np.arange(side)), -1).astype(np.float32)
+    nowhere = np.empty(0, np.float32)  # both coordinates are in the first map
     shifts = [field * t * side / 48 for t in (-2, -1, 0, 1, 2)]
-    taps = (cv2.remap(picture, here + shift, None, cv2.INTER_LINEAR) for shift in shifts)
-    smear = cv2.medianBlur((sum(taps) * 51).astype(np.uint8), 5).astype(np.float32) / 255
+    taps = (cv2.remap(picture, here + shift, nowhere, cv2.INTER_LINEAR) for shift in shifts)
+    mean = np.mean(list(taps), axis=0)
+    smear = cv2.medianBlur((mean * 255).astype(np.uint8), 5).astype(np.float32) / 255
     relief = rng.standard_normal((side, side), np.float32)
     return np.asarray(np.clip(smear * 1.1 - 0.05 + relief[..., None] * 0.03, 0, 1), np.float32)
 
@@ -81,7 +83,7 @@ def oil_painting(picture: Picture, rng: np.random.Generator) -> Picture:
 def watercolour(picture: Picture, rng: np.random.Generator) -> Picture:
     """Pale washes with darker rims on rough paper."""
     side = picture.shape[0]
-    wash = cv2.bilateralFilter(picture, 5, 0.3, side / 24)
+    wash = np.asarray(cv2.bilateralFilter(picture, 5, 0.3, side / 24), np.float32)
     paper = cv2.GaussianBlur(rng.standard_normal((side, side), np.float32), (0, 0), side / 32) * (side / 40)
     pale = 1 - (1 - wash) * (0.72 + 0.25 * paper)[..., None]
     return np.asarray(np.clip(pale * (1 - 0.3 * edges(wash))[..., None], 0, 1), np.float32)
@@ -161,8 +163,8 @@ def _rgb(tone: Picture) -> Picture:
 
 def _grid(side: int) -> tuple[Picture, Picture]:
     """Row and column of every pixel as a fraction of the side; [S, 1] and [1, S]."""
-    steps = (np.arange(side, dtype=np.float32) + 0.5) / side
-    return steps[:, None], steps[None, :]
+    steps: Picture = np.asarray((np.arange(side) + 0.5) / side, np.float32)
+    return steps.reshape(-1, 1), steps.reshape(1, -1)
 
 
 RENDERINGS: Mapping[str, Rendering] = MappingProxyType(

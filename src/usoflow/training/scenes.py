@@ -1,7 +1,7 @@
 """Scenes: which subject, where, on what, drawn how; composed to a picture and told in plain English.
 
 `draw_scene(world, seed, index)` decides, `compose` paints (with `drawings.Sprites`), `caption` tells. Every
-scene follows from (seed, index) alone: no state, so training resumes anywhere and any picture can be had again.
+scene follows from (seed, index) alone: no state, so training resumes anywhere.
 """
 
 from __future__ import annotations

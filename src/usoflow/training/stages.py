@@ -5,6 +5,8 @@
     base     cache latents, train text encoders and transformer
     guided   distil guidance into the transformer
     package  write the checkpoint
+    judge    train the encoder that measures, used for nothing else
+    evaluate measure the checkpoint's modules on the fixed prompt list
 
 Each stage reads what the ones before left in the folder and continues where it was interrupted.
 """
@@ -24,7 +26,7 @@ import torch
 
 from usoflow.errors import UsoflowError
 from usoflow.models.vae import AutoEncoder
-from usoflow.training import autoencoder, drawings, package, text_to_image
+from usoflow.training import autoencoder, drawings, evaluate, package, text_to_image
 from usoflow.training.autoencoder import VaeStage
 from usoflow.training.base import BaseStage, Batches, Pocket, flow_loss, guided_loss
 from usoflow.training.drawings import Sprites
@@ -36,6 +38,7 @@ from usoflow.training.world import World
 
 LATENT_SEED = 11  # of the scenes whose latents are cached
 STATISTICS = 1024  # scenes whose latents are measured for folding
+QUESTIONS = 300  # of the evaluation
 CHECKPOINT = "usoflow-pocket.safetensors"
 
 
@@ -45,6 +48,7 @@ class Plan:
 
     vae: VaeStage
     base: BaseStage
+    judge: Recipe
 
     @classmethod
     def read(cls, path: Path | None) -> Plan:
@@ -59,7 +63,7 @@ class Plan:
             vae, base = data["vae"], data["base"]
             vae |= {"recipe": Recipe(**vae["recipe"]), "widths": tuple(vae["widths"])}
             base |= {"recipe": Recipe(**base["recipe"]), "guided": Recipe(**base["guided"])}
-            return cls(VaeStage(**vae), BaseStage(**base))
+            return cls(VaeStage(**vae), BaseStage(**base), Recipe(**data["judge"]["recipe"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UsoflowError("training_config", f"{path}: {error}.") from None
 
@@ -71,6 +75,7 @@ class Workshop:
     folder: Path
     plan: Plan
     dtype: torch.dtype = torch.bfloat16
+    compiled: bool = False
 
     @functools.cached_property
     def sprites(self) -> Sprites:
@@ -113,9 +118,31 @@ class Workshop:
 
     def package(self) -> None:
         """Write the checkpoint from the guided weights, or, before there are any, from the base's."""
-        pocket = self._pocket()
-        self._load(pocket, "guided" if (self.folder / "guided" / "state.pt").exists() else "base")
-        package.write(self.checkpoint, pocket, self.folded_vae)
+        package.write(self.checkpoint, self._finished(), self.folded_vae)
+
+    def judge(self) -> None:
+        """Train the encoder that `evaluate` measures with."""
+        evaluate.train_judge(self.sprites, self.plan.judge, self.folder / "judge", side=self.plan.base.side)
+
+    def evaluate(self) -> None:
+        """Measure pictures of the guided base (else the base) beside real ones; write `evaluation.json`."""
+        side, vae = self.plan.base.side, self.folded_vae
+        judge = evaluate.train_judge(self.sprites, self.plan.judge, self.folder / "judge", side=side)
+        asked = evaluate.questions(self.sprites, QUESTIONS)
+        real = evaluate.pictures(self.sprites, [q.scene for q in asked], side)
+        through = torch.cat([autoencoder.decode(vae, autoencoder.encode(vae, r)) for r in real.split(50)])
+        pocket = self._finished()
+        prompts = [q.prompt for q in asked]
+        made = torch.cat(
+            [
+                text_to_image.sample(pocket, vae, prompts[i : i + 50], dtype=self.dtype, seed=i)
+                for i in range(0, len(prompts), 50)
+            ]
+        )
+        images = {"ceiling": real, "ceiling through the VAE": through, "pocket": made}
+        scores = {name: evaluate.measure(judge, asked, batch) for name, batch in images.items()}
+        evaluate.report(self.folder / "evaluation.json", scores)
+        contact_sheet(self.folder / "evaluation.png", list(made[:96].numpy()), prompts[:96], columns=12)
 
     @functools.cached_property
     def folded_vae(self) -> AutoEncoder:
@@ -130,14 +157,21 @@ class Workshop:
         stage = self.plan.base
         folder = self.folder / f"latents-{stage.side}"
         sizes = {"side": stage.side, "count": stage.cached}
-        return cache(self.folded_vae, self.sprites, folder, seed=LATENT_SEED, **sizes)
+        return cache(self.folded_vae, self.sprites, folder, seed=LATENT_SEED, dtype=self.dtype, **sizes)
 
     @functools.cached_property
     def _batches(self) -> Batches:
         return Batches.of(self.latents, self.plan.base)
 
     def _pocket(self) -> Pocket:
-        return Pocket(self.plan.base, *self._batches.vocabularies())
+        pocket = Pocket(self.plan.base, *self._batches.vocabularies())
+        return pocket.compiled() if self.compiled else pocket
+
+    def _finished(self) -> Pocket:
+        """The guided modules, or, before there are any, the base's."""
+        pocket = self._pocket()
+        self._load(pocket, "guided" if (self.folder / "guided" / "state.pt").exists() else "base")
+        return pocket
 
     def _load(self, pocket: Pocket, stage: str) -> None:
         """Put the averaged weights of a stage into the modules."""
@@ -168,5 +202,7 @@ STAGES: Mapping[str, Callable[[Workshop], None]] = MappingProxyType(
         "base": Workshop.base,
         "guided": Workshop.guided,
         "package": Workshop.package,
+        "judge": Workshop.judge,
+        "evaluate": Workshop.evaluate,
     }
 )
