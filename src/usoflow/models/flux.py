@@ -159,11 +159,12 @@ class Flux(nn.Module):
         sizes = [(latent.shape[-2], latent.shape[-1]) for latent in references]
         ids = position_ids(size, sizes, method)
         ids = torch.cat([torch.zeros(tokens.shape[1], 3), ids])  # [T + I + R, 3]
+        cos, sin = rotary_table(ids, self.config.axes, self.config.theta)
         return FluxInputs(
             text=_repeat(tokens, batch),
             vector=_repeat(vector, batch),
             references=torch.cat(embedded, dim=1) if embedded else None,
-            rope=rotary_table(ids.to(text.device), self.config.axes, self.config.theta),
+            rope=(cos.to(text.device), sin.to(text.device)),
         )
 
     def forward(self, latent: Tensor, sigma: Tensor, inputs: FluxInputs) -> Tensor:
@@ -352,10 +353,13 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
 
 
 def rotary_table(ids: Tensor, axes: Sequence[int], theta: int) -> Rope:
-    """cos and sin for position ids [L, axes]; angles in fp64, as positions times theta^(-2i/d)."""
+    """cos and sin for position ids [L, axes]; angles in fp64, as positions times theta^(-2i/d).
+
+    Computed on the CPU, since not every device has fp64.
+    """
     angles = []
     for position, dim in zip(ids.double().unbind(-1), axes, strict=True):
-        exponent = torch.arange(0, dim, 2, dtype=torch.float64, device=ids.device) / dim
+        exponent = torch.arange(0, dim, 2, dtype=torch.float64) / dim
         angles.append(position[:, None] * theta**-exponent)
     joined = torch.cat(angles, dim=-1)  # [L, D / 2]
     return joined.cos().float(), joined.sin().float()

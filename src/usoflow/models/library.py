@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from usoflow.models.weights import Linear, build
 logger = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=nn.Module)
-Key = tuple[object, ...]
+Key = tuple[Any, ...]  # fingerprint of the file, kind of component, variant
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +107,15 @@ class ModelLibrary:
     def _module(self, component: Component, load: Callable[[Component], M], *variant: str) -> M:
         key = (*_key(component), *variant)
         if key not in self._modules:
+            self._forget_older(component)
             self._modules[key] = load(component)
         return cast(M, self._modules[key])
+
+    def _forget_older(self, component: Component) -> None:
+        """Drop what was loaded from the same path before the file changed."""
+        state = component.file.fingerprint
+        kept = {key: m for key, m in self._modules.items() if key[0][0] != state[0] or key[0] == state}
+        self._modules = kept
 
     def _resident_flux(self, component: Component, weight_dtype: str) -> Flux:
         module = load_flux(component)

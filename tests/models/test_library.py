@@ -1,0 +1,107 @@
+"""The library: one module per file, split files as good as one, narrower storage, changed files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from usoflow.models.checkpoint import CONFIG_KEY, Component, TensorFile
+from usoflow.models.library import ModelLibrary
+from usoflow.models.placement import Placement
+from usoflow.pocket.untrained import FLUX, write_untrained
+
+CPU32 = Placement(torch.device("cpu"), torch.float32)
+CHECKPOINT = "checkpoints/flux1-dev-fp8.safetensors"
+# The published single files have the checkpoint's names without its prefixes.
+SPLIT = {
+    "flux": ("diffusion_models/flux1-dev.safetensors", "model.diffusion_model."),
+    "clip_l": ("text_encoders/clip_l.safetensors", "text_encoders.clip_l.transformer."),
+    "t5": ("text_encoders/t5xxl_fp16.safetensors", "text_encoders.t5xxl.transformer."),
+    "vae": ("vae/ae.safetensors", "vae."),
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    write_untrained(root)
+    tensors, config = load_file(root / CHECKPOINT), TensorFile.open(root / CHECKPOINT).metadata
+    for path, prefix in SPLIT.values():
+        (root / path).parent.mkdir(exist_ok=True)
+        own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+        if "clip_l" in path:  # what the published file has beside the encoder
+            own |= {"logit_scale": torch.ones(()), "text_projection.weight": torch.ones(2, 2)}
+        save_file(own, root / path, metadata={CONFIG_KEY: config[CONFIG_KEY]})
+    return root
+
+
+def components(models: Path) -> tuple[dict[str, Component], dict[str, Component]]:
+    """The same models from the all-in-one file and from files of their own."""
+    whole = dict(TensorFile.open(models / CHECKPOINT).components())
+    return whole, {kind: TensorFile.open(models / path).component(kind) for kind, (path, _) in SPLIT.items()}
+
+
+@torch.inference_mode()
+def test_split_files_are_the_checkpoint(models: Path) -> None:
+    library, (whole, split) = ModelLibrary(CPU32), components(models)
+    images = torch.rand(1, 32, 32, 3)
+
+    def outputs(part: dict[str, Component]) -> list[Tensor]:
+        text = library.encode_text(part["clip_l"], part["t5"], "a cat")
+        latent = library.vae_encode(part["vae"], images)
+        flux = library.flux(part["flux"], (), "default")
+        inputs = flux.prepare(text.context, text.pooled, (4, 4))
+        return [text.context, text.pooled, latent, flux(latent, torch.tensor(0.5), inputs)]
+
+    for one, other in zip(outputs(whole), outputs(split), strict=True):
+        assert torch.equal(one, other)
+
+
+@torch.inference_mode()
+def test_narrow_storage(models: Path) -> None:
+    """weight_dtype fp8_e4m3fn: the blocks' weights are stored so, the rest stays, the result is near."""
+    library, (whole, _) = ModelLibrary(CPU32), components(models)
+    wide, narrow = (library.flux(whole["flux"], (), dtype) for dtype in ("default", "fp8_e4m3fn"))
+    assert narrow.double_blocks[0].img_attn.qkv.weight.dtype == torch.float8_e4m3fn
+    assert narrow.img_in.weight.dtype == wide.img_in.weight.dtype == torch.float16
+    torch.manual_seed(0)
+    latent, text = torch.randn(1, 16, 4, 4), torch.randn(1, 4, FLUX.text_dim)
+    first, second = (
+        model(latent, torch.tensor(0.5), model.prepare(text, torch.zeros(1, FLUX.pooled_dim), (4, 4)))
+        for model in (wide, narrow)
+    )
+    error = float((first - second).norm() / first.norm())
+    assert 1e-4 < error < 0.1
+
+
+def test_each_file_is_loaded_once_until_it_changes(models: Path, tmp_path: Path) -> None:
+    write_untrained(tmp_path)
+    library = ModelLibrary(CPU32)
+
+    def flux() -> torch.nn.Module:
+        return library.flux(TensorFile.open(tmp_path / CHECKPOINT).component("flux"), (), "default")
+
+    first = flux()
+    assert flux() is first
+    write_untrained(tmp_path, seed=1)
+    changed = flux()
+    assert not torch.equal(changed.img_in.weight, first.img_in.weight)
+    assert len(library._modules) == 1  # the older one is forgotten
+
+
+def test_placement_of_a_device_that_is_not_there() -> None:
+    from usoflow.errors import UsoflowError
+
+    absent = next(name for name in ("cuda", "mps") if name not in _here())
+    with pytest.raises(UsoflowError) as caught:
+        Placement.choose(absent)
+    assert caught.value.code == "device_unavailable"
+
+
+def _here() -> set[str]:
+    found = {"cuda"} if torch.cuda.is_available() else set()
+    return found | ({"mps"} if torch.backends.mps.is_available() else set())
