@@ -71,11 +71,10 @@ def oil_painting(picture: Picture, rng: np.random.Generator) -> Picture:
     field = np.asarray(cv2.GaussianBlur(raw, (0, 0), side / 24), np.float32)
     field /= np.linalg.norm(field, axis=2, keepdims=True) + 1e-6
     here = np.stack(np.meshgrid(np.arange(side), np.arange(side)), -1).astype(np.float32)
-    nowhere = np.empty(0, np.float32)  # both coordinates are in the first map
-    shifts = [field * t * side / 48 for t in (-2, -1, 0, 1, 2)]
-    taps = (cv2.remap(picture, here + shift, nowhere, cv2.INTER_LINEAR) for shift in shifts)
+    places = [here + field * t * side / 48 for t in (-2, -1, 0, 1, 2)]
+    taps = (cv2.remap(picture, at[..., 0], at[..., 1], cv2.INTER_LINEAR) for at in places)
     mean = np.mean(list(taps), axis=0)
-    smear = cv2.medianBlur((mean * 255).astype(np.uint8), 5).astype(np.float32) / 255
+    smear = cv2.medianBlur((np.clip(mean, 0, 1) * 255).astype(np.uint8), 5).astype(np.float32) / 255
     relief = rng.standard_normal((side, side), np.float32)
     return np.asarray(np.clip(smear * 1.1 - 0.05 + relief[..., None] * 0.03, 0, 1), np.float32)
 
