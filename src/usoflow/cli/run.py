@@ -55,9 +55,9 @@ def run(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of every sampler.", min=0, max=2**64 - 1)] = None,
     inputs: Annotated[Path | None, typer.Option("--input", help="Folder of input pictures.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder for results. [default: ./output]")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for results; ./output if not given.")] = None,
     models: Annotated[
-        Path | None, typer.Option(help="A ComfyUI folder or its models folder. [env: USOFLOW_MODELS]")
+        Path | None, typer.Option(help="A ComfyUI folder or its models folder; else USOFLOW_MODELS.")
     ] = None,
     device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.auto,
     dtype: Annotated[Dtype, typer.Option(help="Number format of the transformer.")] = Dtype.auto,

@@ -47,7 +47,8 @@ def load(source: str | Path, registry: NodeRegistry) -> LoadedWorkflow:
     try:
         data = Path(source).read_bytes()
     except (OSError, ValueError) as reason:
-        raise UsoflowError("file_not_found", f"{name}: {reason}") from None
+        why = getattr(reason, "strerror", None) or reason
+        raise UsoflowError("file_not_found", f"{name}: {why}") from None
     try:
         return load_bytes(data, registry)
     except UsoflowError as error:
