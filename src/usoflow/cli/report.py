@@ -135,8 +135,7 @@ def _remedies(checked: ValidationResult) -> Iterator[str]:
         for error in entry["errors"]:
             if remedy := error["extra_info"].get("remedy"):
                 yield remedy
-                if error["extra_info"]["input_config"][0]:
-                    yield f"Another file is named with --set {node_id}.{error['extra_info']['input_name']}=FILE."
+                yield f"Another file is named with --set {node_id}.{error['extra_info']['input_name']}=NAME."
             elif error["type"] == "custom_validation_failed" and entry["class_type"] == "LoadImage":
                 yield f"Give the picture with --image {node_id}=PATH, or its folder with --input DIR."
     if checked.error and checked.error["type"] == "invalid_prompt":
