@@ -21,7 +21,10 @@ from usoflow.models.weights import Linear, LowRank, read_tensors
 
 logger = logging.getLogger(__name__)
 
-_PAIR = re.compile(r"^((?:double|single)_blocks)\.(\d+)\.processor\.(\w+)\.up\.weight$")
+_PAIR = re.compile(
+    r"^(?P<stem>(?P<blocks>(?:double|single)_blocks)\.(?P<number>\d+)\.processor\.(?P<part>\w+))"
+    r"\.(?:up|down)\.weight$"
+)
 # Lora 1 is the image stream, 2 the text stream. `qkv_lora` of a single block covers the rows of
 # linear1 (q, k, v) and leaves the MLP's alone.
 _TARGETS: Mapping[tuple[str, str], str] = MappingProxyType(
@@ -46,7 +49,8 @@ def attach(flux: Flux, lora: Component, strength: float, *, device: torch.device
         device: where the branches are kept; default as read.
 
     Raises:
-        UsoflowError: `lora_mismatch` if nothing fits or a pair has the wrong shape.
+        UsoflowError: `lora_mismatch` if nothing fits or a pair has the wrong shape, `tensor_missing` if a
+            pair is not one.
     """
     layers = {name: layer for name, layer in flux.named_modules() if isinstance(layer, Linear)}
     pairs = dict(_pairs(lora))
@@ -72,18 +76,18 @@ def _pairs(lora: Component) -> Iterator[tuple[str, str]]:
     """(name of the pair in the file, name of the layer in the transformer)."""
     for name in lora.tensors:
         match = _PAIR.match(name)
-        if match is None:
-            continue
-        blocks, number, part = match.groups()
-        target = _TARGETS.get((blocks, part))
-        if target is None:
+        target = _TARGETS.get((match["blocks"], match["part"])) if match else None
+        if match is None or target is None:
             raise UsoflowError("lora_mismatch", f"{lora.file.path.name}: {name} belongs to no known layer.")
-        yield name.removesuffix(".up.weight"), f"{blocks}.{number}.{target}"
+        for side in ("up", "down"):
+            lora.shape(f"{match['stem']}.{side}.weight")
+        yield match["stem"], f"{match['blocks']}.{match['number']}.{target}"
 
 
 def _check_pair(lora: Component, stem: str, layer: Linear, down: Tensor, up: Tensor) -> None:
     rows, columns = layer.weight.shape
-    if down.shape[1] != columns or up.shape[0] > rows or up.shape[1] != down.shape[0]:
+    rows = 3 * columns if stem.endswith("qkv_lora") else rows  # q, k, v
+    if tuple(up.shape) != (rows, down.shape[0]) or down.shape[1:] != (columns,):
         raise UsoflowError(
             "lora_mismatch",
             f"{lora.file.path.name}: {stem} is {list(up.shape)} x {list(down.shape)},"

@@ -296,8 +296,15 @@ class AutoEncoder(nn.Module):
             [B, h * factor, w * factor, 3] float32, clamped to 0..1.
 
         Raises:
-            UsoflowError: "non_finite".
+            UsoflowError: "latent_channels", "non_finite".
         """
+        channels = self.config.latent_channels
+        if latent.shape[1] != channels:
+            raise UsoflowError(
+                "latent_channels",
+                f"The latent has {latent.shape[1]} channels, the VAE takes {channels}.",
+                remedy="Sample the latent first, or make it with EmptySD3LatentImage.",
+            )
         pixels = _finite(self._each(self.decoder, latent, dtype), "VAE decoding")  # [B, 3, H, W]
         return ((pixels + 1) / 2).clamp_(0, 1).movedim(1, -1).contiguous()
 
