@@ -113,9 +113,15 @@ def validation_error(checked: ValidationResult) -> UsoflowError:
     assert checked.error is not None
     lines = list(validation_lines(checked)) or [_sentence(checked.error)]
     remedies = dict.fromkeys(_remedies(checked))
-    missing = any("remedy" in error["extra_info"] for error in _errors(checked))
-    code = "model_missing" if missing else "prompt_invalid"
-    return UsoflowError(code, "\n".join(lines), remedy="\n".join(remedies) or None)
+    return UsoflowError(_code(checked), "\n".join(lines), remedy="\n".join(remedies) or None)
+
+
+def _code(checked: ValidationResult) -> str:
+    """What is missing decides about the exit code: a picture if that is all, a model if any is."""
+    errors = list(_errors(checked))
+    if errors and all(error["type"] == "custom_validation_failed" for error in errors):
+        return "image_missing"
+    return "model_missing" if any("remedy" in error["extra_info"] for error in errors) else "prompt_invalid"
 
 
 def validation_lines(checked: ValidationResult) -> Iterator[str]:
