@@ -160,6 +160,11 @@ CATALOGUE: Mapping[str, ErrorKind] = MappingProxyType(
             "The file is incomplete: download it again.",
             EXIT_MODEL,
         ),
+        "models_mismatch": ErrorKind(
+            "Models that are used together do not fit each other.",
+            "Choose files of one family: those of the tutorial, or those of one package.",
+            EXIT_MODEL,
+        ),
         "latent_channels": ErrorKind(
             "The latent is not of the kind that the model takes.",
             "Encode the picture with the model's own VAE.",

@@ -394,6 +394,33 @@ class TestModels:
         desk.change(CHECKPOINT, renumber)
         check(desk.run(small.text_to_image()), 4, "double_blocks.2.* but no double_blocks.1.*")
 
+    @pytest.mark.parametrize(
+        ("file", "pattern", "axis", "kept", "words"),
+        [
+            (CHECKPOINT, "txt_in.weight", 1, 48, "T5 gives vectors of 64 numbers, the transformer takes 48"),
+            (CHECKPOINT, "vector_in.in_layer.weight", 1, 16, "CLIP-L gives vectors of 32"),
+            (PROJECTOR, "_projection.", 0, 64, "style projector gives vectors of 64"),
+            (
+                PROJECTOR,
+                "_embedding_linear.0.weight",
+                1,
+                49,
+                "64 tokens of width 64, the style projector takes 49",
+            ),
+        ],
+    )
+    def test_models_that_do_not_fit_each_other(
+        self, desk: Desk, file: str, pattern: str, axis: int, kept: int, words: str
+    ) -> None:
+        """Each file is right, but for other companions."""
+        desk.change(
+            file,
+            lambda tensors: tensors.update(
+                {k: v.narrow(axis, 0, kept) for k, v in tensors.items() if pattern in k}
+            ),
+        )
+        check(desk.run(small.with_style(small.subject())), 4, words, "one family")
+
     def test_lora_that_fits_nothing(self, desk: Desk) -> None:
         def renumber(tensors: dict[str, torch.Tensor]) -> None:
             for name in list(tensors):
@@ -422,8 +449,12 @@ def first(header: dict[str, Any]) -> dict[str, Any]:
 class TestPictures:
     def test_missing(self, desk: Desk) -> None:
         (desk.root / "input/subject.png").unlink()
-        done = desk.run(small.subject())
-        check(done, 3, "subject.png", "--image picture=PATH")
+        check(desk.run(small.subject()), 5, "subject.png", "--image picture=PATH")
+
+    def test_missing_picture_and_missing_model(self, desk: Desk) -> None:
+        (desk.root / "input/subject.png").unlink()
+        (desk.models / LORA).unlink()
+        check(desk.run(small.subject()), 4, "subject.png", "--image picture=PATH", "uso-flux1-dit-lora-v1")
 
     @pytest.mark.parametrize("content", [b"", b"hello", b"\x89PNG\r\n\x1a\n....", b"GIF89a"])
     def test_not_a_picture(self, desk: Desk, content: bytes) -> None:
@@ -437,7 +468,7 @@ class TestPictures:
     def test_name_that_leads_out(self, desk: Desk) -> None:
         shutil.copy(desk.root / "input/subject.png", desk.root / "secret.png")
         check(
-            desk.run(small.with_inputs(small.subject(), "picture", image="../secret.png")), 3, "../secret.png"
+            desk.run(small.with_inputs(small.subject(), "picture", image="../secret.png")), 5, "../secret.png"
         )
 
     def test_picture_smaller_than_a_latent(self, desk: Desk) -> None:
@@ -452,6 +483,24 @@ class TestPictures:
             }
         }
         check(desk.run(small.with_inputs(prompt, "encode", pixels=["scaled", 0])), 5, "80x48", "0x0")
+
+    def test_empty_reference_of_any_channels(self, desk: Desk) -> None:
+        """EmptyLatentImage makes 4 channels for any model, here as for the latent that is sampled."""
+        prompt = small.subject()
+        prompt["encode"] = {
+            "class_type": "EmptyLatentImage",
+            "inputs": {"width": 64, "height": 64, "batch_size": 1},
+        }
+        assert desk.run(prompt).code == 0
+
+    def test_batches_that_do_not_fit(self, desk: Desk) -> None:
+        three = {
+            "class_type": "EmptyImage",
+            "inputs": {"width": 64, "height": 64, "batch_size": 3, "color": 9},
+        }
+        prompt = small.with_style(small.subject())
+        for node in ("picture", "style picture"):
+            check(desk.run(prompt | {node: three}), 3, "batch of 3", "KSampler")
 
     def test_latent_of_another_model(self, desk: Desk) -> None:
         prompt = small.text_to_image()

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from usoflow.errors import UsoflowError
 from usoflow.models.checkpoint import Component
 from usoflow.models.weights import LayerNorm, Linear
 
@@ -68,7 +69,18 @@ class StyleProjector(nn.Module):
 
         Returns:
             float32 [B, 3 * style_tokens, hidden].
+
+        Raises:
+            UsoflowError: `models_mismatch` if the states are those of another vision tower.
         """
+        wanted = (self.config.patches, self.config.vision_dim)
+        if found := {tuple(states[layer].shape[1:]) for layer in LEVELS.values()} - {wanted}:
+            patches, width = min(found)
+            raise UsoflowError(
+                "models_mismatch",
+                f"The vision tower gives {patches} tokens of width {width}, the style projector takes"
+                f" {wanted[0]} of width {wanted[1]}.",
+            )
         return torch.cat(
             [self._level(level, states[layer].float()) for level, layer in LEVELS.items()], dim=1
         )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from usoflow.errors import UsoflowError
-from usoflow.models.flux import Flux, FluxInputs
+from usoflow.models.flux import Flux, FluxConfig, FluxInputs
 from usoflow.models.library import ModelLibrary
 from usoflow.models.references import DEFAULT_METHOD
 from usoflow.models.vae import LatentFormat
@@ -69,7 +69,8 @@ def denoise_latent(
         float32 [B, 16, H, W], unscaled, on the CPU.
 
     Raises:
-        UsoflowError: `latent_channels`, `batch_mismatch`, `non_finite`, and what loading models raises.
+        UsoflowError: `latent_channels`, `models_mismatch`, `batch_mismatch`, `non_finite`, and what loading
+            models raises.
     """
     flux = library.flux(model.flux, model.loras, model.weight_dtype)
     samples = _with_channels(samples, flux.config.channels)
@@ -152,7 +153,10 @@ def _prepare(
     device, batch = library.placement.device, len(samples)
     pooled = options.get("pooled_output")
     pooled = torch.zeros(1, flux.config.pooled_dim) if pooled is None else pooled
-    references = options.get("reference_latents", [])
+    references = [
+        _with_channels(latent, flux.config.channels) for latent in options.get("reference_latents", [])
+    ]
+    _check_widths(flux.config, text, pooled, style)
     _check_batch(references, batch, "reference latents")
     _check_batch([text, pooled, *([] if style is None else [style])], batch, "prompts or style pictures")
     return flux.prepare(
@@ -166,6 +170,20 @@ def _prepare(
         style=style,
         dtype=library.placement.dtype,
     )
+
+
+def _check_widths(config: FluxConfig, text: Tensor, pooled: Tensor, style: Tensor | None) -> None:
+    """Any files can be chosen together: each must give what this transformer takes."""
+    for name, tensor, width in (
+        ("T5", text, config.text_dim),
+        ("CLIP-L", pooled, config.pooled_dim),
+        ("style projector", style, config.hidden),
+    ):
+        if tensor is not None and tensor.shape[-1] != width:
+            raise UsoflowError(
+                "models_mismatch",
+                f"The {name} gives vectors of {tensor.shape[-1]} numbers, the transformer takes {width}.",
+            )
 
 
 def _check_batch(tensors: Sequence[Tensor], batch: int, what: str) -> None:
