@@ -2,6 +2,7 @@
 
     render   fetch the drawings, render the sprites, write a contact sheet
     vae      train the autoencoder, fold its latent statistics
+    decoder  train the decoder further on the encoder as it is
     base     cache latents, train text encoders and transformer
     guided   distil guidance into the transformer
     package  write the checkpoint
@@ -61,7 +62,8 @@ class Plan:
         try:
             data = tomllib.loads((path or shipped).read_text("utf-8"))
             vae, base = data["vae"], data["base"]
-            vae |= {"recipe": Recipe(**vae["recipe"]), "widths": tuple(vae["widths"])}
+            vae |= {"recipe": Recipe(**vae["recipe"]), "decoder": Recipe(**vae["decoder"])}
+            vae |= {"widths": tuple(vae["widths"])}
             base |= {"recipe": Recipe(**base["recipe"]), "guided": Recipe(**base["guided"])}
             return cls(VaeStage(**vae), BaseStage(**base), Recipe(**data["judge"]["recipe"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -104,6 +106,14 @@ class Workshop:
         result = autoencoder.folded(module, autoencoder.encode(module, torch.from_numpy(pictures)))
         torch.save(result.state_dict(), self.folder / "vae" / "folded.pt")
 
+    def decoder(self) -> None:
+        """Train the decoder of the folded autoencoder further; latents stay what they are."""
+        module = self.folded_vae
+        autoencoder.train_decoder(
+            module, self.sprites, self.plan.vae, self.folder / "decoder", dtype=self.dtype
+        )
+        torch.save(module.state_dict(), self.folder / "decoder" / "vae.pt")
+
     def base(self) -> None:
         """Train text encoders and transformer by flow matching."""
         pocket = self._pocket()
@@ -118,7 +128,7 @@ class Workshop:
 
     def package(self) -> None:
         """Write the checkpoint from the guided weights, or, before there are any, from the base's."""
-        package.write(self.checkpoint, self._finished(), self.folded_vae)
+        package.write(self.checkpoint, self._finished(), self.vae_in_use)
 
     def judge(self) -> None:
         """Train the encoder that `evaluate` measures with."""
@@ -126,7 +136,7 @@ class Workshop:
 
     def evaluate(self) -> None:
         """Measure pictures of the guided base (else the base) beside real ones; write `evaluation.json`."""
-        side, vae = self.plan.base.side, self.folded_vae
+        side, vae = self.plan.base.side, self.vae_in_use
         judge = evaluate.train_judge(self.sprites, self.plan.judge, self.folder / "judge", side=side)
         asked = evaluate.questions(self.sprites, QUESTIONS)
         real = evaluate.pictures(self.sprites, [q.scene for q in asked], side)
@@ -149,6 +159,14 @@ class Workshop:
         """The trained autoencoder, folded."""
         module = autoencoder.new_autoencoder(self.plan.vae)
         module.load_state_dict(torch.load(self.folder / "vae" / "folded.pt", weights_only=True))
+        return module
+
+    @functools.cached_property
+    def vae_in_use(self) -> AutoEncoder:
+        """The folded autoencoder, with the further trained decoder if there is one."""
+        module, further = self.folded_vae, self.folder / "decoder" / "vae.pt"
+        if further.exists():
+            module.load_state_dict(torch.load(further, weights_only=True))
         return module
 
     @functools.cached_property
@@ -187,7 +205,7 @@ class Workshop:
         def report() -> None:
             loss_curve(folder / "loss.png", *zip(*training.log, strict=True), title=name)
             trained = swap(training.parameters, training.average)
-            pictures = text_to_image.sample(pocket, self.folded_vae, text_to_image.PROMPTS, dtype=self.dtype)
+            pictures = text_to_image.sample(pocket, self.vae_in_use, text_to_image.PROMPTS, dtype=self.dtype)
             swap(training.parameters, trained)
             sheet = folder / f"sheet-{training.done:07d}.png"
             contact_sheet(sheet, list(pictures.numpy()), text_to_image.PROMPTS, columns=8)
@@ -199,6 +217,7 @@ STAGES: Mapping[str, Callable[[Workshop], None]] = MappingProxyType(
     {
         "render": Workshop.render,
         "vae": Workshop.vae,
+        "decoder": Workshop.decoder,
         "base": Workshop.base,
         "guided": Workshop.guided,
         "package": Workshop.package,
