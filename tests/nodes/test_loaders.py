@@ -1,0 +1,161 @@
+"""Loaders: which part of which file, from one file or several; handles that are never changed."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import FrozenInstanceError, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from usoflow.errors import UsoflowError
+from usoflow.nodes import conditioning, latent, loaders, sampling, uso
+from usoflow.nodes.context import NodeContext
+from usoflow.settings import find_folders
+
+CHECKPOINT = "flux1-dev-fp8.safetensors"
+LORA = "uso-flux1-dit-lora-v1.safetensors"
+PARTS = {
+    "diffusion_models/flux.safetensors": "model.diffusion_model.",
+    "text_encoders/clip_l.safetensors": "text_encoders.clip_l.transformer.",
+    "text_encoders/t5.safetensors": "text_encoders.t5xxl.transformer.",
+    "vae/ae.safetensors": "vae.",
+}
+
+
+@pytest.fixture(scope="module")
+def split_models(small_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small checkpoint as split files, whose names have no prefix."""
+    models = tmp_path_factory.mktemp("split")
+    source = small_models / "checkpoints" / CHECKPOINT
+    with safe_open(source, framework="pt") as reader:
+        metadata = reader.metadata()
+    tensors = load_file(source)
+    for file, prefix in PARTS.items():
+        (models / file).parent.mkdir(exist_ok=True)
+        part = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+        save_file(part, models / file, metadata=metadata)
+    shutil.copytree(small_models / "loras", models / "loras")
+    return models
+
+
+@pytest.fixture
+def split(context: NodeContext, split_models: Path) -> NodeContext:
+    return replace(context, folders=find_folders(models=split_models))
+
+
+@torch.inference_mode()
+def picture(model: Any, clip: Any, vae: Any, context: NodeContext) -> Tensor:
+    """A text-to-image run of one step."""
+    text = conditioning.encode_text("a cat", clip, context=context)
+    denoised = sampling.k_sampler(
+        model,
+        seed=3,
+        steps=1,
+        cfg=1.0,
+        sampler_name="euler",
+        scheduler="simple",
+        positive=text,
+        negative=text,
+        latent_image=latent.empty_sd3_latent(64, 64),
+        context=context,
+    )
+    return latent.vae_decode(denoised, vae, context=context)
+
+
+@contextmanager
+def refused(code: str) -> Iterator[pytest.ExceptionInfo[UsoflowError]]:
+    with pytest.raises(UsoflowError) as caught:
+        yield caught
+    assert caught.value.code == code
+
+
+def test_split_files_give_the_picture_of_the_checkpoint(context: NodeContext, split: NodeContext) -> None:
+    whole = picture(*loaders.load_checkpoint(CHECKPOINT, context=context), context)
+    model = loaders.load_diffusion_model("flux.safetensors", "default", context=split)
+    vae = loaders.load_vae("ae.safetensors", context=split)
+    for names in (("clip_l.safetensors", "t5.safetensors"), ("t5.safetensors", "clip_l.safetensors")):
+        clip = loaders.load_text_encoders(*names, "flux", context=split)
+        assert torch.equal(picture(model, clip, vae, split), whole)
+
+
+def test_weight_dtype(split: NodeContext) -> None:
+    """fp8 is coarser, not other; the `_fast` of other back ends is the same here."""
+    clip = loaders.load_text_encoders("clip_l.safetensors", "t5.safetensors", "flux", context=split)
+    vae = loaders.load_vae("ae.safetensors", context=split)
+    stored, narrow, fast = (
+        picture(loaders.load_diffusion_model("flux.safetensors", dtype, context=split), clip, vae, split)
+        for dtype in ("default", "fp8_e4m3fn", "fp8_e4m3fn_fast")
+    )
+    assert torch.equal(narrow, fast)
+    assert 0 < float((stored - narrow).abs().mean()) < 0.1
+
+
+def test_loading_reads_no_weights(context: NodeContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only headers: a loader that nothing follows costs nothing."""
+
+    def fail(*_: object) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr("usoflow.models.weights.read_tensors", fail)
+    monkeypatch.setattr("usoflow.models.lora.read_tensors", fail)
+    model, _, _ = loaders.load_checkpoint(CHECKPOINT, context=context)
+    loaders.load_lora_model_only(model, LORA, 1.0, context=context)
+    loaders.load_clip_vision("sigclip_vision_patch14_384.safetensors", context=context)
+    loaders.load_model_patch("uso-flux1-projector-v1.safetensors", context=context)
+
+
+def test_parts_that_a_file_lacks(context: NodeContext, split: NodeContext) -> None:
+    with refused("model_kind") as caught:
+        loaders.load_text_encoders("t5.safetensors", "t5.safetensors", "flux", context=split)
+    assert "holds no CLIP-L text encoder; it holds T5 text encoder" in caught.value.detail
+    with refused("model_missing"):
+        loaders.load_vae("none.safetensors", context=split)
+    with refused("path_outside"):
+        loaders.load_vae("../vae/ae.safetensors", context=split)
+    shutil.copy(
+        split.folders.model("vae", "ae.safetensors"), split.folders.models["loras"][0] / "vae.safetensors"
+    )
+    model, _, _ = loaders.load_checkpoint(CHECKPOINT, context=context)
+    with refused("model_kind"):
+        loaders.load_lora_model_only(model, "vae.safetensors", 1.0, context=split)
+
+
+def test_loras_add_up_and_leave_the_model_as_it_was(context: NodeContext) -> None:
+    model, clip, vae = loaders.load_checkpoint(CHECKPOINT, context=context)
+
+    def with_loras(*strengths: float) -> Tensor:
+        handle = model
+        for strength in strengths:
+            handle = loaders.load_lora_model_only(handle, LORA, strength, context=context)
+        return picture(handle, clip, vae, context)
+
+    plain = with_loras()
+    assert torch.equal(with_loras(0.0), plain)
+    assert not torch.allclose(with_loras(1.0), plain, atol=1e-2)
+    assert torch.allclose(with_loras(0.5, 0.5), with_loras(1.0), atol=1e-4)
+    assert torch.allclose(with_loras(1.0, -1.0), plain, atol=1e-4)
+    assert torch.equal(with_loras(), plain)
+
+
+@torch.inference_mode()
+def test_styles_leave_the_model_as_it_was(context: NodeContext) -> None:
+    model, clip, vae = loaders.load_checkpoint(CHECKPOINT, context=context)
+    tower = loaders.load_clip_vision("sigclip_vision_patch14_384.safetensors", context=context)
+    patch = loaders.load_model_patch("uso-flux1-projector-v1.safetensors", context=context)
+    seen = conditioning.encode_vision(tower, torch.rand(1, 32, 32, 3), "center", context=context)
+    before = picture(model, clip, vae, context)
+    one = uso.style_reference(model, patch, seen)
+    two = uso.style_reference(one, patch, seen)
+    assert (len(model.styles), len(one.styles), len(two.styles)) == (0, 1, 2)
+    assert not torch.allclose(picture(one, clip, vae, context), before, atol=1e-2)
+    assert torch.equal(picture(model, clip, vae, context), before)
+    with pytest.raises(FrozenInstanceError):
+        model.styles = one.styles
