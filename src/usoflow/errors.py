@@ -196,6 +196,11 @@ CATALOGUE: Mapping[str, ErrorKind] = MappingProxyType(
             "Compare it with training/configs/pocket.toml of the package.",
             EXIT_USAGE,
         ),
+        "channel_missing": ErrorKind(
+            "A picture does not have the channel that is asked for.",
+            "Choose red, green or blue; LoadImage gives transparency as its mask.",
+            EXIT_WORKFLOW,
+        ),
         "picture_size": ErrorKind(
             "A picture is too small, or would become so, for what is done with it.",
             "Use a larger picture, or a larger size where it is scaled.",

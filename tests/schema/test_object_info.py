@@ -83,7 +83,7 @@ def test_interface(class_type: str) -> None:
 
 
 def test_most_reference_nodes_are_ours() -> None:
-    assert len(SHARED_NAMES) >= 30
+    assert len(SHARED_NAMES) >= 70
 
 
 def test_official_uso_workflow_has_all_its_nodes() -> None:

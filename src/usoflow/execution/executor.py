@@ -22,7 +22,7 @@ from usoflow.execution.progress import (
     NodeStarted,
 )
 from usoflow.models.library import ModelLibrary
-from usoflow.nodes.context import NodeContext, Shown
+from usoflow.nodes.context import NodeContext, Reserve, Shown, unreserved
 from usoflow.schema.node import NodeRegistry
 from usoflow.settings import Folders
 from usoflow.workflow.prompt import Prompt, link_of
@@ -71,6 +71,7 @@ class Executor:
         workflow: Mapping[str, Any] | None = None,
         listen: Listener = lambda event: None,
         cancellation: Cancellation | None = None,
+        reserve: Reserve = unreserved,
     ) -> RunResult:
         """Run what the targets need.
 
@@ -81,12 +82,13 @@ class Executor:
             workflow: the UI graph, to be embedded in pictures.
             listen: is told every event.
             cancellation: stops the run between nodes and between steps.
+            reserve: is told the path of each picture before it is written.
 
         Raises:
             NodeError: what went wrong in which node.
             UsoflowError: `cancelled`.
         """
-        run = _Run(self, prompt, folders, workflow, listen, cancellation or Cancellation())
+        run = _Run(self, prompt, folders, workflow, listen, cancellation or Cancellation(), reserve)
         return run.execute(targets)
 
 
@@ -101,9 +103,10 @@ class _Run:
         workflow: Mapping[str, Any] | None,
         listen: Listener,
         cancellation: Cancellation,
+        reserve: Reserve,
     ) -> None:
         self.executor, self.prompt, self.folders = executor, prompt, folders
-        self.workflow, self.listen, self.cancellation = workflow, listen, cancellation
+        self.workflow, self.listen, self.cancellation, self.reserve = workflow, listen, cancellation, reserve
         self.outputs: dict[str, Outputs] = {}
         self.finished: list[NodeFinished] = []
 
@@ -165,8 +168,8 @@ class _Run:
         return value["__value__"] if isinstance(value, dict) and "__value__" in value else value
 
     def _context(self, node_id: str) -> NodeContext:
-        def report(step: int, steps: int) -> None:
-            self.listen(NodeProgress(node_id, step, steps))
+        def report(step: int, steps: int, latent: Tensor | None = None) -> None:
+            self.listen(NodeProgress(node_id, step, steps, latent))
             self.cancellation.check()
 
         return NodeContext(
@@ -175,6 +178,7 @@ class _Run:
             report=report,
             prompt=self.prompt.to_json(),
             workflow=self.workflow,
+            reserve=self.reserve,
         )
 
     def _at(self, node_id: str, code: str, detail: str, remedy: str | None = None) -> NodeError:
@@ -207,7 +211,9 @@ def in_order(
 def _is_out_of_memory(error: Exception) -> bool:
     """Also where torch's CPU allocator and Metal raise a bare RuntimeError with the words of the system."""
     words = ("allocate memory", "not enough memory", "out of memory")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error) for word in words)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+        word in str(error) for word in words
+    )
 
 
 def _check_finite(outputs: Outputs) -> None:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from usoflow.errors import UsoflowError
 from usoflow.nodes.context import Shown
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +31,12 @@ class NodeStarted:
 
 @dataclass(frozen=True, slots=True)
 class NodeProgress:
-    """A node has done `step` of `steps`."""
+    """A node has done `step` of `steps`; `latent` is the estimate of its result so far, if it has one."""
 
     node_id: str
     step: int
     steps: int
+    latent: Tensor | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,12 +52,14 @@ class ModelLibrary:
         self._modules: dict[Key, nn.Module] = {}
         self._view: tuple[Key, Flux] | None = None
 
-    def encode_text(self, clip_l: Component, t5: Component, prompt: str) -> TextEncoding:
-        """A prompt through both text encoders, in fp32."""
+    def encode_text(
+        self, clip_l: Component, t5: Component, prompt: str, *, clip_prompt: str | None = None
+    ) -> TextEncoding:
+        """A prompt (another one for CLIP, if given) through both text encoders, in fp32."""
         clip_module, t5_module = self._module(clip_l, load_clip), self._module(t5, load_t5)
         tokenizers = tokenizers_of(clip_module, t5_module)
         with self.placement.borrow(clip_module), self.placement.borrow(t5_module):
-            return encode_prompt(prompt, clip_module, t5_module, tokenizers)
+            return encode_prompt(prompt, clip_module, t5_module, tokenizers, clip_text=clip_prompt)
 
     def encode_vision(self, siglip: Component, images: Tensor, crop: str) -> VisionOutput:
         """Pictures [B, H, W, C] in 0..1 through the vision tower, in fp32; `crop` is "center" or "none"."""

@@ -60,12 +60,14 @@ class TextEncoding:
     pooled: Tensor
 
 
-def encode_prompt(text: str, clip: ClipText, t5: T5Encoder, tokenizers: Tokenizers) -> TextEncoding:
+def encode_prompt(
+    text: str, clip: ClipText, t5: T5Encoder, tokenizers: Tokenizers, *, clip_text: str | None = None
+) -> TextEncoding:
     """Encode a prompt with ComfyUI's weight syntax.
 
     Weights act on the T5 states: z' = (z - z_empty) * w + z_empty per token, where z_empty are the states of
     an empty prompt of the same length. They do not act on the pooled vector, which is that of the first 77
-    CLIP tokens.
+    CLIP tokens. CLIP gets `clip_text`, if that is given.
 
     Returns:
         The encoding, on the CPU.
@@ -74,7 +76,7 @@ def encode_prompt(text: str, clip: ClipText, t5: T5Encoder, tokenizers: Tokenize
         UsoflowError: `non_finite`.
     """
     context = _context(tokenizers.t5(text), t5)
-    pooled = _pooled(tokenizers.clip(text)[0], clip)
+    pooled = _pooled(tokenizers.clip(text if clip_text is None else clip_text)[0], clip)
     return TextEncoding(
         require_finite(context, "The T5 text encoder").cpu(),
         require_finite(pooled, "The CLIP-L text encoder").cpu(),

@@ -10,6 +10,34 @@ from usoflow.schema.node import NodeRegistry
 @functools.cache
 def registry() -> NodeRegistry:
     """Every node type that usoflow has."""
-    from usoflow.nodes import conditioning, image, latent, loaders, primitive, sampling, uso
+    from usoflow.nodes import (
+        conditioning,
+        custom_sampling,
+        image,
+        image_scaling,
+        image_transform,
+        latent,
+        latent_batch,
+        loaders,
+        mask,
+        primitive,
+        sampling,
+        uso,
+    )
 
-    return NodeRegistry.from_modules([loaders, conditioning, image, latent, sampling, uso, primitive])
+    return NodeRegistry.from_modules(
+        [
+            loaders,
+            conditioning,
+            image,
+            image_scaling,
+            image_transform,
+            mask,
+            latent,
+            latent_batch,
+            sampling,
+            custom_sampling,
+            uso,
+            primitive,
+        ]
+    )

@@ -12,6 +12,8 @@ from usoflow.schema.specs import Choice, Float, Text, Tip
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from torch import Tensor
+
 REFERENCE_METHODS = Choice(
     ("offset", "index", "uxo/uno", "index_timestep_zero"),
     accepted=("uso",),  # what the official example pictures carry
@@ -28,6 +30,20 @@ def encode_text(
     """Encodes a prompt with both text encoders."""
     encoding = context.library.encode_text(clip.clip_l, clip.t5, text)
     return [(encoding.context, {"pooled_output": encoding.pooled})]
+
+
+@node("CLIPTextEncodeFlux", category="advanced/conditioning/flux")
+def encode_text_flux(
+    clip: Clip,
+    clip_l: Annotated[str, Text(multiline=True, dynamic_prompts=True)],
+    t5xxl: Annotated[str, Text(multiline=True, dynamic_prompts=True)],
+    guidance: Annotated[float, Float(min=0.0, max=100.0, step=0.1)] = 3.5,
+    *,
+    context: NodeContext,
+) -> Conditioning:
+    """Encodes a prompt for each text encoder, with the strength of the built-in guidance."""
+    encoding = context.library.encode_text(clip.clip_l, clip.t5, t5xxl, clip_prompt=clip_l)
+    return [(encoding.context, {"pooled_output": encoding.pooled, "guidance": guidance})]
 
 
 @node("CLIPVisionEncode", category="conditioning", display_name="CLIP Vision Encode")
@@ -85,6 +101,62 @@ def reference_method(
 ) -> Conditioning:
     """Chooses where references lie among the positions of the image; USO needs uxo/uno."""
     return with_option(conditioning, "reference_latents_method", reference_latents_method)
+
+
+@node("FluxDisableGuidance", category="advanced/conditioning/flux")
+def disable_guidance(conditioning: Conditioning) -> Conditioning:
+    """Leaves FLUX's built-in guidance away altogether."""
+    return with_option(conditioning, "guidance", None)
+
+
+@node("ConditioningCombine", category="conditioning", display_name="Conditioning (Combine)")
+def combine(conditioning_1: Conditioning, conditioning_2: Conditioning) -> Conditioning:
+    """Asks for both: the model is asked for each, and their mean is taken."""
+    return [*conditioning_1, *conditioning_2]
+
+
+@node("ConditioningConcat", category="conditioning", display_name="Conditioning (Concat)")
+def concat(conditioning_to: Conditioning, conditioning_from: Conditioning) -> Conditioning:
+    """Appends one text's tokens to another's."""
+    import torch
+
+    appended = conditioning_from[0][0]
+    return [(torch.cat([text, appended], dim=1), options) for text, options in conditioning_to]
+
+
+@node("ConditioningAverage", category="conditioning")
+def average(
+    conditioning_to: Conditioning,
+    conditioning_from: Conditioning,
+    conditioning_to_strength: Annotated[float, Float(min=0.0, max=1.0, step=0.01)] = 1.0,
+) -> Conditioning:
+    """Mixes two texts, token by token; a shorter one counts as zeros where it ends."""
+    import torch
+    from torch.nn import functional as F
+
+    other, other_options = conditioning_from[0]
+    other_pooled = other_options.get("pooled_output")
+
+    def mixed(entry: tuple[Tensor, dict[str, Any]]) -> tuple[Tensor, dict[str, Any]]:
+        text, options = entry
+        fitted = F.pad(other, (0, 0, 0, text.shape[1] - other.shape[1]))  # [B, T, D], cut if it is longer
+        options, pooled = dict(options), options.get("pooled_output")
+        if other_pooled is not None:
+            pooled = other_pooled if pooled is None else pooled
+            options["pooled_output"] = torch.lerp(other_pooled, pooled, conditioning_to_strength)
+        return torch.lerp(fitted, text, conditioning_to_strength), options
+
+    return [mixed(entry) for entry in conditioning_to]
+
+
+@node("ConditioningSetTimestepRange", category="advanced/conditioning")
+def set_timestep_range(
+    conditioning: Conditioning,
+    start: Annotated[float, Float(min=0.0, max=1.0, step=0.001)] = 0.0,
+    end: Annotated[float, Float(min=0.0, max=1.0, step=0.001)] = 1.0,
+) -> Conditioning:
+    """Lets a conditioning count during a part of the run only."""
+    return with_option(with_option(conditioning, "start_percent", start), "end_percent", end)
 
 
 def with_option(conditioning: Conditioning, name: str, value: object) -> Conditioning:

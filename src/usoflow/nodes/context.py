@@ -4,12 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from usoflow.settings import Folders
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from usoflow.models.library import ModelLibrary
+
+PARTIAL_SUFFIX: Final = ".part"  # of a picture that is being written, beside its final name
+Reserve = Callable[[Path], None]
+
+
+class Report(Protocol):
+    """Tells progress; raises `UsoflowError("cancelled")` to stop the run."""
+
+    def __call__(self, step: int, steps: int, latent: Tensor | None = None, /) -> None:
+        """`step` of `steps` are done; `latent` [B, C, H, W] is the estimate of the result, in model scale."""
+
+
+def unreserved(path: Path) -> None:
+    """Where nobody keeps a list of what is written."""
 
 
 @dataclass(frozen=True)
@@ -19,16 +36,18 @@ class NodeContext:
     Attributes:
         folders: where files are read and written.
         library: the models, loaded once.
-        report: `report(step, steps)` tells progress; raises `UsoflowError("cancelled")` to stop the run.
+        report: tells progress.
         prompt: the whole prompt, to be written into pictures.
         workflow: the UI graph it came from, if any, likewise.
+        reserve: is told the final path of each picture before anything is written.
     """
 
     folders: Folders
     library: ModelLibrary
-    report: Callable[[int, int], None]
+    report: Report
     prompt: Mapping[str, Any]
     workflow: Mapping[str, Any] | None = None
+    reserve: Reserve = unreserved
 
 
 @dataclass(frozen=True, slots=True)

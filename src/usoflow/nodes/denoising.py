@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from usoflow.errors import UsoflowError
@@ -19,12 +20,14 @@ from usoflow.models.flux import Flux, FluxConfig, FluxInputs
 from usoflow.models.library import ModelLibrary
 from usoflow.models.references import DEFAULT_METHOD
 from usoflow.models.vae import LatentFormat
-from usoflow.nodes.sockets import Conditioning, Model
+from usoflow.nodes.context import Report
+from usoflow.nodes.handles import NoiseHandle
+from usoflow.nodes.sockets import Conditioning, Guider, Latent, Model
 from usoflow.sampling.denoise import StepReport, sample
 from usoflow.sampling.guidance import Guidance
 from usoflow.sampling.noise import initial_noise, step_noise
 from usoflow.sampling.samplers import SAMPLERS
-from usoflow.sampling.schedule import FluxSchedule, sigmas
+from usoflow.sampling.schedule import FluxSchedule
 from usoflow.sampling.step_cache import StepCache, Velocity
 
 logger = logging.getLogger(__name__)
@@ -33,75 +36,109 @@ DEFAULT_GUIDANCE = 3.5  # where a conditioning sets none
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
-    """The widgets of a sampler node. `denoise` is the part of the schedule that is run, from its end."""
+class Denoised:
+    """What a run gives: float32 [B, 16, H, W], unscaled, on the CPU.
 
-    seed: int
-    steps: int
-    cfg: float
-    sampler_name: str
-    scheduler: str
-    denoise: float
+    Attributes:
+        samples: the latent at the last level.
+        estimate: the last estimate of the noiseless latent; the same where the last level is 0.
+    """
+
+    samples: Tensor
+    estimate: Tensor
+
+
+def schedule_of(model: Model) -> FluxSchedule:
+    """The noise schedule: as set on the handle, else as its file declares, else FLUX.1's."""
+    if model.shift is not None:
+        return FluxSchedule(model.shift)
+    return FluxSchedule(model.flux.setting("sampling_shift", FluxSchedule().shift))
 
 
 def denoise_latent(
-    model: Model,
-    samples: Tensor,
-    positive: Conditioning,
-    negative: Conditioning,
-    run: Run,
+    guider: Guider,
+    latent: Latent,
+    noise: NoiseHandle,
+    sampler_name: str,
+    levels: Tensor,
     *,
     library: ModelLibrary,
-    report: Callable[[int, int], None],
-) -> Tensor:
+    report: Report,
+) -> Denoised:
     """Denoise a latent.
 
     Args:
-        model: transformer and adapters.
-        samples: [B, C, H, W] unscaled; all zeros is an empty latent, of any number of channels.
-        positive: what is wanted.
-        negative: what is not; not evaluated where `run.cfg` is 1.
-        run: the sampler's settings.
+        guider: model and conditioning.
+        latent: `samples` [B, C, H, W] unscaled (all zeros is an empty latent, of any number of channels);
+            `noise_mask` limits what is made anew, `batch_index` tells which noise each gets.
+        noise: what is drawn; of the step noise too.
+        sampler_name: a key of `SAMPLERS`.
+        levels: float32 [steps + 1]; with fewer than 2 the latent is given back.
         library: where the models come from.
-        report: is told (step, steps); what it raises ends the run.
-
-    Returns:
-        float32 [B, 16, H, W], unscaled, on the CPU.
+        report: is told each step; what it raises ends the run.
 
     Raises:
-        UsoflowError: `latent_channels`, `models_mismatch`, `batch_mismatch`, `non_finite`, and what loading
-            models raises.
+        UsoflowError: `latent_channels`, `batch_mismatch`, `non_finite`, and what loading models raises.
     """
+    model = guider.model
     flux = library.flux(model.flux, model.loras, model.weight_dtype)
-    samples = _with_channels(samples, flux.config.channels)
-    schedule = FluxSchedule(model.flux.setting("sampling_shift", FluxSchedule().shift))
-    levels = sigmas(run.scheduler, run.steps, run.denoise, schedule=schedule, sampler_name=run.sampler_name)
+    samples = _with_channels(latent["samples"], flux.config.channels)
     if len(levels) < 2:
-        return samples
+        return Denoised(samples, samples)
     device, format_ = library.placement.device, LatentFormat()
-    style = _style_tokens(model, library)
-    positive_velocity = _velocity(flux, samples, positive, style, library)
-    negative_velocity = None
-    if not math.isclose(run.cfg, 1.0):  # at 1 it would cancel out: not even prepared
-        negative_velocity = _velocity(flux, samples, negative, style, library)
+    schedule = schedule_of(model)
     step_cache = StepCache(model.easy_cache, schedule) if model.easy_cache else None
-    latent = format_.to_model(samples) if bool(samples.any()) else samples
+    guidance = _guidance(flux, samples, guider, step_cache, library)
+    start = format_.to_model(samples) if bool(samples.any()) else samples
+    estimate = start
 
     def watch(step: StepReport) -> None:
-        report(step.index + 1, step.total)
+        nonlocal estimate
+        estimate = step.denoised
+        report(step.index + 1, step.total, step.denoised)
 
     denoised = sample(
-        Guidance(positive_velocity, negative_velocity, run.cfg, step_cache),
-        SAMPLERS[run.sampler_name],
+        guidance,
+        SAMPLERS[sampler_name],
         levels,
-        noise=initial_noise(samples.shape, run.seed).to(device),
-        latent=latent.to(device),
-        step_noise=step_noise(run.seed),
+        noise=_drawn(noise, samples, latent.get("batch_index")).to(device),
+        latent=start.to(device),
+        step_noise=step_noise(noise.seed or 0),
         watch=watch,
+        mask=_mask(latent.get("noise_mask"), samples, device),
     )
     if step_cache is not None:
         _log_skips(step_cache)
-    return format_.from_model(denoised).float().cpu()
+    return Denoised(*(format_.from_model(x).float().cpu() for x in (denoised, estimate)))
+
+
+def _drawn(noise: NoiseHandle, samples: Tensor, places: Sequence[int] | None) -> Tensor:
+    if noise.seed is None:
+        return torch.zeros_like(samples)
+    return initial_noise(samples.shape, noise.seed, batch_index=places)
+
+
+def _mask(mask: Tensor | None, samples: Tensor, device: torch.device) -> Tensor | None:
+    """[B, H, W] in pixels to [B or 1, 1, h, w] in latents."""
+    if mask is None:
+        return None
+    _check_batch([mask], len(samples), "noise masks")
+    scaled = F.interpolate(mask[:, None].float(), size=samples.shape[-2:], mode="bilinear")
+    return scaled.to(device)
+
+
+def _guidance(
+    flux: Flux, samples: Tensor, guider: Guider, step_cache: StepCache | None, library: ModelLibrary
+) -> Guidance:
+    """The denoiser of a run; what a cfg of 1 would cancel out is not even prepared."""
+    schedule, style = schedule_of(guider.model), _style_tokens(guider.model, library)
+
+    def velocity(conditioning: Conditioning) -> Velocity:
+        return _velocity(flux, samples, conditioning, style, schedule, library)
+
+    needed = guider.negative is not None and not math.isclose(guider.cfg, 1.0)
+    negative = velocity(guider.negative) if needed and guider.negative else None
+    return Guidance(velocity(guider.positive), negative, guider.cfg, step_cache)
 
 
 def _with_channels(samples: Tensor, channels: int) -> Tensor:
@@ -130,16 +167,49 @@ def _style_tokens(model: Model, library: ModelLibrary) -> Tensor | None:
     return torch.cat([part.expand(batch, -1, -1) for part in tokens], dim=1)
 
 
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """One entry of a conditioning, ready for the transformer, and from which to which sigma it counts."""
+
+    inputs: FluxInputs
+    first: float
+    last: float
+
+    def counts(self, sigma: float) -> bool:
+        return self.last <= sigma <= self.first
+
+
 def _velocity(
-    flux: Flux, samples: Tensor, conditioning: Conditioning, style: Tensor | None, library: ModelLibrary
+    flux: Flux,
+    samples: Tensor,
+    conditioning: Conditioning,
+    style: Tensor | None,
+    schedule: FluxSchedule,
+    library: ModelLibrary,
 ) -> Velocity:
-    """The velocity that a conditioning gives: the mean over its entries, prepared once."""
-    prepared = [_prepare(flux, samples, entry, style, library) for entry in conditioning]
+    """The velocity that a conditioning gives: the mean over the entries that count at this sigma.
+
+    Where none does, nothing is asked for: the estimate is then the zero latent.
+    """
+    asked = [
+        _Asked(_prepare(flux, samples, entry, style, library), *_sigma_range(entry[1], schedule))
+        for entry in conditioning
+    ]
 
     def velocity(x: Tensor, sigma: Tensor) -> Tensor:
-        return torch.stack([flux(x, sigma, inputs) for inputs in prepared]).mean(0)
+        now = [item for item in asked if item.counts(float(sigma))]
+        if not now:
+            return x / sigma
+        return torch.stack([flux(x, sigma, item.inputs) for item in now]).mean(0)
 
     return velocity
+
+
+def _sigma_range(options: dict[str, Any], schedule: FluxSchedule) -> tuple[float, float]:
+    """First and last sigma of an entry, rounded to float32 as the levels of the schedule are."""
+    percents = (options.get("start_percent", 0.0), options.get("end_percent", 1.0))
+    first, last = torch.tensor([schedule.percent_to_sigma(p) for p in percents]).tolist()
+    return first, last
 
 
 def _prepare(

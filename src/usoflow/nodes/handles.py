@@ -7,9 +7,11 @@ handle with one more; the nodes that compute get the modules from the model libr
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from usoflow.models.checkpoint import Component
     from usoflow.models.library import LoraUse
     from usoflow.models.vision import VisionOutput
@@ -34,6 +36,7 @@ class ModelHandle:
         loras: applied together.
         styles: in the order of the chain.
         easy_cache: skips steps, if set.
+        shift: of the noise schedule; None takes the model's own.
     """
 
     flux: Component
@@ -41,6 +44,7 @@ class ModelHandle:
     loras: tuple[LoraUse, ...] = ()
     styles: tuple[StyleReference, ...] = ()
     easy_cache: EasyCacheSettings | None = None
+    shift: float | None = None
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -70,3 +74,27 @@ class ModelPatchHandle:
     """MODEL_PATCH: the USO style projector."""
 
     projector: Component
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class GuiderHandle:
+    """GUIDER: a model and what it is asked for.
+
+    Attributes:
+        model: transformer and adapters.
+        positive: what is wanted.
+        negative: what is not; None, or not evaluated where `cfg` is 1.
+        cfg: strength of the difference.
+    """
+
+    model: ModelHandle
+    positive: list[tuple[Tensor, dict[str, Any]]]
+    negative: list[tuple[Tensor, dict[str, Any]]] | None = None
+    cfg: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class NoiseHandle:
+    """NOISE: what is drawn for a latent; without a seed, none."""
+
+    seed: int | None

@@ -1,4 +1,4 @@
-"""Pictures in, out, scaled and made."""
+"""Pictures in, out, made and put together."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Annotated
 from usoflow.nodes.context import NodeContext, SavedImage, Shown
 from usoflow.nodes.sockets import Image, Mask
 from usoflow.schema.node import node
-from usoflow.schema.specs import Choice, InputImage, Int, Text, Tip
+from usoflow.schema.specs import InputImage, Int, Text, Tip
 from usoflow.schema.values import image_location
 
-_SIDE = Int(min=0, max=16384, step=1)
+_PADDING = Int(min=0, max=16384, step=8)
 _HIDDEN = ("prompt", "extra_pnginfo")
+_GREY = 0.5  # what stands where nothing is painted yet
 _PREVIEW_COMPRESSION = 1  # previews are written often and kept shortly
 
 
@@ -49,35 +50,6 @@ def preview_image(images: Image, *, context: NodeContext) -> Shown:
     return _write(images, context.folders.temp, "temp", prefix, context, compression=_PREVIEW_COMPRESSION)
 
 
-@node("ImageScale", category="image/upscaling", display_name="Upscale Image")
-def scale(
-    image: Image,
-    upscale_method: Annotated[str, Choice(("nearest-exact", "bilinear", "area", "bicubic", "lanczos"))],
-    width: Annotated[int, _SIDE] = 512,
-    height: Annotated[int, _SIDE] = 512,
-    *,
-    crop: Annotated[str, Choice(("disabled", "center"))],
-) -> Image:
-    """Scales to a size; a side of 0 follows from the proportions."""
-    from usoflow.nodes import resize
-
-    return resize.scale(image, width, height, upscale_method, crop=crop)
-
-
-@node("ImageScaleToMaxDimension", category="image/upscaling")
-def scale_to_max_dimension(
-    image: Image,
-    upscale_method: Annotated[
-        str, Choice(("area", "lanczos", "bilinear", "nearest-exact", "bilinear", "bicubic"))
-    ] = "area",
-    largest_size: Annotated[int, _SIDE] = 512,
-) -> Image:
-    """Scales so that the longer side has this many pixels."""
-    from usoflow.nodes import resize
-
-    return resize.scale_to_max_dimension(image, largest_size, upscale_method)
-
-
 @node("ImageInvert", category="image", display_name="Invert Image")
 def invert(image: Image) -> Image:
     """Turns every colour into its opposite."""
@@ -98,6 +70,60 @@ def empty_image(
     return torch.tensor(channels).expand(batch_size, height, width, 3).contiguous()
 
 
+@node("ImageBatch", category="image", display_name="Batch Images", deprecated=True)
+def batch(image1: Image, image2: Image) -> Image:
+    """Puts pictures behind each other; those of `image2` are scaled and cropped to the size of `image1`."""
+    import torch
+
+    from usoflow.nodes import resize
+
+    height, width = image1.shape[1:3]
+    if image2.shape[1:3] != image1.shape[1:3]:
+        image2 = resize.scale(image2, width, height, "bilinear", crop="center")
+    channels = max(image1.shape[3], image2.shape[3])
+    return torch.cat([with_channels(image, channels) for image in (image1, image2)])
+
+
+@node(
+    "GetImageSize",
+    category="image",
+    display_name="Get Image Size",
+    output_names=("width", "height", "batch_size"),
+    hidden=("unique_id",),
+)
+def get_size(image: Image) -> tuple[int, int, int]:
+    """Width, height and number of pictures."""
+    count, height, width = image.shape[:3]
+    return width, height, count
+
+
+@node("ImagePadForOutpaint", category="image", display_name="Pad Image for Outpainting")
+def pad_for_outpaint(
+    image: Image,
+    left: Annotated[int, _PADDING] = 0,
+    top: Annotated[int, _PADDING] = 0,
+    right: Annotated[int, _PADDING] = 0,
+    bottom: Annotated[int, _PADDING] = 0,
+    feathering: Annotated[int, Int(min=0, max=16384, step=1)] = 40,
+) -> tuple[Image, Mask]:
+    """Adds grey margins; the mask is 1 there and falls off within the picture along them."""
+    from torch.nn import functional as F
+
+    from usoflow.nodes.feather import margin_mask
+
+    sides = (left, right, top, bottom)
+    padded = F.pad(image, (0, 0, *sides), value=_GREY)
+    inner = margin_mask((image.shape[1], image.shape[2]), sides, feathering)
+    return padded, F.pad(inner, sides, value=1.0)[None]
+
+
+def with_channels(image: Image, channels: int) -> Image:
+    """The picture with this many channels: opaque alpha is added, what is too much left away."""
+    from torch.nn import functional as F
+
+    return F.pad(image, (0, channels - image.shape[3]), value=1.0)
+
+
 def _write(
     images: Image, root: Path, folder: str, prefix: str, context: NodeContext, *, compression: int = 4
 ) -> Shown:
@@ -110,6 +136,7 @@ def _write(
         prompt=context.prompt,
         workflow=context.workflow,
         compression=compression,
+        reserve=context.reserve,
     )
     subfolders = ("" if str(path.parent) == "." else str(path.parent) for path in paths)
     return Shown(tuple(SavedImage(p.name, s, folder) for p, s in zip(paths, subfolders, strict=True)))

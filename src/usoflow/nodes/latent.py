@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from usoflow.nodes.context import NodeContext
 from usoflow.nodes.sockets import Image, Latent, Vae
 from usoflow.schema.node import node
 from usoflow.schema.specs import Int, Tip
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 _BATCH = Int(min=1, max=4096)
 _DOWN = 8  # pixels per latent along one side
+_OVERLAP = Int(min=0, max=4096, step=32)
+_IN_PIXELS = Tip("In pixels.")
+_FRAMES = Int(min=8, max=4096, step=4)
+_FRAMES_OVERLAP = Int(min=4, max=4096, step=4)
+_VIDEO_ONLY = Tip("For the VAEs of video models; a picture's ignores it.")
 
 
 @node("EmptyLatentImage", category="latent", display_name="Empty Latent Image")
@@ -43,6 +51,54 @@ def vae_encode(pixels: Image, vae: Vae, *, context: NodeContext) -> Latent:
 def vae_decode(samples: Latent, vae: Vae, *, context: NodeContext) -> Image:
     """Decodes latents to pictures."""
     return context.library.vae_decode(vae.vae, samples["samples"])
+
+
+@node("VAEEncodeTiled", category="_for_testing", display_name="VAE Encode (Tiled)")
+def vae_encode_tiled(
+    pixels: Image,
+    vae: Vae,
+    tile_size: Annotated[int, Int(min=64, max=4096, step=64), _IN_PIXELS] = 512,
+    overlap: Annotated[int, _OVERLAP, _IN_PIXELS] = 64,
+    temporal_size: Annotated[int, _FRAMES, _VIDEO_ONLY] = 64,
+    temporal_overlap: Annotated[int, _FRAMES_OVERLAP, _VIDEO_ONLY] = 8,
+    *,
+    context: NodeContext,
+) -> Latent:
+    """Encodes pictures in overlapping tiles, so that memory does not grow with their size."""
+    from usoflow.models.vae import centre_crop
+    from usoflow.nodes.tiling import Grid, tiled
+
+    def encode(tile: Tensor) -> Tensor:
+        return context.library.vae_encode(vae.vae, tile.movedim(1, -1))
+
+    planes = centre_crop(pixels, _DOWN).movedim(-1, 1)  # [B, C, H, W]
+    return {"samples": tiled(encode, planes, Grid(*_in_latents(tile_size, overlap), before=_DOWN, after=1))}
+
+
+@node("VAEDecodeTiled", category="_for_testing", display_name="VAE Decode (Tiled)")
+def vae_decode_tiled(
+    samples: Latent,
+    vae: Vae,
+    tile_size: Annotated[int, Int(min=64, max=4096, step=32), _IN_PIXELS] = 512,
+    overlap: Annotated[int, _OVERLAP, _IN_PIXELS] = 64,
+    temporal_size: Annotated[int, _FRAMES, _VIDEO_ONLY] = 64,
+    temporal_overlap: Annotated[int, _FRAMES_OVERLAP, _VIDEO_ONLY] = 8,
+    *,
+    context: NodeContext,
+) -> Image:
+    """Decodes latents in overlapping tiles, so that memory does not grow with their size."""
+    from usoflow.nodes.tiling import Grid, tiled
+
+    def decode(tile: Tensor) -> Tensor:
+        return context.library.vae_decode(vae.vae, tile).movedim(-1, 1)
+
+    grid = Grid(*_in_latents(tile_size, overlap), before=1, after=_DOWN)
+    return tiled(decode, samples["samples"], grid).movedim(1, -1).contiguous()
+
+
+def _in_latents(tile_size: int, overlap: int) -> tuple[int, int]:
+    """From pixels; at most a quarter of a tile overlaps on each side."""
+    return tile_size // _DOWN, min(overlap, tile_size // 4) // _DOWN
 
 
 def _zeros(batch: int, channels: int, height: int, width: int) -> Latent:

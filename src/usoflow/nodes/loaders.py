@@ -20,6 +20,8 @@ from usoflow.nodes.sockets import Clip, ClipVision, Model, ModelPatch, Vae
 from usoflow.schema.node import node
 from usoflow.schema.specs import Choice, Float, ModelFile, Optional, Tip
 
+_STRENGTH = Float(min=-100.0, max=100.0, step=0.01)
+
 
 @node("CheckpointLoaderSimple", category="loaders", display_name="Load Checkpoint")
 def load_checkpoint(
@@ -62,6 +64,26 @@ def load_text_encoders(
     return ClipHandle(_either(files, "clip_l"), _either(files, "t5"))
 
 
+@node("CLIPLoader", category="advanced/loaders", display_name="Load CLIP")
+def load_text_encoders_of_one_file(
+    clip_name: Annotated[str, ModelFile("text_encoders")],
+    type: Annotated[str, Choice(("sd3",))],
+    device: Annotated[str, Choice(("default", "cpu")), Optional()] = "default",
+    *,
+    context: NodeContext,
+) -> Clip:
+    """Loads both text encoders of FLUX from one file (they are of the kinds that SD3 has too)."""
+    file = _open(context, "text_encoders", clip_name)
+    missing = {"clip_l", "t5"} - set(file.components())
+    if len(missing) == 1:
+        raise UsoflowError(
+            "model_kind",
+            f"{clip_name} holds only {file.describe()}.",
+            remedy="FLUX needs two text encoders: load them with DualCLIPLoader.",
+        )
+    return ClipHandle(file.component("clip_l"), file.component("t5"))
+
+
 @node("VAELoader", category="loaders", display_name="Load VAE")
 def load_vae(vae_name: Annotated[str, ModelFile("vae")], *, context: NodeContext) -> Vae:
     """Loads a VAE by itself."""
@@ -86,7 +108,7 @@ def load_model_patch(name: Annotated[str, ModelFile("model_patches")], *, contex
 def load_lora_model_only(
     model: Model,
     lora_name: Annotated[str, ModelFile("loras")],
-    strength_model: Annotated[float, Float(min=-100.0, max=100.0, step=0.01)] = 1.0,
+    strength_model: Annotated[float, _STRENGTH] = 1.0,
     *,
     context: NodeContext,
 ) -> Model:
@@ -95,6 +117,23 @@ def load_lora_model_only(
 
     lora = _open(context, "loras", lora_name).component("uso_lora")
     return replace(model, loras=(*model.loras, LoraUse(lora, strength_model)))
+
+
+@node("LoraLoader", category="loaders", display_name="Load LoRA")
+def load_lora(
+    model: Model,
+    clip: Clip,
+    lora_name: Annotated[str, ModelFile("loras")],
+    strength_model: Annotated[float, _STRENGTH, Tip("For the transformer; may be negative.")] = 1.0,
+    strength_clip: Annotated[float, _STRENGTH, Tip("For the text encoders; may be negative.")] = 1.0,
+    *,
+    context: NodeContext,
+) -> tuple[Model, Clip]:
+    """Adds a LoRA to the transformer. Several can follow each other."""
+    from usoflow.models.library import LoraUse
+
+    lora = _open(context, "loras", lora_name).component("uso_lora")
+    return replace(model, loras=(*model.loras, LoraUse(lora, strength_model))), clip
 
 
 def _open(context: NodeContext, folder: str, name: str) -> TensorFile:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 
 from usoflow.errors import UsoflowError
+from usoflow.nodes.context import PARTIAL_SUFFIX, Reserve, unreserved
 from usoflow.settings import inside
 from usoflow.workflow.metadata import png_info
 
@@ -108,6 +109,7 @@ def write_pictures(
     prompt: Mapping[str, Any],
     workflow: Mapping[str, Any] | None,
     compression: int = 4,
+    reserve: Reserve = unreserved,
 ) -> list[PurePosixPath]:
     """Write a batch as PNG files.
 
@@ -119,6 +121,7 @@ def write_pictures(
         prompt: embedded under the key `prompt`.
         workflow: embedded under the key `workflow`, if given.
         compression: zlib level.
+        reserve: is told each file's path before it is written; what it raises ends the writing.
 
     Returns:
         Paths relative to `root`. A name is taken once only, also by several processes, and a file
@@ -133,7 +136,7 @@ def write_pictures(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for pixels in (np.clip(images, 0, 1) * 255).astype(np.uint8):
-            with _reserved(folder, stem) as partial:
+            with _reserved(folder, stem, reserve) as partial:
                 Image.fromarray(pixels).save(
                     partial, format="PNG", pnginfo=metadata, compress_level=compression
                 )
@@ -160,15 +163,16 @@ def _filled_in(prefix: str, width: int, height: int) -> str:
 
 
 @contextmanager
-def _reserved(folder: Path, stem: str) -> Iterator[Path]:
+def _reserved(folder: Path, stem: str, reserve: Reserve) -> Iterator[Path]:
     """A file to write to, which becomes the next free `stem_00001_.png` when the block ends."""
     number = _next_number(folder, stem)
     while True:
-        partial = folder / f"{stem}_{number:05}_.part"
+        partial = folder / f"{stem}_{number:05}_{PARTIAL_SUFFIX}"
         if _taken(partial):
             break
         number += 1
     try:
+        reserve(partial.with_suffix(".png"))
         yield partial
     except BaseException:
         partial.unlink(missing_ok=True)

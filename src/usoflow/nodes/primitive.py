@@ -28,6 +28,12 @@ def primitive_string(value: Annotated[str, Text()]) -> str:
     return value
 
 
+@node("PrimitiveStringMultiline", category="utils/primitive", display_name="String (Multiline)")
+def primitive_text(value: Annotated[str, Text(multiline=True)]) -> str:
+    """A text of several lines."""
+    return value
+
+
 @node("PrimitiveBoolean", category="utils/primitive", display_name="Boolean")
 def primitive_boolean(value: bool) -> bool:
     """True or false."""

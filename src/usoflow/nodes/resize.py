@@ -69,15 +69,19 @@ def resize(image: Tensor, width: int, height: int, method: str) -> Tensor:
     Raises:
         UsoflowError: "picture_size" if a side is 0.
     """
-    if min(width, height) < 1:
-        rows, columns = image.shape[1:3]
-        raise UsoflowError("picture_size", f"A picture of {columns}x{rows} would become {width}x{height}.")
+    _refuse_nothing(image, width, height)
     if method == "lanczos":
         return _lanczos(image, width, height)
     from torch.nn import functional as F
 
     planes = F.interpolate(image.movedim(-1, 1), size=(height, width), mode=method)
     return planes.movedim(1, -1).contiguous()
+
+
+def _refuse_nothing(image: Tensor, width: int, height: int) -> None:
+    if min(width, height) < 1:
+        rows, columns = image.shape[1:3]
+        raise UsoflowError("picture_size", f"A picture of {columns}x{rows} would become {width}x{height}.")
 
 
 def _lanczos(image: Tensor, width: int, height: int) -> Tensor:
@@ -88,3 +92,54 @@ def _lanczos(image: Tensor, width: int, height: int) -> Tensor:
     pixels = (image.cpu().numpy() * 255).clip(0, 255).astype(np.uint8)  # truncated, as the reference does
     scaled = [Image.fromarray(one).resize((width, height), Image.Resampling.LANCZOS) for one in pixels]
     return torch.from_numpy(np.stack([np.asarray(one) for one in scaled]).astype(np.float32) / 255)
+
+
+def bislerp(image: Tensor, width: int, height: int) -> Tensor:
+    """Bilinear in the length of the feature vectors, spherical in their direction.
+
+    Between two vectors the direction turns at a constant rate (slerp: Shoemake 1985, "Animating rotation with
+    quaternion curves") while the length changes linearly, so that latents in between stay as long as their
+    neighbours. First along the rows, then along the columns; sample positions are those of "bilinear".
+
+    Args:
+        image: [B, H, W, C].
+        width: of the result.
+        height: of the result.
+
+    Returns:
+        [B, height, width, C].
+
+    Raises:
+        UsoflowError: "picture_size" if a side is 0.
+    """
+    _refuse_nothing(image, width, height)
+    along_columns = _slerp_axis(image, 2, width)
+    return _slerp_axis(along_columns, 1, height)
+
+
+def _slerp_axis(image: Tensor, axis: int, length: int) -> Tensor:
+    import torch
+
+    size = image.shape[axis]
+    places = (torch.arange(length, dtype=torch.float64) + 0.5) * size / length - 0.5
+    places = places.clamp(0, size - 1)
+    lower = places.floor().long()
+    upper = (lower + 1).clamp(max=size - 1)
+    shape = [1] * image.ndim
+    shape[axis] = length
+    part = (places - lower).to(image.dtype).reshape(shape)
+    return _slerp(image.index_select(axis, lower), image.index_select(axis, upper), part)
+
+
+def _slerp(a: Tensor, b: Tensor, part: Tensor) -> Tensor:
+    """Between vectors in the last axis; linear where they are parallel, opposite or zero."""
+    import torch
+
+    long_a, long_b = a.norm(dim=-1, keepdim=True), b.norm(dim=-1, keepdim=True)
+    unit_a, unit_b = a / long_a.clamp(min=1e-12), b / long_b.clamp(min=1e-12)
+    angle = (unit_a * unit_b).sum(-1, keepdim=True).clamp(-1, 1).acos()
+    sine = angle.sin()
+    turned = (((1 - part) * angle).sin() * unit_a + (part * angle).sin() * unit_b) / sine.clamp(min=1e-6)
+    stretched = turned * ((1 - part) * long_a + part * long_b)
+    curved = (sine > 1e-4) & (long_a > 0) & (long_b > 0)
+    return torch.where(curved, stretched, (1 - part) * a + part * b)

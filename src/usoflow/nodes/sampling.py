@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from usoflow.nodes.context import NodeContext
+from usoflow.nodes.handles import GuiderHandle, NoiseHandle
 from usoflow.nodes.sockets import Conditioning, Latent, Model
 from usoflow.schema.node import node
 from usoflow.schema.specs import Choice, Float, Int, Tip
@@ -17,13 +18,13 @@ SCHEDULER_NAMES = (
     "kl_optimal",
 )  # fmt: skip
 
-_SEED = Int(min=0, max=2**64 - 1, control_after_generate=True)
+SEED = Int(min=0, max=2**64 - 1, control_after_generate=True)
 
 
 @node("KSampler", category="sampling", display_name="KSampler")
 def k_sampler(
     model: Model,
-    seed: Annotated[int, _SEED, Tip("Same seed, same noise.")] = 0,
+    seed: Annotated[int, SEED, Tip("Same seed, same noise.")] = 0,
     steps: Annotated[int, Int(min=1, max=10000), Tip("How often the model is asked.")] = 20,
     cfg: Annotated[
         float,
@@ -42,16 +43,44 @@ def k_sampler(
     context: NodeContext,
 ) -> Latent:
     """Denoises a latent."""
-    from usoflow.nodes.denoising import Run, denoise_latent
+    from usoflow.nodes.denoising import denoise_latent, schedule_of
+    from usoflow.sampling.schedule import sigmas
 
-    run = Run(seed, steps, cfg, sampler_name, scheduler, denoise)
-    samples = denoise_latent(
-        model,
-        latent_image["samples"],
-        positive,
-        negative,
-        run,
-        library=context.library,
-        report=context.report,
+    levels = sigmas(scheduler, steps, denoise, schedule=schedule_of(model), sampler_name=sampler_name)
+    guider, noise = GuiderHandle(model, positive, negative, cfg), NoiseHandle(seed)
+    denoised = denoise_latent(
+        guider, latent_image, noise, sampler_name, levels, library=context.library, report=context.report
     )
-    return {**latent_image, "samples": samples}
+    return {**latent_image, "samples": denoised.samples}
+
+
+@node("KSamplerAdvanced", category="sampling", display_name="KSampler (Advanced)")
+def k_sampler_advanced(
+    model: Model,
+    add_noise: Annotated[str, Choice(("enable", "disable"))],
+    noise_seed: Annotated[int, SEED] = 0,
+    steps: Annotated[int, Int(min=1, max=10000), Tip("Of the whole run, of which this may be a part.")] = 20,
+    cfg: Annotated[float, Float(min=0.0, max=100.0, step=0.1, round=0.01)] = 8.0,
+    *,
+    sampler_name: Annotated[str, Choice(SAMPLER_NAMES)],
+    scheduler: Annotated[str, Choice(SCHEDULER_NAMES)],
+    positive: Conditioning,
+    negative: Conditioning,
+    latent_image: Latent,
+    start_at_step: Annotated[int, Int(min=0, max=10000)] = 0,
+    end_at_step: Annotated[int, Int(min=0, max=10000)] = 10000,
+    return_with_leftover_noise: Annotated[str, Choice(("disable", "enable"))],
+    context: NodeContext,
+) -> Latent:
+    """Denoises a latent over some of the steps of a run; what noise is left may go on to the next sampler."""
+    from usoflow.nodes.denoising import denoise_latent, schedule_of
+    from usoflow.sampling.schedule import sigmas, window
+
+    levels = sigmas(scheduler, steps, 1.0, schedule=schedule_of(model), sampler_name=sampler_name)
+    levels = window(levels, start_at_step, end_at_step, leftover=return_with_leftover_noise == "enable")
+    noise = NoiseHandle(noise_seed if add_noise == "enable" else None)
+    guider = GuiderHandle(model, positive, negative, cfg)
+    denoised = denoise_latent(
+        guider, latent_image, noise, sampler_name, levels, library=context.library, report=context.report
+    )
+    return {**latent_image, "samples": denoised.samples}

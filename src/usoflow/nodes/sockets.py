@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from usoflow.nodes.handles import (
         ClipHandle,
         ClipVisionHandle,
+        GuiderHandle,
         ModelHandle,
         ModelPatchHandle,
+        NoiseHandle,
         VaeHandle,
     )
 
@@ -35,6 +37,10 @@ if TYPE_CHECKING:
     ClipVision: TypeAlias = ClipVisionHandle
     ClipVisionOutput: TypeAlias = VisionOutput
     ModelPatch: TypeAlias = ModelPatchHandle
+    Guider: TypeAlias = GuiderHandle
+    Noise: TypeAlias = NoiseHandle
+    Sampler: TypeAlias = str  # a key of `sampling.samplers.SAMPLERS`
+    Sigmas: TypeAlias = Tensor  # float32 [steps + 1], descending
 else:
     Image = Annotated[Any, Socket("IMAGE")]
     Mask = Annotated[Any, Socket("MASK")]
@@ -46,3 +52,7 @@ else:
     ClipVision = Annotated[Any, Socket("CLIP_VISION")]
     ClipVisionOutput = Annotated[Any, Socket("CLIP_VISION_OUTPUT")]
     ModelPatch = Annotated[Any, Socket("MODEL_PATCH")]
+    Guider = Annotated[Any, Socket("GUIDER")]
+    Noise = Annotated[Any, Socket("NOISE")]
+    Sampler = Annotated[Any, Socket("SAMPLER")]
+    Sigmas = Annotated[Any, Socket("SIGMAS")]

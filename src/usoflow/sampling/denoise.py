@@ -41,6 +41,7 @@ def sample(
     latent: Tensor,
     step_noise: StepNoise,
     watch: Watch,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Denoise `latent` from level sigmas[0] to level sigmas[-1].
 
@@ -52,6 +53,7 @@ def sample(
         latent: like noise, in the model's scale (an empty latent is zeros in that scale).
         step_noise: for stochastic samplers.
         watch: told of each step.
+        mask: [B or 1, 1, H, W] in 0..1, how much of each place is made anew; None is all of everything.
 
     Returns:
         Like noise. If sigmas does not end at 0, the noise that is left in it is part of it.
@@ -73,5 +75,22 @@ def sample(
         watch(StepReport(index, total, level, denoised))
 
     x = sigmas[0] * noise + (1 - sigmas[0]) * latent
+    if mask is not None:
+        denoise = _within(mask, denoise, noise, latent)
     x = sampler(denoise, x, sigmas, noise=step_noise, on_step=on_step)
     return x / (1 - sigmas[-1])
+
+
+def _within(mask: Tensor, denoise: Denoise, noise: Tensor, latent: Tensor) -> Denoise:
+    """The denoiser that works within the mask only.
+
+    As in RePaint (Lugmayr et al. 2022, arXiv:2201.09865), what is kept enters each evaluation as the known
+    latent at that noise level; and its estimate is the latent itself, so that it ends unchanged.
+    """
+
+    def masked(x: Tensor, sigma: Tensor) -> Tensor:
+        known = sigma * noise + (1 - sigma) * latent
+        estimate = denoise(x * mask + known * (1 - mask), sigma)
+        return estimate * mask + latent * (1 - mask)
+
+    return masked

@@ -85,6 +85,34 @@ def sigmas(
     return _levels(name, int(steps / denoise), schedule, sampler_name)[-(steps + 1) :]
 
 
+def window(levels: Tensor, first: int, last: int, *, leftover: bool) -> Tensor:
+    """The levels of the steps first..last of a run (`last` is not run).
+
+    Args:
+        levels: [steps + 1], descending.
+        first: number of the first step, from 0.
+        last: number of the step to stop before; a number beyond the run's end is its end.
+        leftover: keep the noise at the end; else the last step goes to level 0.
+
+    Returns:
+        [last - first + 1], or nothing where there is no step.
+    """
+    if last < len(levels) - 1:
+        levels = levels[: last + 1]
+        if not leftover:
+            levels = torch.cat([levels[:-1], torch.zeros(1)])
+    return levels[first:] if first < len(levels) - 1 else torch.empty(0)
+
+
+def resolution_shift(width: int, height: int, *, base: float, most: float) -> float:
+    """FLUX's time shift for a resolution: linear in the number of image tokens, base at 256, most at 4096.
+
+    `get_lin_function` of github.com/black-forest-labs/flux (src/flux/sampling.py); a token is 16x16 pixels.
+    """
+    tokens = width * height / 16**2
+    return base + (most - base) * (tokens - 256) / (4096 - 256)
+
+
 def _levels(name: str, steps: int, schedule: FluxSchedule, sampler_name: str) -> Tensor:
     if sampler_name not in DROP_PENULTIMATE:
         return SCHEDULERS[name](schedule, steps)

@@ -1,0 +1,228 @@
+"""Sampling taken apart equals sampling in one; masks and time ranges against loops written out here."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from usoflow.models.checkpoint import TensorFile
+from usoflow.models.library import ModelLibrary
+from usoflow.models.placement import Placement
+from usoflow.nodes import conditioning, custom_sampling, latent_batch, sampling
+from usoflow.nodes.handles import ClipHandle, ModelHandle
+from usoflow.sampling.schedule import FluxSchedule, resolution_shift, window
+
+SCALE, SHIFT = 0.3611, 0.1159  # FLUX's latent format
+Tools = SimpleNamespace
+
+
+@pytest.fixture(scope="module")
+def tools(small_models: Path) -> Tools:
+    checkpoint = TensorFile.open(small_models / "checkpoints" / "flux1-dev-fp8.safetensors")
+    library = ModelLibrary(Placement.choose("cpu", "fp32"))
+    context: Any = SimpleNamespace(library=library, report=lambda *_: None)
+    clip = ClipHandle(checkpoint.component("clip_l"), checkpoint.component("t5"))
+    texts = [conditioning.encode_text(text, clip, context=context) for text in ("a cat", "rain at night")]
+    model = ModelHandle(checkpoint.component("flux"))
+    return SimpleNamespace(context=context, model=model, cat=texts[0], rain=texts[1])
+
+
+def latents(seed: int, batch: int = 1) -> dict[str, Any]:
+    return {"samples": torch.randn(batch, 16, 4, 6, generator=torch.Generator().manual_seed(seed))}
+
+
+def empty() -> dict[str, Any]:
+    return {"samples": torch.zeros(1, 16, 4, 6)}
+
+
+def whole(tools: Tools, latent: dict[str, Any], *, cfg: float = 1.0, denoise: float = 1.0) -> Tensor:
+    result = sampling.k_sampler(
+        tools.model, 5, 4, cfg, sampler_name="euler", scheduler="simple", positive=tools.cat,
+        negative=tools.rain, latent_image=latent, denoise=denoise, context=tools.context,
+    )  # fmt: skip
+    return result["samples"]
+
+
+def in_parts(tools: Tools, guider: Any, latent: dict[str, Any], *, denoise: float = 1.0) -> tuple[Any, Any]:
+    levels = custom_sampling.basic_scheduler(tools.model, "simple", 4, denoise)
+    return custom_sampling.sampler_custom_advanced(
+        custom_sampling.random_noise(5), guider, custom_sampling.select_sampler("euler"), levels, latent,
+        context=tools.context,
+    )  # fmt: skip
+
+
+def velocity(tools: Tools, x: Tensor, sigma: float, text: Any) -> Tensor:
+    """The transformer asked directly."""
+    flux = tools.context.library.flux(tools.model.flux, (), "default")
+    ((states, options),) = text
+    with torch.no_grad():
+        return flux(x, torch.tensor(sigma), flux.prepare(states, options["pooled_output"], (4, 6)))
+
+
+def noise(seed: int) -> Tensor:
+    return torch.randn(1, 16, 4, 6, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("denoise", [1.0, 0.5])
+def test_apart_is_the_same_as_in_one(tools: Tools, denoise: float) -> None:
+    guider = custom_sampling.basic_guider(tools.model, tools.cat)
+    output, estimate = in_parts(tools, guider, latents(0), denoise=denoise)
+    assert torch.equal(output["samples"], whole(tools, latents(0), denoise=denoise))
+    assert torch.allclose(estimate["samples"], output["samples"], atol=1e-5)
+
+
+def test_apart_with_guidance_is_the_same_as_in_one(tools: Tools) -> None:
+    guider = custom_sampling.cfg_guider(tools.model, tools.cat, tools.rain, 2.5)
+    output, _ = in_parts(tools, guider, empty())
+    assert torch.equal(output["samples"], whole(tools, empty(), cfg=2.5))
+    assert not torch.allclose(output["samples"], whole(tools, empty()), atol=1e-3)
+
+
+def test_two_halves_with_leftover_noise_are_one_run(tools: Tools) -> None:
+    def part(latent: dict[str, Any], add: str, first: int, last: int, leftover: str) -> dict[str, Any]:
+        return sampling.k_sampler_advanced(
+            tools.model, add, 5, 4, 1.0, sampler_name="euler", scheduler="simple", positive=tools.cat,
+            negative=tools.rain, latent_image=latent, start_at_step=first, end_at_step=last,
+            return_with_leftover_noise=leftover, context=tools.context,
+        )  # fmt: skip
+
+    half = part(latents(0), "enable", 0, 2, "enable")
+    joined = part(half, "disable", 2, 10000, "disable")
+    assert torch.allclose(joined["samples"], whole(tools, latents(0)), atol=1e-4)
+    assert not torch.allclose(half["samples"], joined["samples"], atol=1e-2)
+    assert torch.equal(part(latents(0), "enable", 4, 10000, "disable")["samples"], latents(0)["samples"])
+
+
+def test_windows_of_levels() -> None:
+    levels = torch.tensor([1.0, 0.8, 0.5, 0.2, 0.0])
+    assert torch.equal(window(levels, 1, 3, leftover=True), levels[1:4])
+    assert torch.equal(window(levels, 1, 3, leftover=False), torch.tensor([0.8, 0.5, 0.0]))
+    assert torch.equal(window(levels, 0, 99, leftover=False), levels)
+    assert len(window(levels, 4, 99, leftover=False)) == 0
+
+
+def test_splitting_levels_shares_the_one_between() -> None:
+    levels = torch.tensor([1.0, 0.8, 0.5, 0.0])
+    high, low = custom_sampling.split_sigmas(levels, 2)
+    assert (high.tolist(), low.tolist()) == (levels[:3].tolist(), levels[2:].tolist())
+
+
+def test_without_noise_the_latent_only_loses_what_the_model_takes(tools: Tools) -> None:
+    """One step of Euler from the scaled latent, written out."""
+    levels = torch.tensor([0.5, 0.0])
+    output, _ = custom_sampling.sampler_custom_advanced(
+        custom_sampling.disable_noise(), custom_sampling.basic_guider(tools.model, tools.cat), "euler",
+        levels, latents(0), context=tools.context,
+    )  # fmt: skip
+    x = 0.5 * (latents(0)["samples"] - SHIFT) * SCALE
+    expected = x - 0.5 * velocity(tools, x, 0.5, tools.cat)
+    assert torch.allclose(output["samples"], expected / SCALE + SHIFT, atol=1e-4)
+
+
+def test_an_interrupted_run_also_gives_its_estimate(tools: Tools) -> None:
+    levels = torch.tensor([0.9, 0.6])
+    output, estimate = custom_sampling.sampler_custom_advanced(
+        custom_sampling.random_noise(3), custom_sampling.basic_guider(tools.model, tools.cat), "euler",
+        levels, empty(), context=tools.context,
+    )  # fmt: skip
+    x = 0.9 * noise(3)
+    v = velocity(tools, x, 0.9, tools.cat)
+    assert torch.allclose(estimate["samples"], (x - 0.9 * v) / SCALE + SHIFT, atol=1e-4)
+    assert torch.allclose(output["samples"], (x - 0.3 * v) / (1 - 0.6) / SCALE + SHIFT, atol=1e-4)
+
+
+def test_only_what_is_in_the_mask_is_made_anew(tools: Tools) -> None:
+    """Two steps of Euler written out, with a mask that is 1 on the left, 0 on the right."""
+    mask = torch.zeros(1, 32, 48)
+    mask[..., :24] = 1
+    masked = latent_batch.set_noise_mask(latents(0), mask)
+    guider = custom_sampling.basic_guider(tools.model, tools.cat)
+    levels = torch.tensor([0.8, 0.4, 0.0])
+    output, _ = custom_sampling.sampler_custom_advanced(
+        custom_sampling.random_noise(5), guider, "euler", levels, masked, context=tools.context
+    )
+    known = (latents(0)["samples"] - SHIFT) * SCALE
+    left = torch.zeros(1, 1, 4, 6)
+    left[..., :3] = 1
+    x = 0.8 * noise(5) + 0.2 * known
+    for sigma, following in ((0.8, 0.4), (0.4, 0.0)):
+        seen = left * x + (1 - left) * (sigma * noise(5) + (1 - sigma) * known)
+        estimate = left * (seen - sigma * velocity(tools, seen, sigma, tools.cat)) + (1 - left) * known
+        x = estimate + following / sigma * (x - estimate)
+    assert torch.allclose(output["samples"], x / SCALE + SHIFT, atol=1e-4)
+    assert torch.allclose(output["samples"][..., 3:], latents(0)["samples"][..., 3:], atol=1e-5)
+    assert not torch.allclose(output["samples"][..., :3], latents(0)["samples"][..., :3], atol=1e-2)
+
+
+def test_a_latent_of_a_batch_keeps_its_noise(tools: Tools) -> None:
+    batch = whole(tools, {"samples": torch.zeros(3, 16, 4, 6)})
+    third = latent_batch.from_batch({"samples": torch.zeros(3, 16, 4, 6)}, 2, 1)
+    assert torch.allclose(whole(tools, third), batch[2:], atol=1e-4)
+
+
+def test_time_ranges_hand_over_at_their_sigma(tools: Tools) -> None:
+    """The cat until half of the run, then the rain; the level of one half is the first of the rain."""
+    cat = conditioning.set_timestep_range(tools.cat, 0.0, 0.499)
+    rain = conditioning.set_timestep_range(tools.rain, 0.5, 1.0)
+    middle = FluxSchedule().percent_to_sigma(0.5)
+    levels = torch.tensor([1.0, 0.9, middle, 0.0])
+    guider = custom_sampling.basic_guider(tools.model, conditioning.combine(cat, rain))
+    output, _ = custom_sampling.sampler_custom_advanced(
+        custom_sampling.random_noise(5), guider, "euler", levels, empty(), context=tools.context
+    )
+    x = noise(5)
+    for sigma, following, text in (
+        (1.0, 0.9, tools.cat),
+        (0.9, middle, tools.cat),
+        (middle, 0.0, tools.rain),
+    ):
+        x = x + (following - sigma) * velocity(tools, x, sigma, text)
+    assert torch.allclose(output["samples"], x / SCALE + SHIFT, atol=1e-4)
+
+
+def test_combined_conditionings_are_averaged(tools: Tools) -> None:
+    guider = custom_sampling.basic_guider(tools.model, conditioning.combine(tools.cat, tools.rain))
+    output, _ = custom_sampling.sampler_custom_advanced(
+        custom_sampling.random_noise(5),
+        guider,
+        "euler",
+        torch.tensor([1.0, 0.0]),
+        empty(),
+        context=tools.context,
+    )
+    mean = (velocity(tools, noise(5), 1.0, tools.cat) + velocity(tools, noise(5), 1.0, tools.rain)) / 2
+    assert torch.allclose(output["samples"], (noise(5) - mean) / SCALE + SHIFT, atol=1e-4)
+
+
+def test_where_nothing_is_asked_for_the_estimate_is_the_zero_latent(tools: Tools) -> None:
+    late = conditioning.set_timestep_range(tools.cat, 0.9, 1.0)
+    _, estimate = custom_sampling.sampler_custom_advanced(
+        custom_sampling.random_noise(5), custom_sampling.basic_guider(tools.model, late), "euler",
+        torch.tensor([1.0, 0.9]), empty(), context=tools.context,
+    )  # fmt: skip
+    assert torch.allclose(estimate["samples"], torch.full((1, 16, 4, 6), SHIFT), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "expected"),
+    [(256, 256, 0.5), (1024, 1024, 1.15), (512, 512, 0.63), (2048, 1024, 1.8433333)],
+)
+def test_shift_of_a_resolution(width: int, height: int, expected: float) -> None:
+    """Flux's line through (256 tokens, 0.5) and (4096 tokens, 1.15)."""
+    assert resolution_shift(width, height, base=0.5, most=1.15) == pytest.approx(expected)
+
+
+def test_the_shift_of_the_handle_is_that_of_the_schedule(tools: Tools) -> None:
+    model = custom_sampling.model_sampling_flux(tools.model, 1.15, 0.5, 512, 512)
+    levels = custom_sampling.basic_scheduler(model, "simple", 4, 1.0)
+    factor = math.exp(0.63)
+    expected = [factor / (factor + 1 / t - 1) for t in (1.0, 0.75, 0.5, 0.25)] + [0.0]
+    assert levels.tolist() == pytest.approx(expected, abs=1e-6)
+    assert replace(model, shift=None) != model
