@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -419,7 +420,7 @@ class TestErrors:
             capture_output=True,
             text=True,
             check=False,
-            env={"PYTHONPATH": str(Path(small.__file__).parent), "PATH": ""},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         )
         assert done.stderr == ""
         assert done.stdout.startswith("out_of_memory | ")
