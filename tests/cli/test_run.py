@@ -187,6 +187,22 @@ class TestSampling:
         off = small.with_inputs(negative, "sampler", cfg=1.0)
         assert (pixels(run(off)) == pixels(run(prompt))).all()
 
+    def test_without_cfg_the_negative_is_not_even_prepared(self, run: Any) -> None:
+        """A negative that could not be used at all does no harm."""
+        prompt = small.text_to_image() | {
+            "three": {
+                "class_type": "EmptySD3LatentImage",
+                "inputs": {"width": 64, "height": 64, "batch_size": 3},
+            },
+            "unusable": {
+                "class_type": "ReferenceLatent",
+                "inputs": {"conditioning": ["zero", 0], "latent": ["three", 0]},
+            },
+        }
+        run(small.with_inputs(prompt, "sampler", negative=["unusable", 0]))
+        with pytest.raises(AssertionError, match="batch_mismatch"):
+            run(small.with_inputs(prompt, "sampler", negative=["unusable", 0], cfg=2.0))
+
     def test_cfg_and_batch_with_style(self, run: Any) -> None:
         prompt = small.with_inputs(small.with_style(small.subject()), "sampler", cfg=2.0)
         one, two = run(prompt), run(small.with_inputs(prompt, "empty", batch_size=2))
@@ -364,12 +380,15 @@ class TestInterrupt:
             env={**os.environ, "WATCHED": after},
         )
         assert process.stdout is not None
-        while "ready" not in (line := process.stdout.readline()):
-            assert line or process.poll() is None
-        start = time.monotonic()
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
-        return process.returncode, errors, time.monotonic() - start
+        try:
+            while "ready" not in (line := process.stdout.readline()):
+                assert line, "it ended before"
+            start = time.monotonic()
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=60)
+            return process.returncode, errors, time.monotonic() - start
+        finally:
+            process.kill()
 
     @pytest.mark.parametrize("after", ["step", "import"])
     def test_ctrl_c(self, small_models: Path, tmp_path: Path, after: str) -> None:
@@ -388,14 +407,12 @@ class TestInterrupt:
 # Says "ready" when the moment has come that a test waits for.
 WATCHED = """
 import os, time
-import usoflow.cli.run as run
 if os.environ["WATCHED"] == "import":
-    before = run._placement
-    def slowly(*arguments):
+    from usoflow.api.engine import Engine
+    def slowly(engine):
         print("ready", flush=True)
         time.sleep(60)
-        return before(*arguments)
-    run._placement = slowly
+    Engine.start = slowly
 else:
     import usoflow.cli.report as report
     from contextlib import contextmanager
