@@ -59,6 +59,11 @@ CATALOGUE: Mapping[str, ErrorKind] = MappingProxyType(
             "Write --set NODE.INPUT=VALUE; `usoflow convert FILE` shows the nodes and inputs.",
             EXIT_USAGE,
         ),
+        "request_invalid": ErrorKind(
+            "What is asked for cannot be generated.",
+            "`usoflow generate --help` tells what each option takes.",
+            EXIT_USAGE,
+        ),
         "node_unknown": ErrorKind(
             "There is no node of this type.", "`usoflow nodes` lists what there is.", EXIT_USAGE
         ),
@@ -111,6 +116,24 @@ CATALOGUE: Mapping[str, ErrorKind] = MappingProxyType(
         "output_unwritable": ErrorKind(
             "The file cannot be written.", "Check the folder, its permissions and the space left.", EXIT_USAGE
         ),
+        # --- server ---------------------------------------------------------------------------------
+        "worker_died": ErrorKind(
+            "The process that computes ended during the job.",
+            "Run it again; if memory is scarce, use a smaller size or a checkpoint in fp8.",
+            EXIT_RUN,
+        ),
+        "state_unusable": ErrorKind(
+            "The file with the jobs of the server cannot be used.",
+            "Check its folder; if it is damaged, move it away: a new one is made. USOFLOW_STATE names another.",
+            EXIT_USAGE,
+        ),
+        "state_in_use": ErrorKind(
+            "Another server uses the same file of jobs.",
+            "Stop the other server, or give this one a folder of its own with USOFLOW_STATE.",
+            EXIT_USAGE,
+        ),
+        "queue_full": ErrorKind("The queue takes no more jobs.", "Wait until some are done.", EXIT_RUN),
+        "job_exists": ErrorKind("There is a job of this id.", "Choose another prompt_id, or none.", EXIT_USAGE),
         # --- model files ----------------------------------------------------------------------------
         "model_missing": ErrorKind(
             "A model file is not there or cannot be read.",

@@ -1,0 +1,1 @@
+"""Jobs that outlive processes: a table of them, a worker process that runs them, and its supervisor."""

@@ -1,0 +1,160 @@
+"""What an engine is to the server, and what server and worker tell each other: one JSON object a line.
+
+`worker.py` is at one end of the pipe, `process.py` at the other. Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+from usoflow.errors import UsoflowError
+from usoflow.nodes.context import SavedImage
+
+# --- server to worker --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Run what `targets` need of a valid prompt; `preview` asks for pictures while it is sampled."""
+
+    job: str
+    prompt: Mapping[str, Any]
+    targets: tuple[str, ...]
+    workflow: Mapping[str, Any] | None
+    preview: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Stop this job, if it runs or as soon as it comes."""
+
+    job: str
+
+
+@dataclass(frozen=True, slots=True)
+class Free:
+    """Forget models and outputs before the next job."""
+
+
+# --- worker to server --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The worker takes jobs; `system` describes its device as /system_stats does."""
+
+    system: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Cached:
+    """These nodes need not run."""
+
+    nodes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A node begins."""
+
+    node: str
+    class_type: str
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """A node has done `step` of `steps`; `preview` is a JPEG of how far it is, or empty."""
+
+    node: str
+    step: int
+    steps: int
+    preview: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A node is done; `images` are what an output node has to show, None for other nodes."""
+
+    node: str
+    seconds: float
+    peak_bytes: int
+    images: tuple[SavedImage, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The run is complete."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """The run was stopped as asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The run failed; `node` and `class_type` say where, if it was in a node."""
+
+    code: str
+    detail: str
+    remedy: str
+    node: str = ""
+    class_type: str = ""
+    traceback: tuple[str, ...] = field(default=())
+
+
+Command = Run | Cancel | Free
+Report = Cached | Started | Progress | Finished
+Outcome = Done | Cancelled | Failed
+Message = Command | Report | Outcome | Ready
+
+_MESSAGES: Mapping[str, type[Message]] = {
+    kind.__name__: kind
+    for kind in (Run, Cancel, Free, Ready, Cached, Started, Progress, Finished, Done, Cancelled, Failed)
+}
+
+
+class Engine(Protocol):
+    """Runs one job at a time. All methods may be called from any thread, `run` from one at a time."""
+
+    def run(self, run: Run, listen: Callable[[Report], None]) -> Outcome:
+        """Run a job to its end. Raises UsoflowError `worker_died` if the process ends before the job."""
+
+    def cancel(self, job: str) -> None:
+        """Stop a job; `run` then returns `Cancelled`."""
+
+    def free(self) -> None:
+        """Give memory back before the next job."""
+
+    def system(self) -> Mapping[str, Any]:
+        """What is known of the device that computes."""
+
+    def stop(self) -> None:
+        """End the process, whatever it is doing."""
+
+
+def encode(message: Message) -> bytes:
+    """One line."""
+    record = {"message": type(message).__name__, **asdict(message)}
+    if isinstance(message, Progress):
+        record["preview"] = base64.b64encode(message.preview).decode()
+    return json.dumps(record, separators=(",", ":")).encode() + b"\n"
+
+
+def decode(line: bytes) -> Message:
+    """The message in a line. Raises UsoflowError `worker_died` for what is none."""
+    try:
+        record = json.loads(line)
+        kind = _MESSAGES[record.pop("message")]
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in record.items()}
+        if kind is Progress:
+            values["preview"] = base64.b64decode(values["preview"])
+        if kind is Finished and values["images"] is not None:
+            values["images"] = tuple(SavedImage(**image) for image in values["images"])
+        return kind(**values)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsoflowError("worker_died", f"The worker wrote what cannot be read: {error!r}.") from None

@@ -1,0 +1,378 @@
+"""The queue is a table: every accepted job is a row in SQLite (WAL) until it is deleted.
+
+The server writes it; the worker only reserves the names of its pictures. A job is pending, then in progress,
+then in exactly one final state with one set of outputs. What a crash leaves in progress is pending again
+after `recover`, and the files it had reserved are gone.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from usoflow.errors import UsoflowError
+from usoflow.nodes.context import PARTIAL_SUFFIX
+
+MAX_HISTORY = 10_000  # final jobs that are kept
+PATIENCE = 30.0  # seconds to wait for another process's transaction
+
+# Each is run once, in order, on every database; a database knows how many it has seen (user_version).
+MIGRATIONS: Sequence[str] = (
+    """
+    CREATE TABLE jobs (
+        row INTEGER PRIMARY KEY AUTOINCREMENT,
+        id TEXT NOT NULL UNIQUE,
+        state TEXT NOT NULL CHECK (state IN ('pending', 'in_progress', 'completed', 'failed', 'cancelled')),
+        number REAL NOT NULL,
+        client TEXT,
+        workflow TEXT,
+        prompt TEXT NOT NULL,
+        targets TEXT NOT NULL,
+        extra TEXT NOT NULL,
+        created INTEGER NOT NULL,
+        started INTEGER,
+        ended INTEGER,
+        cached TEXT NOT NULL DEFAULT '[]',
+        outputs TEXT NOT NULL DEFAULT '{}',
+        error TEXT
+    );
+    CREATE INDEX jobs_by_state ON jobs (state, number, row);
+    CREATE TABLE files (
+        path TEXT PRIMARY KEY,
+        job TEXT NOT NULL REFERENCES jobs (id) ON DELETE CASCADE
+    );
+    CREATE INDEX files_by_job ON files (job);
+    CREATE TABLE settings (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+    """,
+)
+
+_COLUMNS = "id, state, number, client, workflow, created, started, ended, cached, outputs, error"
+_JOBS = f"SELECT {_COLUMNS} FROM jobs"
+_NEXT = "SELECT id FROM jobs WHERE state = 'pending' ORDER BY number, row LIMIT 1"
+_PRUNE = """
+    DELETE FROM jobs WHERE state IN ('completed', 'failed', 'cancelled') AND row NOT IN (
+        SELECT row FROM jobs WHERE state IN ('completed', 'failed', 'cancelled') ORDER BY row DESC LIMIT ?)
+"""
+
+
+class State(StrEnum):
+    """Where a job is; the last three are final."""
+
+    PENDING = "pending"
+    IN_PROGRESS = "in_progress"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+WAITING = (State.PENDING, State.IN_PROGRESS)
+FINAL = (State.COMPLETED, State.FAILED, State.CANCELLED)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What a client asked for; `targets` are the output nodes, `number` orders the queue."""
+
+    id: str
+    prompt: Mapping[str, Any]
+    targets: tuple[str, ...]
+    extra: Mapping[str, Any]
+    client: str | None = None
+    front: bool = False
+    number: float | None = None
+
+    @property
+    def workflow(self) -> Mapping[str, Any] | None:
+        """The UI graph, if the client sent it."""
+        info = self.extra.get("extra_pnginfo")
+        found = info.get("workflow") if isinstance(info, dict) else None
+        return found if isinstance(found, dict) else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A row without its prompt. Times are milliseconds since 1970.
+
+    Attributes:
+        outputs: what each output node has shown, by node id: {"images": [{filename, subfolder, type}]}.
+        error: why the job failed or was stopped, as the event `execution_error` tells it.
+        workflow: the id in the UI graph.
+    """
+
+    id: str
+    state: State
+    number: float
+    client: str | None
+    workflow: str | None
+    created: int
+    started: int | None
+    ended: int | None
+    cached: Sequence[str]
+    outputs: Mapping[str, Any]
+    error: Mapping[str, Any] | None
+
+
+class JobStore:
+    """The database. Safe to use from several threads and processes.
+
+    Raises:
+        UsoflowError: `state_unusable` if the file is damaged, not writable, or of a newer version.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = threading.RLock()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._connection = sqlite3.connect(
+                path, timeout=PATIENCE, check_same_thread=False, isolation_level=None
+            )
+            self._connection.row_factory = sqlite3.Row
+            self._connection.execute("PRAGMA journal_mode = WAL")
+            self._connection.execute("PRAGMA synchronous = FULL")  # accepted means on the disk
+            self._connection.execute("PRAGMA foreign_keys = ON")
+            self._migrate()
+        except (OSError, sqlite3.Error) as error:
+            raise UsoflowError("state_unusable", f"{path} cannot be used: {error}.") from None
+
+    def close(self) -> None:
+        """Nothing may be called after this."""
+        with self._lock:
+            self._connection.close()
+
+    # --- what clients do ------------------------------------------------------------------------------
+
+    def add(self, request: Request, *, limit: int) -> Job:
+        """Accept a job: it is on the disk when this returns.
+
+        Raises:
+            UsoflowError: `queue_full` if `limit` jobs wait, `job_exists`.
+        """
+        with self._transaction() as run:
+            if self.count(WAITING) >= limit:
+                raise UsoflowError("queue_full", f"{limit} jobs are waiting already.")
+            next_row = run("SELECT coalesce(max(seq), 0) FROM sqlite_sequence").fetchone()[0]
+            number = request.number if request.number is not None else next_row
+            values = (
+                request.id,
+                State.PENDING,
+                -number if request.front else number,
+                request.client,
+                _text_or_none((request.workflow or {}).get("id")),
+                *map(json.dumps, (request.prompt, request.targets, request.extra)),
+                now(),
+            )
+            try:
+                run(
+                    "INSERT INTO jobs (id, state, number, client, workflow, prompt, targets, extra, created)"
+                    " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    values,
+                )
+            except sqlite3.IntegrityError:
+                raise UsoflowError("job_exists", f"There is a job {request.id} already.") from None
+            return self._get(request.id)
+
+    def get(self, job_id: str) -> Job | None:
+        """The job of this id."""
+        found = self._select(f"{_JOBS} WHERE id = ?", (job_id,))
+        return found[0] if found else None
+
+    def request(self, job_id: str) -> Request:
+        """What the client of an existing job asked for."""
+        with self._lock:
+            row = self._connection.execute(
+                "SELECT id, prompt, targets, extra, client, number FROM jobs WHERE id = ?", (job_id,)
+            ).fetchone()
+        return Request(
+            id=row["id"],
+            prompt=json.loads(row["prompt"]),
+            targets=tuple(json.loads(row["targets"])),
+            extra=json.loads(row["extra"]),
+            client=row["client"],
+            number=row["number"],
+        )
+
+    def waiting(self) -> list[Job]:
+        """Jobs in progress and pending, in the order in which they run."""
+        return self._select(f"{_JOBS} WHERE state IN ('in_progress', 'pending') ORDER BY state, number, row")
+
+    def jobs(
+        self,
+        states: Collection[State],
+        *,
+        limit: int = -1,
+        offset: int = 0,
+        newest_first: bool = True,
+        started_only: bool = False,
+    ) -> list[Job]:
+        """Jobs in some states by time of acceptance; `limit` -1 is all."""
+        order = "DESC" if newest_first else "ASC"
+        began = "AND started IS NOT NULL" if started_only else ""
+        return self._select(
+            f"{_JOBS} WHERE state IN {_marks(states)} {began} ORDER BY row {order} LIMIT ? OFFSET ?",
+            (*states, limit, offset),
+        )
+
+    def count(self, states: Collection[State]) -> int:
+        """How many jobs are in these states."""
+        with self._lock:
+            query = f"SELECT count(*) FROM jobs WHERE state IN {_marks(states)}"
+            return int(self._connection.execute(query, tuple(states)).fetchone()[0])
+
+    def cancel_pending(self, job_ids: Collection[str] | None = None) -> int:
+        """Cancel those of the jobs (None: of all) that have not begun; returns how many."""
+        chosen, values = _chosen(job_ids)
+        with self._transaction() as run:
+            query = f"UPDATE jobs SET state = 'cancelled', ended = ? WHERE state = 'pending' {chosen}"
+            return run(query, (now(), *values)).rowcount
+
+    def forget(self, job_ids: Collection[str] | None = None) -> None:
+        """Delete those of the jobs (None: of all) that are final. Their pictures stay."""
+        chosen, values = _chosen(job_ids)
+        with self._transaction() as run:
+            run(f"DELETE FROM jobs WHERE state IN {_marks(FINAL)} {chosen}", (*FINAL, *values))
+
+    # --- what the supervisor does ---------------------------------------------------------------------
+
+    def start_next(self) -> Job | None:
+        """Move the next pending job into progress."""
+        with self._transaction() as run:
+            row = run(_NEXT).fetchone()
+            if row is None:
+                return None
+            run("UPDATE jobs SET state = 'in_progress', started = ? WHERE id = ?", (now(), row["id"]))
+            return self._get(row["id"])
+
+    def note_cached(self, job_id: str, nodes: Sequence[str]) -> None:
+        """Remember which nodes need not run."""
+        with self._transaction() as run:
+            run("UPDATE jobs SET cached = ? WHERE id = ?", (json.dumps(nodes), job_id))
+
+    def note_output(self, job_id: str, node: str, shown: Mapping[str, Any]) -> None:
+        """Remember what an output node has shown."""
+        with self._transaction() as run:
+            query = "UPDATE jobs SET outputs = json_patch(outputs, json_object(?, json(?))) WHERE id = ?"
+            run(query, (node, json.dumps(shown), job_id))
+
+    def finish(self, job_id: str, state: State, error: Mapping[str, Any] | None = None) -> bool:
+        """Move a job from progress into a final state; False if it is not in progress.
+
+        Names that were reserved without becoming a file are free again.
+        """
+        with self._transaction() as run:
+            query = "UPDATE jobs SET state = ?, ended = ?, error = ? WHERE id = ? AND state = 'in_progress'"
+            text = None if error is None else json.dumps(error)
+            if run(query, (state, now(), text, job_id)).rowcount == 0:
+                return False
+            for path in self._files(job_id):
+                path.with_suffix(PARTIAL_SUFFIX).unlink(missing_ok=True)
+                if not path.exists():
+                    run("DELETE FROM files WHERE path = ?", (str(path),))
+            run(_PRUNE, (MAX_HISTORY,))
+            return True
+
+    def requeue(self, job_id: str) -> None:
+        """Make a job in progress pending again, as if it had never begun: without files and outputs."""
+        with self._transaction() as run:
+            for path in self._files(job_id):
+                path.with_suffix(PARTIAL_SUFFIX).unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
+            run("DELETE FROM files WHERE job = ?", (job_id,))
+            run(
+                "UPDATE jobs SET state = 'pending', started = NULL, cached = '[]', outputs = '{}'"
+                " WHERE id = ? AND state = 'in_progress'",
+                (job_id,),
+            )
+
+    def recover(self) -> list[str]:
+        """After a crash: requeue what was in progress. Only while no worker of this database lives."""
+        interrupted = [job.id for job in self.jobs([State.IN_PROGRESS])]
+        for job_id in interrupted:
+            self.requeue(job_id)
+        return interrupted
+
+    # --- what the worker does -------------------------------------------------------------------------
+
+    def reserve(self, job_id: str, path: Path) -> None:
+        """Note that a job is about to write this file."""
+        with self._transaction() as run:
+            run("INSERT OR REPLACE INTO files (path, job) VALUES (?, ?)", (str(path.absolute()), job_id))
+
+    # --- settings of the editor -----------------------------------------------------------------------
+
+    def settings(self) -> dict[str, Any]:
+        """All settings."""
+        with self._lock:
+            rows = self._connection.execute("SELECT key, value FROM settings").fetchall()
+        return {row["key"]: json.loads(row["value"]) for row in rows}
+
+    def set_settings(self, values: Mapping[str, Any]) -> None:
+        """Set some settings."""
+        with self._transaction() as run:
+            for key, value in values.items():
+                run("INSERT OR REPLACE INTO settings VALUES (?, ?)", (key, json.dumps(value)))
+
+    # --- inside ---------------------------------------------------------------------------------------
+
+    def _migrate(self) -> None:
+        version = self._connection.execute("PRAGMA user_version").fetchone()[0]
+        if version > len(MIGRATIONS):
+            raise sqlite3.DatabaseError("it was written by a newer version of usoflow")
+        for number, script in enumerate(MIGRATIONS[version:], start=version + 1):
+            self._connection.executescript(f"BEGIN; {script}; PRAGMA user_version = {number}; COMMIT;")
+
+    @contextmanager
+    def _transaction(self) -> Iterator[Callable[..., sqlite3.Cursor]]:
+        with self._lock:
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._connection.execute
+            except BaseException:
+                self._connection.execute("ROLLBACK")
+                raise
+            self._connection.execute("COMMIT")
+
+    def _select(self, query: str, values: Sequence[object] = ()) -> list[Job]:
+        with self._lock:
+            return [_job(row) for row in self._connection.execute(query, tuple(values)).fetchall()]
+
+    def _get(self, job_id: str) -> Job:
+        return self._select(f"{_JOBS} WHERE id = ?", (job_id,))[0]
+
+    def _files(self, job_id: str) -> Sequence[Path]:
+        rows = self._connection.execute("SELECT path FROM files WHERE job = ?", (job_id,)).fetchall()
+        return [Path(row["path"]) for row in rows]
+
+
+def now() -> int:
+    """Milliseconds since 1970."""
+    return int(time.time() * 1000)
+
+
+def _job(row: sqlite3.Row) -> Job:
+    decoded = {name: json.loads(row[name]) for name in ("cached", "outputs")}
+    error = None if row["error"] is None else json.loads(row["error"])
+    return Job(**{**dict(row), **decoded, "state": State(row["state"]), "error": error})
+
+
+def _marks(values: Collection[object]) -> str:
+    return f"({', '.join('?' * len(values))})"
+
+
+def _chosen(job_ids: Collection[str] | None) -> tuple[str, tuple[str, ...]]:
+    """A condition for these jobs, any number of them; None is all."""
+    if job_ids is None:
+        return "", ()
+    return "AND id IN (SELECT value FROM json_each(?))", (json.dumps(list(job_ids)),)
+
+
+def _text_or_none(value: object) -> str | None:
+    return value if isinstance(value, str) else None

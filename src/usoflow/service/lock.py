@@ -1,0 +1,45 @@
+"""One server at a time for one jobs file: a lock that is held until the last process with it is gone."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from usoflow.errors import UsoflowError
+
+PATIENCE = 10.0  # seconds that the worker of a killed server gets to notice and end
+_PERIOD = 0.05
+
+
+def hold(path: Path, *, patience: float = PATIENCE) -> int:
+    """Take the lock.
+
+    Returns:
+        A file descriptor: who has it open holds the lock, so a worker inherits it (flock(2)). On Windows,
+        where there is no such lock, two servers on one file are not noticed.
+
+    Raises:
+        UsoflowError: `state_in_use`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    deadline = time.monotonic() + patience
+    while not _taken(descriptor):
+        if time.monotonic() > deadline:
+            os.close(descriptor)
+            raise UsoflowError("state_in_use", f"Another usoflow server uses {path.parent}.")
+        time.sleep(_PERIOD)
+    return descriptor
+
+
+def _taken(descriptor: int) -> bool:
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

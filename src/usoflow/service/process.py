@@ -1,0 +1,185 @@
+"""The engine as a process of its own: started when needed, started again when it died, and why it died.
+
+A kernel that crashes or a model that is too large takes the worker with it, never the server (`worker.py` is
+the other end of the pipe).
+"""
+
+from __future__ import annotations
+
+import queue
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
+
+from usoflow.errors import UsoflowError
+from usoflow.service.engine import (
+    Cancel,
+    Command,
+    Done,
+    Failed,
+    Free,
+    Message,
+    Outcome,
+    Ready,
+    Report,
+    Run,
+    decode,
+    encode,
+)
+from usoflow.service.engine import Cancelled as CancelledRun
+from usoflow.service.worker import WorkerSettings
+
+WORKER: Sequence[str] = (sys.executable, "-m", "usoflow.service.worker")
+ATTEMPTS = 2  # a worker that died while it was idle is noticed when the next job is given to it
+_KERNEL_COUNTERS = Path("/proc/vmstat")
+_SIGNALS: Mapping[int, str] = {
+    signal.SIGSEGV: "it crashed with a segmentation fault",
+    signal.SIGABRT: "it was aborted by one of its libraries",
+    signal.SIGTERM: "it was ended from outside",
+}
+
+
+class WorkerProcess:
+    """An `Engine` in a child process.
+
+    Args:
+        settings: given to the child.
+        command: what to start; the settings follow as its last argument.
+        inherited: file descriptors that the child keeps open, for as long as it lives.
+    """
+
+    def __init__(
+        self, settings: WorkerSettings, *, command: Sequence[str] = WORKER, inherited: Sequence[int] = ()
+    ) -> None:
+        self._command = [*command, settings.to_argument()]
+        self._inherited = tuple(inherited)
+        self._lock = threading.Lock()  # guards the process and its stdin
+        self._child: _Child | None = None
+        self._system: Mapping[str, Any] = {}
+        self._stopped = False
+
+    @property
+    def pid(self) -> int | None:
+        """Of the child, if there is one."""
+        return self._child.process.pid if self._child else None
+
+    def start(self) -> None:
+        """Start the child if there is none; it loads its libraries while the server does other things."""
+        with self._lock:
+            self._living()
+
+    def run(self, run: Run, listen: Callable[[Report], None]) -> Outcome:
+        """See `Engine.run`."""
+        for attempt in range(ATTEMPTS):
+            with self._lock:
+                child = self._living()
+                child.send(run)
+            begun = False
+            while (message := child.messages.get()) is not None:
+                if isinstance(message, Done | CancelledRun | Failed):
+                    return message
+                begun = True
+                listen(message)
+            cause = child.cause_of_death()
+            if begun or attempt == ATTEMPTS - 1:
+                raise cause
+        raise AssertionError("unreachable")
+
+    def cancel(self, job: str) -> None:
+        """See `Engine.cancel`."""
+        self._send(Cancel(job))
+
+    def free(self) -> None:
+        """See `Engine.free`."""
+        self._send(Free())
+
+    def system(self) -> Mapping[str, Any]:
+        """See `Engine.system`; empty until the first child has loaded its libraries."""
+        return self._system
+
+    def stop(self) -> None:
+        """See `Engine.stop`. No other child is started."""
+        with self._lock:
+            self._stopped = True
+            child, self._child = self._child, None
+        if child:
+            child.process.kill()
+            child.process.wait()
+
+    def _send(self, command: Command) -> None:
+        with self._lock:
+            if self._child and self._child.process.poll() is None:
+                self._child.send(command)
+
+    def _living(self) -> _Child:
+        if self._stopped:
+            raise UsoflowError("worker_died", "The server is stopping.")
+        if self._child is None or self._child.process.poll() is not None:
+            self._child = _Child(self._command, self._inherited, self._note)
+        return self._child
+
+    def _note(self, ready: Ready) -> None:
+        self._system = ready.system
+
+
+class _Child:
+    """One process and what it has said; None in `messages` is its end."""
+
+    def __init__(
+        self, command: Sequence[str], inherited: Sequence[int], note: Callable[[Ready], None]
+    ) -> None:
+        self._kills_before = _memory_kills()
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=inherited
+        )
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self._stdin = self.process.stdin
+        self.messages: queue.SimpleQueue[Report | Outcome | None] = queue.SimpleQueue()
+        threading.Thread(target=self._read, args=(self.process.stdout, note), daemon=True).start()
+
+    def send(self, command: Command) -> None:
+        """Write a command; that a dead process does not take it shows in `messages`."""
+        try:
+            self._stdin.write(encode(command))
+            self._stdin.flush()
+        except (OSError, ValueError):  # ValueError: closed meanwhile
+            return
+
+    def cause_of_death(self) -> UsoflowError:
+        """Why the process ended."""
+        code = self.process.wait()
+        if code == -signal.SIGKILL and _memory_kills() > self._kills_before:
+            return UsoflowError("out_of_memory", "The system ended the worker for want of memory.")
+        if code == -signal.SIGKILL:
+            reason = "it was killed, from outside or by the system for want of memory"
+        else:
+            reason = _SIGNALS.get(-code, f"its exit status was {code}")
+        return UsoflowError("worker_died", f"The worker process ended during the job: {reason}.")
+
+    def _read(self, stdout: IO[bytes], note: Callable[[Ready], None]) -> None:
+        with stdout:
+            for line in stdout:
+                message: Message = decode(line)
+                if isinstance(message, Ready):
+                    note(message)
+                elif not isinstance(message, Run | Cancel | Free):
+                    self.messages.put(message)
+        with suppress(OSError):  # a command that it did not take
+            self._stdin.close()
+        self.messages.put(None)
+
+
+def _memory_kills() -> int:
+    """How many processes Linux has killed for want of memory since it booted; 0 elsewhere."""
+    try:
+        match = re.search(r"^oom_kill (\d+)$", _KERNEL_COUNTERS.read_text(), re.MULTILINE)
+    except OSError:
+        return 0
+    return int(match.group(1)) if match else 0

@@ -1,0 +1,189 @@
+"""Takes one job after another from the store, has the engine run it, and writes down how it ended.
+
+Runs in a thread of the server. Tells a listener everything, in the order in which it happens.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from usoflow.errors import UsoflowError
+from usoflow.service.engine import (
+    Cached,
+    Cancelled,
+    Engine,
+    Failed,
+    Finished,
+    Outcome,
+    Progress,
+    Report,
+    Run,
+    Started,
+)
+from usoflow.service.jobs import Job, JobStore, State
+
+logger = logging.getLogger(__name__)
+
+GRACE = 8.0  # seconds that a running job gets to finish when the server stops
+
+
+@dataclass
+class Running:
+    """The job in progress, as far as it is: for clients that come later, and for what is said if it fails."""
+
+    job: Job
+    node: str = ""
+    class_type: str = ""
+    executed: list[str] = field(default_factory=list)
+    progress: dict[str, Progress] = field(default_factory=dict)
+
+    def note(self, report: Report) -> None:
+        """Follow the run."""
+        match report:
+            case Started(node, class_type):
+                self.node, self.class_type = node, class_type
+                self.progress[node] = Progress(node, 0, 1)
+            case Progress():
+                self.progress[report.node] = report
+            case Finished(node=node):
+                self.executed.append(node)
+                steps = self.progress[node].steps if node in self.progress else 1
+                self.progress[node] = Progress(node, steps, steps)
+                self.node = self.class_type = ""
+
+
+Event = Report | State
+Listener = Callable[[Running, Event], None]
+
+
+class Supervisor:
+    """The loop from store to engine.
+
+    Args:
+        store: where jobs come from and end.
+        engine: runs them.
+        listen: is told that a job began (`State.IN_PROGRESS`), every report, and the state it ended in;
+            called from the supervisor's thread.
+        preview: whether pictures are wanted while a job is sampled.
+    """
+
+    def __init__(self, store: JobStore, engine: Engine, listen: Listener, *, preview: bool = True) -> None:
+        self._store, self._engine, self._listen, self._preview = store, engine, listen, preview
+        self._wake = threading.Event()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._work, name="supervisor", daemon=True)
+        self.running: Running | None = None
+
+    @property
+    def alive(self) -> bool:
+        """Whether jobs are taken."""
+        return self._thread.is_alive() and not self._stopping
+
+    def start(self) -> None:
+        """Recover what a crash left behind, and begin."""
+        for job_id in self._store.recover():
+            logger.info("Job %s was interrupted: it runs again.", job_id)
+        self._thread.start()
+
+    def wake(self) -> None:
+        """There is a new job."""
+        self._wake.set()
+
+    def interrupt(self, job_id: str | None = None) -> bool:
+        """Stop the job in progress, if it is this one (None: whichever); whether there was one."""
+        running = self.running
+        if running is None or job_id not in (None, running.job.id):
+            return False
+        self._engine.cancel(running.job.id)
+        return True
+
+    def stop(self, grace: float = GRACE) -> None:
+        """Take no more jobs; the one in progress may finish within `grace` seconds, else it is requeued."""
+        self._stopping = True
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join(grace)
+        self._engine.stop()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _work(self) -> None:
+        while not self._stopping:
+            self._wake.clear()
+            job = self._store.start_next()
+            if job is None:
+                self._wake.wait()
+            else:
+                self._execute(job)
+
+    def _execute(self, job: Job) -> None:
+        running = self.running = Running(job)
+        self._listen(running, State.IN_PROGRESS)
+        outcome = self._outcome(running)
+        self.running = None
+        if outcome is None:
+            self._store.requeue(job.id)
+            return
+        state = State.COMPLETED
+        error = None
+        if isinstance(outcome, Cancelled):
+            state, error = State.CANCELLED, _place(running)
+        elif isinstance(outcome, Failed):
+            state, error = State.FAILED, _failure(running, outcome)
+            logger.warning("Job %s failed: %s", job.id, outcome.detail)
+        self._store.finish(job.id, state, error)
+        running.job = self._store.get(job.id) or job
+        self._listen(running, state)
+
+    def _outcome(self, running: Running) -> Outcome | None:
+        """How the run ended; None if it did not, because the server stops."""
+        request = self._store.request(running.job.id)
+        run = Run(request.id, request.prompt, request.targets, request.workflow, self._preview)
+        try:
+            return self._engine.run(run, lambda report: self._note(running, report))
+        except UsoflowError as error:
+            if self._stopping:
+                return None
+            return Failed(error.code, error.detail, error.remedy)
+
+    def _note(self, running: Running, report: Report) -> None:
+        running.note(report)
+        if isinstance(report, Cached):
+            self._store.note_cached(running.job.id, report.nodes)
+        elif isinstance(report, Finished) and report.images is not None:
+            self._store.note_output(running.job.id, report.node, shown(report))
+        self._listen(running, report)
+
+
+def shown(report: Finished) -> dict[str, Any]:
+    """What an output node has to show, as ComfyUI's `ui` record."""
+    images = report.images or ()
+    return {"images": [{"filename": i.filename, "subfolder": i.subfolder, "type": i.type} for i in images]}
+
+
+def _place(running: Running) -> dict[str, Any]:
+    """Where a run stood."""
+    return {
+        "prompt_id": running.job.id,
+        "node_id": running.node,
+        "node_type": running.class_type,
+        "executed": running.executed,
+    }
+
+
+def _failure(running: Running, failed: Failed) -> dict[str, Any]:
+    """The event `execution_error`: what went wrong and what to do about it, at the node where it did."""
+    place = _place(running)
+    if failed.node:
+        place |= {"node_id": failed.node, "node_type": failed.class_type}
+    return place | {
+        "exception_message": f"{failed.detail}\n{failed.remedy}\n",
+        "exception_type": failed.code,
+        "traceback": list(failed.traceback),
+        "current_inputs": {},
+        "current_outputs": [],
+    }

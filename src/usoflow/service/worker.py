@@ -1,0 +1,222 @@
+"""The worker process: takes `Run` commands on stdin, runs them with the executor, reports on stdout.
+
+Started by `process.WorkerProcess`, once per device. It ends when its stdin does, that is with the server, and
+never outlives it: a new server would otherwise find pictures appear under names that it has given away.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+import traceback
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from usoflow.errors import UsoflowError
+from usoflow.service import engine
+from usoflow.service.engine import Message, Run
+from usoflow.service.jobs import JobStore
+from usoflow.settings import Folders
+
+if TYPE_CHECKING:
+    from usoflow.execution.executor import Executor
+    from usoflow.execution.progress import Cancellation, Event
+    from usoflow.schema.node import NodeRegistry
+    from usoflow.service.preview import Previewer
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSettings:
+    """What the server tells a worker at its start."""
+
+    folders: Folders
+    store: Path
+    device: str = "auto"
+    dtype: str = "auto"
+
+    def to_argument(self) -> str:
+        """As one command line argument."""
+        folders = self.folders
+        record = {
+            "models": {kind: list(map(_absolute, roots)) for kind, roots in folders.models.items()},
+            "inputs": list(map(_absolute, folders.inputs)),
+            "output": _absolute(folders.output),
+            "temp": _absolute(folders.temp),
+            "store": _absolute(self.store),
+            "device": self.device,
+            "dtype": self.dtype,
+        }
+        return json.dumps(record)
+
+    @classmethod
+    def from_argument(cls, argument: str) -> WorkerSettings:
+        """Back from `to_argument`."""
+        record = json.loads(argument)
+        folders = Folders(
+            models={kind: tuple(map(Path, roots)) for kind, roots in record["models"].items()},
+            inputs=tuple(map(Path, record["inputs"])),
+            output=Path(record["output"]),
+            temp=Path(record["temp"]),
+        )
+        return cls(folders, Path(record["store"]), record["device"], record["dtype"])
+
+
+class Pipe:
+    """The worker's end: commands in by way of a queue, messages out from any thread."""
+
+    def __init__(self, incoming: IO[bytes], outgoing: IO[bytes]) -> None:
+        from usoflow.execution.progress import Cancellation
+
+        self.commands: queue.SimpleQueue[Run | engine.Free] = queue.SimpleQueue()
+        self.cancellations: defaultdict[str, Cancellation] = defaultdict(Cancellation)
+        self._incoming, self._outgoing = incoming, outgoing
+        self._lock = threading.Lock()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def send(self, message: Message) -> None:
+        """Write one message; ends the process if nobody reads any more."""
+        try:
+            with self._lock:
+                self._outgoing.write(engine.encode(message))
+                self._outgoing.flush()
+        except OSError:
+            os._exit(0)
+
+    def _read(self) -> None:
+        for line in self._incoming:
+            command = engine.decode(line)
+            if isinstance(command, engine.Cancel):
+                self.cancellations[command.job].set()
+            elif isinstance(command, Run | engine.Free):
+                self.commands.put(command)
+        os._exit(0)  # the server is gone: nothing may be written any more
+
+
+@dataclass
+class Worker:
+    """Runs jobs one after another with the same models."""
+
+    settings: WorkerSettings
+    executor: Executor
+    previewer: Previewer
+    store: JobStore
+    send: Callable[[Message], None]
+    _preview: bool = field(default=True, init=False)
+
+    def run(self, run: Run, cancellation: Cancellation) -> engine.Outcome:
+        """Run a job; whatever happens in it is its outcome."""
+        from usoflow.execution.executor import NodeError
+        from usoflow.workflow.prompt import Prompt
+
+        prompt, folders = Prompt.parse(run.prompt), self.settings.folders
+        self._preview = run.preview
+        self.previewer.choose(prompt, folders)
+        try:
+            self.executor.run(
+                prompt,
+                run.targets,
+                folders,
+                workflow=run.workflow,
+                listen=self._tell,
+                cancellation=cancellation,
+                reserve=lambda path: self.store.reserve(run.job, path),
+            )
+        except NodeError as error:
+            return engine.Failed(
+                error.code, error.detail, error.remedy, error.node_id, error.class_type, _frames(error)
+            )
+        except UsoflowError as error:
+            if error.code == "cancelled":
+                return engine.Cancelled()
+            return engine.Failed(error.code, error.detail, error.remedy, traceback=_frames(error))
+        return engine.Done()
+
+    def free(self) -> None:
+        """Forget models and outputs."""
+        self.executor.cache.clear()
+        self.executor.library.clear()
+
+    def _tell(self, event: Event) -> None:
+        from usoflow.execution.progress import NodeFinished, NodeProgress, NodesCached, NodeStarted
+
+        match event:
+            case NodesCached(node_ids):
+                self.send(engine.Cached(node_ids))
+            case NodeStarted(node, class_type):
+                self.send(engine.Started(node, class_type))
+            case NodeProgress(node, step, steps, latent):
+                wanted = self._preview and latent is not None and step < steps
+                picture = self.previewer.jpeg(latent) if wanted and latent is not None else b""
+                self.send(engine.Progress(node, step, steps, picture))
+            case NodeFinished(node_id=node, seconds=seconds, peak_bytes=peak, shown=shown):
+                self.send(engine.Finished(node, seconds, peak, shown.images if shown else None))
+
+
+def serve(registry: NodeRegistry, argument: str) -> None:
+    """The life of a worker process."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # meant for the server, whose end is ours
+        signal.signal(number, signal.SIG_IGN)
+    outgoing = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what libraries print is no message
+    pipe = Pipe(sys.stdin.buffer, outgoing)
+    settings = WorkerSettings.from_argument(argument)
+    try:
+        worker, system = _made(settings, registry, pipe.send)
+    except UsoflowError as error:
+        pipe.send(engine.Failed(error.code, error.detail, error.remedy))
+        sys.exit(error.exit_code)
+    pipe.send(engine.Ready(system))
+    while True:
+        command = pipe.commands.get()
+        if isinstance(command, Run):
+            pipe.send(worker.run(command, pipe.cancellations[command.job]))
+            del pipe.cancellations[command.job]
+        else:
+            worker.free()
+
+
+def _made(
+    settings: WorkerSettings, registry: NodeRegistry, send: Callable[[Message], None]
+) -> tuple[Worker, dict[str, Any]]:
+    from usoflow.execution.executor import Executor
+    from usoflow.models.library import ModelLibrary
+    from usoflow.models.placement import Placement
+    from usoflow.service.preview import Previewer
+
+    placement = Placement.choose(settings.device, settings.dtype)
+    library = ModelLibrary(placement)
+    worker = Worker(settings, Executor(registry, library), Previewer(library), JobStore(settings.store), send)
+    return worker, _system(placement.device)
+
+
+def _system(device: Any) -> dict[str, Any]:
+    import torch
+
+    record = {"pytorch_version": torch.__version__, "name": device.type, "type": device.type, "index": None}
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        name = f"cuda:0 {torch.cuda.get_device_name()}"
+        record |= {"name": name, "index": 0, "vram_total": total, "vram_free": free}
+    return record
+
+
+def _frames(error: BaseException) -> tuple[str, ...]:
+    """The traceback of what went wrong inside a node, for a report of the defect."""
+    return tuple(traceback.format_exception(error.__cause__)) if error.__cause__ else ()
+
+
+def _absolute(path: Path) -> str:
+    return str(path.absolute())
+
+
+if __name__ == "__main__":
+    from usoflow.nodes import registry as all_nodes
+
+    serve(all_nodes(), sys.argv[1])

@@ -1,0 +1,68 @@
+"""A worker with nodes that no worker should have: each ends it, or the job, in a way of its own."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+import time
+
+from usoflow.nodes import registry
+from usoflow.nodes.sockets import Image
+from usoflow.schema.node import NodeRegistry, node
+from usoflow.service.worker import serve
+
+
+@node("Crashes", category="test")
+def crashes() -> Image:
+    """Reads address 0."""
+    ctypes.string_at(0)
+    raise AssertionError
+
+
+@node("Aborts", category="test")
+def aborts() -> Image:
+    """As an assertion in a library does."""
+    os.abort()
+
+
+@node("Exits", category="test")
+def exits() -> Image:
+    """Ends the process without a word."""
+    os._exit(3)
+
+
+@node("Raises", category="test")
+def raises() -> Image:
+    """A defect."""
+    raise ZeroDivisionError
+
+
+@node("Hungry", category="test")
+def hungry() -> Image:
+    """Wants a terabyte."""
+    import torch
+
+    return torch.ones(1, 500_000, 500_000, 1)
+
+
+@node("Sleeps", category="test")
+def sleeps() -> Image:
+    """Does not look whether it is to stop."""
+    time.sleep(600)
+    raise AssertionError
+
+
+@node("Prints", category="test")
+def prints() -> Image:
+    """Writes to the pipe's file descriptor."""
+    import torch
+
+    print('{"message": "Done"}', flush=True)
+    os.write(1, b'{"message": "Done"}\n')
+    return torch.zeros(1, 8, 8, 3)
+
+
+if __name__ == "__main__":
+    own = [crashes, aborts, exits, raises, hungry, sleeps, prints]
+    serve(NodeRegistry([*registry().values(), *own]), sys.argv[1])

@@ -1,0 +1,230 @@
+"""The table of jobs: order, states, files, crashes, limits, versions."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from usoflow.errors import UsoflowError
+from usoflow.service import jobs
+from usoflow.service.jobs import FINAL, WAITING, JobStore, Request, State
+
+
+def add(store: JobStore, job_id: str, **more: Any) -> jobs.Job:
+    """Accept a job."""
+    values: dict[str, Any] = {"prompt": {"1": {}}, "targets": ("1",), "extra": {}} | more
+    return store.add(Request(id=job_id, **values), limit=100)
+
+
+def test_first_come_first_served_but_for_the_front(store: JobStore) -> None:
+    for name in ("a", "b", "c"):
+        add(store, name)
+    add(store, "now", front=True)
+    add(store, "between", number=0.5)
+    assert [job.id for job in store.waiting()] == ["now", "a", "between", "b", "c"]
+    assert [store.start_next().id for _ in range(5)] == ["now", "a", "between", "b", "c"]  # type: ignore[union-attr]
+    assert store.start_next() is None
+
+
+def test_what_was_asked_for_comes_back(store: JobStore) -> None:
+    extra = {"extra_pnginfo": {"workflow": {"id": "w", "nodes": []}}}
+    prompt = {"9": {"class_type": "SaveImage", "inputs": {"text": "ü\n\"'"}}}
+    job = add(store, "a", prompt=prompt, extra=extra, client="me", targets=("9", "10"))
+    request = store.request("a")
+    assert (request.prompt, request.targets, request.extra) == (prompt, ("9", "10"), extra)
+    assert request.client == "me"
+    assert request.workflow == {"id": "w", "nodes": []}
+    assert (job.workflow, job.state, job.started, job.outputs) == ("w", State.PENDING, None, {})
+
+
+def test_outputs_by_any_node_id(store: JobStore) -> None:
+    add(store, "a")
+    store.start_next()
+    for node in ("9", "112:31", 'a"b.$[0]', ""):
+        store.note_output("a", node, {"images": [{"filename": node}]})
+    store.finish("a", State.COMPLETED)
+    job = store.get("a")
+    assert job is not None
+    assert job.outputs == {n: {"images": [{"filename": n}]} for n in ("9", "112:31", 'a"b.$[0]', "")}
+
+
+def test_a_final_state_stays(store: JobStore) -> None:
+    add(store, "a")
+    assert not store.finish("a", State.COMPLETED)  # it has not begun
+    store.start_next()
+    assert store.finish("a", State.FAILED, {"exception_type": "x"})
+    assert not store.finish("a", State.COMPLETED)
+    store.requeue("a")
+    job = store.get("a")
+    assert job is not None
+    assert (job.state, job.error) == (State.FAILED, {"exception_type": "x"})
+
+
+def test_full_queue_and_taken_ids(store: JobStore) -> None:
+    add(store, "a")
+    with pytest.raises(UsoflowError) as caught:
+        add(store, "a")
+    assert caught.value.code == "job_exists"
+    request = Request(id="b", prompt={}, targets=(), extra={})
+    with pytest.raises(UsoflowError) as caught:
+        store.add(request, limit=1)
+    assert caught.value.code == "queue_full"
+    assert store.get("b") is None
+
+
+def test_only_what_waits_is_cancelled_only_what_is_final_forgotten(store: JobStore) -> None:
+    for name in ("running", "a", "b"):
+        add(store, name)
+    store.start_next()
+    assert store.cancel_pending(["running", "a", "unknown"]) == 1
+    store.forget(["running", "b"])
+    assert {job.id: job.state for job in store.jobs([*WAITING, *FINAL])} == {
+        "running": State.IN_PROGRESS, "a": State.CANCELLED, "b": State.PENDING,
+    }  # fmt: skip
+    store.forget()
+    assert store.get("a") is None
+    many = [str(number) for number in range(100_000)]  # more than SQL takes as single values
+    assert store.cancel_pending([*many, "b"]) == 1
+
+
+def test_pages(store: JobStore) -> None:
+    for number in range(5):
+        add(store, str(number))
+    store.start_next()
+    found = [job.id for job in store.jobs(WAITING, limit=2, offset=1)]
+    assert found == ["3", "2"]
+    assert [job.id for job in store.jobs(WAITING, newest_first=False, started_only=True)] == ["0"]
+
+
+def test_history_is_pruned(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "MAX_HISTORY", 2)
+    for number in range(4):
+        add(store, str(number))
+        store.start_next()
+        store.finish(str(number), State.COMPLETED)
+    assert [job.id for job in store.jobs(FINAL)] == ["3", "2"]
+
+
+def test_after_a_crash_the_job_runs_again_and_its_files_are_gone(store: JobStore, tmp_path: Path) -> None:
+    add(store, "a", front=True)
+    add(store, "b")
+    store.start_next()
+    done, partial, other = (tmp_path / name for name in ("a_1_.png", "a_2_.part", "other.png"))
+    for path in (done, partial, other):
+        path.touch()
+    store.reserve("a", done)
+    store.reserve("a", partial.with_suffix(".png"))
+    store.note_output("a", "9", {"images": []})
+    assert store.recover() == ["a"]
+    assert [path.exists() for path in (done, partial, other)] == [False, False, True]
+    again = store.start_next()
+    assert again is not None
+    assert (again.id, again.outputs) == ("a", {})
+
+
+def test_files_of_a_failed_job_stay_if_they_are_whole(store: JobStore, tmp_path: Path) -> None:
+    add(store, "a")
+    store.start_next()
+    done, partial = tmp_path / "a_1_.png", tmp_path / "a_2_.part"
+    for path in (done, partial):
+        path.touch()
+    store.reserve("a", done)
+    store.reserve("a", partial.with_suffix(".png"))
+    store.finish("a", State.FAILED)
+    assert (done.exists(), partial.exists()) == (True, False)
+
+
+def test_everything_is_there_when_it_is_opened_again(tmp_path: Path) -> None:
+    path = tmp_path / "jobs.sqlite"
+    first = JobStore(path)
+    add(first, "a")
+    first.set_settings({"Comfy.X": [1, "\r\n[section]"]})
+    second = JobStore(path)  # while the first is open: as a worker does, or a server after a crash
+    assert second.get("a") == first.get("a")
+    assert second.settings() == {"Comfy.X": [1, "\r\n[section]"]}
+    first.close()
+    second.close()
+
+
+def test_a_newer_or_damaged_file_is_refused(tmp_path: Path) -> None:
+    newer, damaged = tmp_path / "newer.sqlite", tmp_path / "damaged.sqlite"
+    connection = sqlite3.connect(newer)
+    connection.execute("PRAGMA user_version = 99")
+    connection.close()
+    damaged.write_bytes(b"no database" * 1000)
+    for path in (newer, damaged):
+        with pytest.raises(UsoflowError) as caught:
+            JobStore(path)
+        assert caught.value.code == "state_unusable"
+
+
+@pytest.mark.parametrize("version", range(len(jobs.MIGRATIONS)))
+def test_every_migration_leads_to_a_store_that_works(tmp_path: Path, version: int) -> None:
+    path = tmp_path / "jobs.sqlite"
+    connection = sqlite3.connect(path)
+    for script in jobs.MIGRATIONS[:version]:
+        connection.executescript(script)
+    connection.execute(f"PRAGMA user_version = {version}")
+    connection.close()
+    store = JobStore(path)
+    add(store, "a")
+    assert store.start_next() is not None
+    store.close()
+
+
+class Lives(RuleBasedStateMachine):
+    """Whatever happens in whatever order: no job is lost, none runs twice, a final state stays."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.store = JobStore(Path(":memory:"))
+        self.states: dict[str, State] = {}
+
+    @rule(front=st.booleans())
+    def accept(self, front: bool) -> None:
+        name = f"job {len(self.states)}"
+        add(self.store, name, front=front)
+        self.states[name] = State.PENDING
+
+    @rule()
+    def start(self) -> None:
+        waiting = {name for name, state in self.states.items() if state == State.PENDING}
+        job = self.store.start_next()
+        assert (job.id in waiting) if job else not waiting
+        if job:
+            self.states[job.id] = State.IN_PROGRESS
+
+    @rule(state=st.sampled_from(FINAL), data=st.data())
+    def finish(self, state: State, data: st.DataObject) -> None:
+        if self.states:
+            name = data.draw(st.sampled_from(sorted(self.states)))
+            if self.store.finish(name, state):
+                assert self.states[name] == State.IN_PROGRESS
+                self.states[name] = state
+
+    @rule()
+    def crash(self) -> None:
+        self.store.recover()
+        self.states = {n: State.PENDING if s == State.IN_PROGRESS else s for n, s in self.states.items()}
+
+    @rule()
+    def cancel(self) -> None:
+        self.store.cancel_pending()
+        self.states = {n: State.CANCELLED if s == State.PENDING else s for n, s in self.states.items()}
+
+    @invariant()
+    def agree(self) -> None:
+        assert {job.id: job.state for job in self.store.jobs([*WAITING, *FINAL])} == self.states
+
+    def teardown(self) -> None:
+        self.store.close()
+
+
+TestLives = Lives.TestCase
+TestLives.settings = settings(max_examples=20, stateful_step_count=20, deadline=None)

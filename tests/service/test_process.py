@@ -1,0 +1,179 @@
+"""The worker as a real process: a picture comes out; whatever kills it is named, and the next job runs."""
+
+from __future__ import annotations
+
+import io
+import os
+import resource
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from small import text_to_image, with_inputs
+from usoflow.errors import UsoflowError
+from usoflow.service.engine import Cancelled, Done, Failed, Finished, Progress, Report, Run, Started
+from usoflow.service.jobs import JobStore, Request
+from usoflow.service.lock import hold
+from usoflow.service.process import WorkerProcess
+from usoflow.service.worker import WorkerSettings
+from usoflow.settings import find_folders
+
+HOSTILE = (sys.executable, str(Path(__file__).parent / "hostile_worker.py"))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for the state and the outputs."""
+    return tmp_path_factory.mktemp("process")
+
+
+@pytest.fixture(scope="module")
+def engine(place: Path, small_models: Path) -> Iterator[WorkerProcess]:
+    """One worker for all tests: each leaves it, or its successor, able to work."""
+    folders = find_folders(models=small_models, inputs=small_models.parent / "input", output=place / "output")
+    store = JobStore(place / "jobs.sqlite")
+    settings = WorkerSettings(folders, place / "jobs.sqlite", device="cpu", dtype="fp32")
+    found = WorkerProcess(settings, command=HOSTILE)
+    for name in ("picture", "cancelled", "killed", "after"):
+        store.add(Request(id=name, prompt={}, targets=(), extra={}), limit=100)
+    yield found
+    found.stop()
+    store.close()
+
+
+def prompt_with(class_type: str) -> dict[str, object]:
+    """A node that does something terrible, and the output that needs it."""
+    return {
+        "bad": {"class_type": class_type, "inputs": {}},
+        "save": {"class_type": "SaveImage", "inputs": {"images": ["bad", 0], "filename_prefix": "bad"}},
+    }
+
+
+def test_a_job_becomes_a_picture(engine: WorkerProcess, place: Path) -> None:
+    prompt = with_inputs(text_to_image(), "sampler", steps=3)
+    reports: list[Report] = []
+    assert engine.run(Run("picture", prompt, ("save",), None), reports.append) == Done()
+    assert engine.system()["type"] == "cpu"
+    saved = [report.images for report in reports if isinstance(report, Finished) and report.images]
+    assert [image.filename for image in saved[0]] == ["out_00001_.png"]
+    with Image.open(place / "output" / "out_00001_.png") as picture:
+        assert picture.size == (64, 64)
+    steps = [(r.node, r.step, r.steps) for r in reports if isinstance(r, Progress)]
+    assert steps == [("sampler", 1, 3), ("sampler", 2, 3), ("sampler", 3, 3)]
+    previews = [report.preview for report in reports if isinstance(report, Progress) and report.preview]
+    with Image.open(io.BytesIO(previews[0])) as preview:
+        assert (preview.format, preview.size) == ("JPEG", (64, 64))
+    store = JobStore(place / "jobs.sqlite")
+    store.start_next()
+    assert store._files("picture") == [place / "output" / "out_00001_.png"]
+    store.close()
+
+
+def test_cancelled_before_and_meanwhile(engine: WorkerProcess) -> None:
+    prompt = with_inputs(text_to_image(), "sampler", steps=10_000, seed=7)
+    assert engine.run(Run("picture", text_to_image(), ("save",), None), lambda _: None) == Done()
+    engine.cancel("cancelled")
+    assert engine.run(Run("cancelled", prompt, ("save",), None), lambda _: None) == Cancelled()
+
+    def stop(report: Report) -> None:
+        if isinstance(report, Progress):
+            engine.cancel("cancelled")
+
+    assert engine.run(Run("cancelled", prompt, ("save",), None), stop) == Cancelled()
+
+
+def test_an_error_in_a_node_is_an_outcome(engine: WorkerProcess) -> None:
+    outcome = engine.run(Run("x", prompt_with("Raises"), ("save",), None), lambda _: None)
+    assert isinstance(outcome, Failed)
+    assert (outcome.code, outcome.node, outcome.class_type) == ("node_failed", "bad", "Raises")
+    assert any("ZeroDivisionError" in line for line in outcome.traceback)
+
+
+def test_what_nodes_print_is_no_message(engine: WorkerProcess) -> None:
+    assert engine.run(Run("after", prompt_with("Prints"), ("save",), None), lambda _: None) == Done()
+
+
+@pytest.mark.parametrize(
+    ("class_type", "words"),
+    [
+        ("Crashes", "segmentation fault"),
+        pytest.param("Aborts", "aborted", marks=pytest.mark.full),
+        pytest.param("Exits", "status was 3", marks=pytest.mark.full),
+    ],
+)
+def test_a_crash_is_named_and_the_next_job_runs(engine: WorkerProcess, class_type: str, words: str) -> None:
+    with pytest.raises(UsoflowError, match=words) as caught:
+        engine.run(Run("x", prompt_with(class_type), ("save",), None), lambda _: None)
+    assert caught.value.code == "worker_died"
+    assert engine.run(Run("after", text_to_image(), ("save",), None), lambda _: None) == Done()
+
+
+def test_killed_while_it_samples(engine: WorkerProcess) -> None:
+    def kill(report: Report) -> None:
+        if isinstance(report, Progress):
+            kill_worker(engine)
+
+    prompt = with_inputs(text_to_image(), "sampler", steps=10_000, seed=8)
+    with pytest.raises(UsoflowError, match="was killed") as caught:
+        engine.run(Run("killed", prompt, ("save",), None), kill)
+    assert caught.value.code in ("worker_died", "out_of_memory")
+
+
+def test_killed_while_idle_costs_no_job(engine: WorkerProcess) -> None:
+    assert engine.run(Run("after", text_to_image(), ("save",), None), lambda _: None) == Done()
+    kill_worker(engine)
+    assert engine.run(Run("after", text_to_image(), ("save",), None), lambda _: None) == Done()
+
+
+def test_memory_that_runs_out_is_named(engine: WorkerProcess) -> None:
+    """A limit on the address space, so that the allocator really fails."""
+    assert engine.run(Run("after", text_to_image(), ("save",), None), lambda _: None) == Done()
+    status = Path(f"/proc/{engine.pid}/status").read_text(encoding="ascii")
+    used = int(next(line for line in status.splitlines() if line.startswith("VmSize")).split()[1]) * 1024
+    assert engine.pid
+    resource.prlimit(engine.pid, resource.RLIMIT_AS, (used + 2**28, used + 2**28))
+    outcome = engine.run(Run("x", prompt_with("Hungry"), ("save",), None), lambda _: None)
+    assert isinstance(outcome, Failed)
+    assert outcome.code == "out_of_memory"
+    assert engine.run(Run("after", text_to_image(), ("save",), None), lambda _: None) == Done()
+
+
+def test_the_worker_ends_with_its_server(engine: WorkerProcess, place: Path) -> None:
+    """Also in the middle of a job, and with the lock that it inherited."""
+    lock = hold(place / "lock")
+    worker = WorkerProcess(
+        WorkerSettings(find_folders(), place / "jobs.sqlite"), command=HOSTILE, inherited=[lock]
+    )
+    started = threading.Event()
+
+    def note(report: Report) -> None:
+        if isinstance(report, Started):
+            started.set()
+
+    def run() -> None:
+        with pytest.raises(UsoflowError):
+            worker.run(Run("x", prompt_with("Sleeps"), ("save",), None), note)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    assert started.wait(60)
+    os.close(lock)
+    with pytest.raises(UsoflowError) as caught:
+        hold(place / "lock", patience=0.1)
+    assert caught.value.code == "state_in_use"
+    assert worker._child is not None
+    worker._child._stdin.close()  # as when the server dies
+    os.close(hold(place / "lock"))
+    thread.join()
+    worker.stop()
+
+
+def kill_worker(engine: WorkerProcess) -> None:
+    """Kill -9."""
+    assert engine.pid
+    os.kill(engine.pid, signal.SIGKILL)

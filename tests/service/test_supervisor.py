@@ -1,0 +1,195 @@
+"""From the store to the engine and back, with an engine that does what the test says."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pytest
+
+from usoflow.errors import UsoflowError
+from usoflow.nodes.context import SavedImage
+from usoflow.service.engine import (
+    Cached,
+    Cancelled,
+    Done,
+    Failed,
+    Finished,
+    Outcome,
+    Progress,
+    Report,
+    Run,
+    Started,
+    decode,
+    encode,
+)
+from usoflow.service.jobs import Job, JobStore, Request, State
+from usoflow.service.supervisor import Event, Running, Supervisor
+
+Play = Callable[[Run, Callable[[Report], None]], Outcome]
+
+
+class Scripted:
+    """An engine that plays a part for each job, by its id."""
+
+    def __init__(self, **parts: Play) -> None:
+        self.parts = parts
+        self.stopped = threading.Event()
+        self.cancelled = threading.Event()
+
+    def run(self, run: Run, listen: Callable[[Report], None]) -> Outcome:
+        return self.parts[run.job](run, listen)
+
+    def cancel(self, job: str) -> None:
+        self.cancelled.set()
+
+    def free(self) -> None:
+        pass
+
+    def system(self) -> Mapping[str, Any]:
+        return {}
+
+    def stop(self) -> None:
+        self.stopped.set()
+
+
+def good(run: Run, listen: Callable[[Report], None]) -> Outcome:
+    listen(Cached(("1",)))
+    listen(Started("9", "SaveImage"))
+    listen(Progress("9", 1, 2))
+    listen(Finished("9", 0.1, 1, (SavedImage("a.png", "", "output"),)))
+    return Done()
+
+
+def bad(run: Run, listen: Callable[[Report], None]) -> Outcome:
+    listen(Started("3", "KSampler"))
+    return Failed("node_failed", "what", "remedy", "3", "KSampler", ("line",))
+
+
+def deadly(run: Run, listen: Callable[[Report], None]) -> Outcome:
+    listen(Started("1", "Loader"))
+    listen(Finished("1", 0.1, 1, None))
+    listen(Started("3", "KSampler"))
+    raise UsoflowError("worker_died", "killed")
+
+
+Start = Callable[..., Supervisor]
+
+
+@pytest.fixture
+def events() -> list[tuple[str, Event]]:
+    """Everything that the listener heard, by job."""
+    return []
+
+
+@pytest.fixture
+def start(store: JobStore, events: list[tuple[str, Event]]) -> Iterator[Start]:
+    """Start a supervisor over an engine with these parts, one job for each."""
+    started: list[Supervisor] = []
+
+    def run(*, accept: bool = True, **parts: Play) -> Supervisor:
+        def listen(running: Running, event: Event) -> None:
+            events.append((running.job.id, event))
+
+        for name in parts if accept else ():
+            store.add(Request(id=name, prompt={}, targets=(), extra={}), limit=10)
+        started.append(Supervisor(store, Scripted(**parts), listen))
+        started[-1].start()
+        return started[-1]
+
+    yield run
+    for supervisor in started:
+        supervisor.stop(grace=5)
+
+
+def ended(store: JobStore, name: str) -> Job:
+    """The job, when it is in a final state."""
+    deadline = time.monotonic() + 10
+    while (job := store.get(name)) is None or job.ended is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    return job
+
+
+def test_a_job_that_goes_well(store: JobStore, start: Start, events: list[tuple[str, Event]]) -> None:
+    start(good=good)
+    job = ended(store, "good")
+    assert (job.state, job.cached, job.error) == (State.COMPLETED, ["1"], None)
+    image = {"filename": "a.png", "subfolder": "", "type": "output"}
+    assert job.outputs == {"9": {"images": [image]}}
+    start().stop()
+    assert [event if isinstance(event, State) else type(event) for _, event in events] == [
+        State.IN_PROGRESS, Cached, Started, Progress, Finished, State.COMPLETED,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("part", [bad, deadly])
+def test_a_failure_names_its_node_and_the_next_job_runs(store: JobStore, start: Start, part: Play) -> None:
+    start(first=part, second=good)
+    job = ended(store, "first")
+    assert job.state == State.FAILED
+    assert job.error is not None
+    assert (job.error["node_id"], job.error["node_type"]) == ("3", "KSampler")
+    assert job.error["exception_type"] == ("node_failed" if part is bad else "worker_died")
+    assert "\n" in job.error["exception_message"]  # the remedy is in it
+    assert ended(store, "second").state == State.COMPLETED
+
+
+def test_interrupt_only_the_job_that_is_meant(store: JobStore, start: Start) -> None:
+    begun, go = threading.Event(), threading.Event()
+
+    def waits(run: Run, listen: Callable[[Report], None]) -> Outcome:
+        begun.set()
+        go.wait(10)
+        return Cancelled()
+
+    supervisor = start(waits=waits)
+    assert begun.wait(10)
+    assert not supervisor.interrupt("another")
+    assert supervisor.interrupt("waits")
+    go.set()
+    assert ended(store, "waits").state == State.CANCELLED
+    assert not supervisor.interrupt()
+
+
+def test_a_job_that_does_not_finish_in_time_runs_again(store: JobStore, start: Start) -> None:
+    begun = threading.Event()
+
+    def endless(run: Run, listen: Callable[[Report], None]) -> Outcome:
+        begun.set()
+        assert engine.stopped.wait(10)
+        raise UsoflowError("worker_died", "killed by the server")
+
+    engine = Scripted(job=endless)
+    store.add(Request(id="job", prompt={}, targets=(), extra={}), limit=10)
+    supervisor = Supervisor(store, engine, lambda running, event: None)
+    supervisor.start()
+    assert begun.wait(10)
+    assert supervisor.alive
+    supervisor.stop(grace=0.05)
+    assert not supervisor.alive
+    assert [(job.id, job.state) for job in store.waiting()] == [("job", State.PENDING)]
+    start(accept=False, job=good)
+    assert ended(store, "job").state == State.COMPLETED
+
+
+def test_every_message_survives_the_pipe() -> None:
+    images = (SavedImage("ä\n.png", "sub", "temp"),)
+    for message in (
+        Run("1", {"9": {"inputs": {"a": [1, "\n"]}}}, ("9",), {"nodes": []}), Cached(("1", "2")),
+        Progress("3", 1, 2, b"\xff\xd8\n"), Finished("9", 0.5, 7, images), Finished("9", 0.5, 7, None),
+        Failed("x", "y", "z", "1", "T", ("a\n", "b")), Done(),
+    ):  # fmt: skip
+        line = encode(message)
+        assert line.count(b"\n") == 1
+        assert decode(line) == message
+
+
+@pytest.mark.parametrize(
+    "line", [b"", b"{}", b"[]", b'{"message": "Nothing"}', b'{"message": "Done", "x": 1}']
+)
+def test_what_is_no_message_is_refused(line: bytes) -> None:
+    with pytest.raises(UsoflowError):
+        decode(line)
