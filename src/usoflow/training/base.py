@@ -44,6 +44,7 @@ class BaseStage:
         guided: length and speed of guidance distillation.
         side: of the pictures.
         cached: number of scenes whose latents are cached.
+        calm_after: samples after which only calm scenes are shown.
         hidden, double, single: width and depth of the transformer.
         text_dim, text_layers: width and depth of T5.
         clip_dim, clip_layers: width and depth of CLIP-L.
@@ -58,6 +59,7 @@ class BaseStage:
     guided: Recipe
     side: int = 64
     cached: int = 100_000
+    calm_after: int = 1_000_000_000
     hidden: int = 256
     double: int = 2
     single: int = 4
@@ -165,12 +167,16 @@ class Batches:
     clip_ids: Ids
     empty: tuple[Ids, Ids]
     dropped: float
+    later: Batches | None = None
+    later_from: int = 0
 
     @classmethod
-    def of(cls, latents: LatentSet, stage: BaseStage) -> Batches:
-        """Tokenise the captions of a latent set."""
+    def of(cls, latents: LatentSet, stage: BaseStage, *, calm: LatentSet | None = None) -> Batches:
+        """Tokenise the captions of a latent set and of the one that takes over after `calm_after`."""
         empty = (stage.tokenizer.t5([""]), stage.tokenizer.clip([""]))
-        return cls(latents, *latents.ids(stage.tokenizer), empty, stage.dropped)
+        later = None if calm is None else cls.of(calm, stage)
+        ids = latents.ids(stage.tokenizer)
+        return cls(latents, *ids, empty, stage.dropped, later=later, later_from=stage.calm_after)
 
     def vocabularies(self) -> tuple[Vocabulary, Vocabulary]:
         """The rows that occur for T5 and CLIP."""
@@ -180,6 +186,8 @@ class Batches:
 
     def get(self, done: int, count: int) -> tuple[Tensor, Ids, Ids]:
         """Latents [B, 16, h, w], T5 ids [B, T], CLIP ids [B, T]."""
+        if self.later is not None and done >= self.later_from:
+            return self.later.get(done, count)
         indices = self.latents.indices(done, count)
         drop = np.random.default_rng((self.latents.seed, done, 1)).random(count) < self.dropped
         t5 = np.where(drop[:, None], self.empty[0], self.t5_ids[indices])

@@ -20,7 +20,7 @@ from usoflow.models.vae import AutoEncoder, LatentFormat
 from usoflow.training.autoencoder import encode
 from usoflow.training.captions import CaptionTokenizer, Ids
 from usoflow.training.drawings import Sprites
-from usoflow.training.scenes import caption, compose, draw_scene
+from usoflow.training.scenes import caption, compose, draw_calm_scene, draw_scene
 
 CHUNK = 64
 
@@ -76,10 +76,12 @@ def cache(
     seed: int,
     side: int,
     count: int,
+    calm: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> LatentSet:
     """Encode scenes 0 to `count` of `seed`, of core subjects, at `side` pixels, unless they are there."""
     folder.mkdir(parents=True, exist_ok=True)
+    draw = draw_calm_scene if calm else draw_scene
     path, progress = folder / "latents.npy", folder / "progress.json"
     done = json.loads(progress.read_text())["done"] if progress.exists() else 0
     shape = (count, 16, side // 8, side // 8)
@@ -87,7 +89,7 @@ def cache(
     stored = np.lib.format.open_memmap(path, mode=mode, dtype=np.float16, shape=shape)
     for start in range(done, count, CHUNK):
         stop = min(start + CHUNK, count)
-        scenes = [draw_scene(sprites.world, seed, i, sprites.world.core) for i in range(start, stop)]
+        scenes = [draw(sprites.world, seed, i, sprites.world.core) for i in range(start, stop)]
         images = torch.from_numpy(np.stack([compose(scene, sprites, side=side) for scene in scenes]))
         stored[start:stop] = (
             LatentFormat().to_model(encode(module, images, dtype=dtype)).numpy().astype(np.float16)
@@ -96,6 +98,6 @@ def cache(
             stored.flush()
             progress.write_text(json.dumps({"done": stop}))
     core = sprites.world.core
-    texts = [caption(sprites.world, draw_scene(sprites.world, seed, i, core)) for i in range(count)]
+    texts = [caption(sprites.world, draw(sprites.world, seed, i, core)) for i in range(count)]
     (folder / "captions.json").write_text(json.dumps(texts), "utf-8")
     return LatentSet(folder, seed)

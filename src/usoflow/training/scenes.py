@@ -28,6 +28,9 @@ PLACE_TOLD_CHANCE = 0.5  # the caption names position, size or tilt, where they 
 SMALL, LARGE = 0.55, 0.78  # below and above, a subject is called small or large
 OFF_CENTRE = 0.08
 TILTED = 25.0  # degrees
+CALM_SIDES = (0.66, 0.9)
+CALM_ANGLE = 6.0  # degrees
+CALM_RENDERING = 0.4  # of the renderings stay
 SINGULAR_IN_S = frozenset(
     {"bus", "oncoming-bus", "cactus", "octopus", "rhinoceros", "hibiscus", "cocktail-glass", "wine-glass"}
 )
@@ -81,6 +84,18 @@ def draw_scene(world: World, seed: int, index: int, subjects: Sequence[str] | No
     drawing_set = world.seen_sets[int(rng.integers(len(world.seen_sets)))]
     background = list(BACKGROUNDS)[int(rng.integers(len(BACKGROUNDS)))]
     return Scene(placed, drawing_set, rendering if rendered else None, background, int(rng.integers(2**62)))
+
+
+def draw_calm_scene(world: World, seed: int, index: int, subjects: Sequence[str] | None = None) -> Scene:
+    """As `draw_scene`, but one large upright subject, seldom rendered: where shapes are learnt soonest."""
+    scene = draw_scene(world, seed, index, subjects)
+    rng = np.random.Generator(np.random.Philox(key=[scene.paint_seed, 2]))
+    side = float(rng.uniform(*CALM_SIDES))
+    x, y = 0.5 + (1 - side) / 2 * rng.uniform(-1, 1, 2) * 0.8
+    angle = float(rng.uniform(-CALM_ANGLE, CALM_ANGLE))
+    placed = Placed(scene.placed[0].subject, side, float(x), float(y), angle, mirrored=False)
+    rendering = scene.rendering if rng.random() < CALM_RENDERING else None
+    return dataclasses.replace(scene, placed=(placed,), rendering=rendering)
 
 
 def held_out_scene(world: World, seed: int, index: int) -> Scene:

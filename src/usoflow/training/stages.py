@@ -124,7 +124,11 @@ class Workshop:
         teacher, pocket = self._pocket(), self._pocket()
         for module in (teacher, pocket):
             self._load(module, "base")
-        self._run(pocket, guided_loss(pocket, teacher, self._batches, dtype=self.dtype), "guided")
+        self._run(
+            pocket,
+            guided_loss(pocket, teacher, self._batches.later or self._batches, dtype=self.dtype),
+            "guided",
+        )
 
     def package(self) -> None:
         """Write the checkpoint from the guided weights, or, before there are any, from the base's."""
@@ -169,17 +173,18 @@ class Workshop:
             module.load_state_dict(torch.load(further, weights_only=True))
         return module
 
-    @functools.cached_property
-    def latents(self) -> LatentSet:
+    def latents(self, *, calm: bool) -> LatentSet:
         """The cached latents of the plan's scenes."""
         stage = self.plan.base
-        folder = self.folder / f"latents-{stage.side}"
+        folder = self.folder / f"latents-{stage.side}{'-calm' if calm else ''}"
         sizes = {"side": stage.side, "count": stage.cached}
-        return cache(self.folded_vae, self.sprites, folder, seed=LATENT_SEED, dtype=self.dtype, **sizes)
+        return cache(
+            self.folded_vae, self.sprites, folder, seed=LATENT_SEED, calm=calm, dtype=self.dtype, **sizes
+        )
 
     @functools.cached_property
     def _batches(self) -> Batches:
-        return Batches.of(self.latents, self.plan.base)
+        return Batches.of(self.latents(calm=False), self.plan.base, calm=self.latents(calm=True))
 
     def _pocket(self) -> Pocket:
         pocket = Pocket(self.plan.base, *self._batches.vocabularies())
