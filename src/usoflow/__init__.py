@@ -1,5 +1,41 @@
-"""usoflow: ByteDance USO on FLUX.1, natively. Importing the package imports no torch."""
+"""usoflow: ByteDance USO on FLUX.1, natively. Importing the package imports no torch.
+
+import usoflow
+
+result = usoflow.generate("a cat in the rain", subject="cat.png", models="~/ComfyUI")
+result.images[0].show()
+
+with usoflow.Engine(models="~/ComfyUI") as engine:  # keeps models loaded
+    workflow = usoflow.Workflow.load("workflow.json").set("KSampler.steps", 8)
+    result = engine.run(workflow, progress=print)
+"""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from usoflow.api.engine import Engine as Engine
+    from usoflow.api.engine import Result as Result
+    from usoflow.api.generate import generate as generate
+    from usoflow.api.workflow import Workflow as Workflow
+    from usoflow.errors import UsoflowError as UsoflowError
+
 __version__ = "0.1.0"
+__all__ = ["Engine", "Result", "UsoflowError", "Workflow", "__version__", "generate"]
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are imported when they are asked for (PEP 562)."""
+    import importlib
+
+    places = {
+        "Engine": "usoflow.api.engine",
+        "Result": "usoflow.api.engine",
+        "UsoflowError": "usoflow.errors",
+        "Workflow": "usoflow.api.workflow",
+        "generate": "usoflow.api.generate",
+    }
+    if name not in places:
+        raise AttributeError(f"module 'usoflow' has no attribute {name!r}")
+    return getattr(importlib.import_module(places[name]), name)

@@ -9,6 +9,7 @@ import sys
 import typer
 
 from usoflow.cli.convert import convert
+from usoflow.cli.generate import generate
 from usoflow.cli.nodes import nodes
 from usoflow.cli.run import run
 from usoflow.cli.train import train
@@ -22,6 +23,7 @@ Exit codes: 0 done · 2 wrong command or option · 3 workflow not readable or no
 
 app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(run)
+app.command()(generate)
 app.command()(convert)
 app.command()(nodes)
 app.command()(train)

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import itertools
+import json
 import signal
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from usoflow.cli import report
 from usoflow.errors import UsoflowError
 
 if TYPE_CHECKING:
-    from usoflow.execution.executor import RunResult
-    from usoflow.execution.progress import Cancellation, Listener
-    from usoflow.models.placement import Placement
-    from usoflow.settings import Folders
-    from usoflow.workflow.prompt import Prompt
+    from usoflow.api.checking import Job
+    from usoflow.api.engine import Engine, Result
+    from usoflow.execution.progress import Cancellation
 
 
 class Device(StrEnum):
@@ -64,117 +62,37 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, and no progress.")] = False,
 ) -> None:
     """Run a workflow and save its pictures."""
-    from usoflow.cli import report
-    from usoflow.nodes import registry
-    from usoflow.settings import find_folders
-    from usoflow.workflow.loading import load
+    from usoflow.api.engine import Engine
+    from usoflow.api.workflow import Workflow
 
-    loaded = load(file, registry())
-    prompt, given = _with_images(loaded.prompt, images or [])
-    for assignment in assignments or []:
-        prompt = prompt.assign(assignment)
-    prompt = prompt if seed is None else _with_seed(prompt, seed)
-    beside = None if file.startswith("template:") else Path(file)
-    folders = find_folders(models=models, inputs=inputs, beside=beside, output=output, given_images=given)
-    job = _checked(prompt, folders, loaded.workflow, loaded.warnings)
-    report.warn(job.warnings)
-    placement = _placement(device, dtype)  # imports torch: everything that can be refused has been
-    with report.progress(quiet=as_json) as listen:
-        result = _execute(job, placement, listen)
-    show = report.as_json if as_json else report.as_text
-    print(show(result, job.prompt, folders, placement, job.warnings))
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What is to be run: a valid prompt and the output nodes that can be reached."""
-
-    prompt: Prompt
-    targets: tuple[str, ...]
-    folders: Folders
-    workflow: dict[str, Any] | None
-    warnings: tuple[str, ...]
-
-
-def _with_images(prompt: Prompt, images: list[str]) -> tuple[Prompt, dict[str, Path]]:
-    """The prompt with its LoadImage nodes changed, and the pictures by the names that it now uses."""
-    given: dict[str, Path] = {}
-    for item in images:
+    workflow = Workflow.load(file)
+    for item in images or []:
         node, equals, path = item.partition("=")
         if not equals:
             raise UsoflowError("set_invalid", f"--image {item!r} is not NODE=PATH.")
-        picture = Path(path).expanduser()
-        if not picture.is_file():
-            raise UsoflowError("image_missing", f"{picture} does not exist.", remedy="Check the path.")
-        key = prompt.find(node)
-        taken = [entry.inputs.get("image") for other, entry in prompt.nodes.items() if other != key]
-        name = _free_name(picture.name, taken)
-        given[name] = picture
-        prompt = prompt.set(key, "image", name)
-    return prompt, given
+        workflow = workflow.with_picture(node, path)
+    for assignment in assignments or []:
+        workflow = workflow.assign(assignment)
+    workflow = workflow if seed is None else workflow.with_seed(seed)
+    engine = Engine(models=models, inputs=inputs, output=output, device=device.value, dtype=dtype.value)
+    result = execute(engine, engine.check(workflow), quiet=as_json)
+    print(json.dumps(report.as_record(result)) if as_json else report.as_text(result))
 
 
-def _free_name(name: str, taken: Container[object]) -> str:
-    """The name, with a number before it if other nodes use it for another picture."""
-    numbered = (f"{number}_{name}" for number in itertools.count(1))
-    return next(candidate for candidate in itertools.chain([name], numbered) if candidate not in taken)
-
-
-def _with_seed(prompt: Prompt, seed: int) -> Prompt:
-    """The prompt with the seed of every sampler set; a seed that comes through a link stays."""
-    for node_id, node in prompt.nodes.items():
-        for name in ("seed", "noise_seed"):
-            if isinstance(node.inputs.get(name), int):
-                prompt = prompt.set(node_id, name, seed)
-    return prompt
-
-
-def _checked(
-    prompt: Prompt, folders: Folders, workflow: dict[str, Any] | None, warnings: tuple[str, ...]
-) -> _Job:
-    from usoflow.catalogue import missing_file_remedy
-    from usoflow.cli.report import validation_error, validation_lines
-    from usoflow.nodes import registry
-    from usoflow.schema.validation import validate
-    from usoflow.workflow.prompt import Prompt
-
-    def remedy(folder: str, name: str) -> str:
-        return missing_file_remedy(folder, name, folders)
-
-    checked = validate(prompt.to_json(), registry(), folders, remedy=remedy)
-    if checked.error is not None:
-        raise validation_error(checked)
-    skipped = tuple(f"left out: {line}" for line in validation_lines(checked))
-    return _Job(Prompt.parse(checked.prompt), checked.outputs, folders, workflow, warnings + skipped)
-
-
-def _placement(device: Device, dtype: Dtype) -> Placement:
-    from usoflow.models.placement import Placement
-
-    return Placement.choose(device.value, dtype.value)
-
-
-def _execute(job: _Job, placement: Placement, listen: Listener) -> RunResult:
-    from usoflow.execution.executor import Executor
-    from usoflow.execution.progress import Cancellation
-    from usoflow.models.library import ModelLibrary
-    from usoflow.nodes import registry
-
-    executor, cancellation = Executor(registry(), ModelLibrary(placement)), Cancellation()
-    with _stopped_by_interrupt(cancellation):
-        return executor.run(
-            job.prompt,
-            job.targets,
-            job.folders,
-            workflow=job.workflow,
-            listen=listen,
-            cancellation=cancellation,
-        )
+def execute(engine: Engine, job: Job, *, quiet: bool) -> Result:
+    """Run with a progress bar on stderr (none if quiet); Ctrl+C stops after the step in progress."""
+    report.warn(job.warnings)
+    engine.start()  # imports torch: everything that can be refused has been
+    with report.progress(quiet=quiet) as listen, stopped_by_interrupt() as cancellation:
+        return engine.run(job, progress=listen, cancellation=cancellation)
 
 
 @contextmanager
-def _stopped_by_interrupt(cancellation: Cancellation) -> Iterator[None]:
+def stopped_by_interrupt() -> Iterator[Cancellation]:
     """Ctrl+C stops after the step in progress; a second one stops at once."""
+    from usoflow.execution.progress import Cancellation
+
+    cancellation = Cancellation()
 
     def stop(*_: object) -> None:
         cancellation.set()
@@ -182,6 +100,6 @@ def _stopped_by_interrupt(cancellation: Cancellation) -> Iterator[None]:
 
     before = signal.signal(signal.SIGINT, stop)
     try:
-        yield
+        yield cancellation
     finally:
         signal.signal(signal.SIGINT, before)

@@ -1,0 +1,101 @@
+"""Whether a workflow can be run here, told before anything is loaded; and what to do where it cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from usoflow.api.workflow import Workflow
+from usoflow.errors import UsoflowError
+from usoflow.schema.validation import ValidationResult, validate
+from usoflow.settings import Folders
+from usoflow.workflow.prompt import Prompt
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be run.
+
+    Attributes:
+        workflow: with a valid prompt, its values converted.
+        targets: the output nodes that can be reached.
+        folders: where files are.
+        warnings: of the conversion, and what is left out because it is not valid.
+    """
+
+    workflow: Workflow
+    targets: tuple[str, ...]
+    folders: Folders
+    warnings: tuple[str, ...]
+
+
+def check(workflow: Workflow, folders: Folders) -> Job:
+    """Validate a workflow against the nodes and files that there are. Imports no torch.
+
+    Raises:
+        UsoflowError: `prompt_invalid` or `model_missing`, with every reason and its remedy.
+    """
+    from usoflow.catalogue import missing_file_remedy
+    from usoflow.nodes import registry
+
+    def remedy(folder: str, name: str) -> str:
+        return missing_file_remedy(folder, name, folders)
+
+    checked = validate(workflow.to_prompt(), registry(), folders, remedy=remedy)
+    if checked.error is not None:
+        raise _error(checked)
+    left_out = tuple(f"left out: {line}" for line in _lines(checked))
+    valid = Workflow(
+        Prompt.parse(checked.prompt),
+        workflow.ui,
+        pictures=workflow.pictures,
+        source=workflow.source,
+        changed=workflow.changed,
+    )
+    return Job(valid, checked.outputs, folders, workflow.warnings + left_out)
+
+
+def _error(checked: ValidationResult) -> UsoflowError:
+    """The error of a prompt of which nothing can be run: every reason, and what to do about it."""
+    assert checked.error is not None
+    lines = list(_lines(checked)) or [_sentence(checked.error)]
+    remedies = dict.fromkeys(_remedies(checked))
+    return UsoflowError(_code(checked), "\n".join(lines), remedy="\n".join(remedies) or None)
+
+
+def _code(checked: ValidationResult) -> str:
+    """What is missing decides about the exit code: a picture if that is all, a model if any is."""
+    errors = list(_errors(checked))
+    if errors and all(error["type"] == "custom_validation_failed" for error in errors):
+        return "image_missing"
+    return "model_missing" if any("remedy" in error["extra_info"] for error in errors) else "prompt_invalid"
+
+
+def _lines(checked: ValidationResult) -> Iterator[str]:
+    """One line for each thing that is wrong: node, input, reason."""
+    for node_id, entry in checked.node_errors.items():
+        for error in entry["errors"]:
+            yield f"{entry['class_type']} (node {node_id}): {_sentence(error)}"
+
+
+def _errors(checked: ValidationResult) -> Iterator[dict[str, Any]]:
+    for entry in checked.node_errors.values():
+        yield from entry["errors"]
+
+
+def _remedies(checked: ValidationResult) -> Iterator[str]:
+    for node_id, entry in checked.node_errors.items():
+        for error in entry["errors"]:
+            if remedy := error["extra_info"].get("remedy"):
+                yield remedy
+                yield f"Another file is named with --set {node_id}.{error['extra_info']['input_name']}=NAME."
+            elif error["type"] == "custom_validation_failed" and entry["class_type"] == "LoadImage":
+                yield f"Give the picture with --image {node_id}=PATH, or its folder with --input DIR."
+    if checked.error and checked.error["type"] == "invalid_prompt":
+        yield "Bypass or replace this node in the editor; `usoflow nodes` lists those that there are."
+
+
+def _sentence(error: dict[str, Any]) -> str:
+    details = f": {error['details']}" if error["details"] else ""
+    return f"{error['message']}{details}"

@@ -1,0 +1,239 @@
+"""The engine: runs workflows one after another on models that stay loaded.
+
+with Engine(models="~/ComfyUI") as engine:
+    result = engine.generate("a cat in the rain", subject="cat.png")
+    result.images[0].show()
+"""
+
+from __future__ import annotations
+
+import secrets
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from usoflow.api.checking import Job, check
+from usoflow.api.official import RANDOM_SEEDS, Request, build
+from usoflow.api.workflow import Workflow
+from usoflow.settings import Folders, find_folders
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from usoflow.execution.executor import Executor, RunResult
+    from usoflow.execution.progress import Cancellation, Event, NodeFinished
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run gave.
+
+    Attributes:
+        paths: the files that were written, in the order of the output nodes.
+        seeds: of the samplers.
+        seconds: for the whole run.
+        nodes: one record for each node that ran: id, type, seconds, peak memory.
+        cached: ids of the nodes whose outputs were known from an earlier run.
+        warnings: what was odd about the workflow.
+        device: where it was computed ("cpu", "cuda", "mps").
+        dtype: in which number format ("float32", "bfloat16", ...).
+        workflow: what was run.
+    """
+
+    paths: tuple[Path, ...]
+    seeds: tuple[int, ...]
+    seconds: float
+    nodes: Sequence[NodeFinished]
+    cached: Sequence[str]
+    warnings: tuple[str, ...]
+    device: str
+    dtype: str
+    workflow: Workflow
+
+    @cached_property
+    def images(self) -> list[Image]:
+        """The pictures; `info` of each holds `prompt` and `workflow` as JSON texts."""
+        from PIL import Image
+
+        pictures: list[Image.Image] = [Image.open(path) for path in self.paths]
+        for picture in pictures:
+            picture.load()  # all of it, so that the file is closed
+        return pictures
+
+
+class Engine:
+    """Runs workflows. As a context manager it gives the memory of the models back at the end.
+
+    Args:
+        models: a ComfyUI folder or its models folder; default USOFLOW_MODELS, else the user's data folder.
+        inputs: where pictures are that a workflow names; default `input` here and in ComfyUI folders.
+        output: where pictures are written; default USOFLOW_OUTPUT, else `output` here.
+        device: "auto", "cpu", "cuda" or "mps".
+        dtype: of the transformer: "auto", "bf16", "fp16" or "fp32".
+    """
+
+    def __init__(
+        self,
+        *,
+        models: str | Path | None = None,
+        inputs: str | Path | None = None,
+        output: str | Path | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+    ) -> None:
+        self._models, self._inputs, self._output = _path(models), _path(inputs), _path(output)
+        self._device, self._dtype = device, dtype
+        self._executor: Executor | None = None
+        self._temp: tempfile.TemporaryDirectory[str] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Forget all models and outputs."""
+        if self._executor is not None:
+            self._executor.cache.clear()
+            self._executor.library.clear()
+        if self._temp is not None:
+            self._temp.cleanup()
+        self._executor = self._temp = None
+
+    def check(self, workflow: Workflow | str | Path) -> Job:
+        """Whether a workflow (or a file with one) can be run. Imports no torch.
+
+        Raises:
+            UsoflowError: what is wrong with it or missing, and what to do about it.
+        """
+        workflow = workflow if isinstance(workflow, Workflow) else Workflow.load(workflow)
+        return check(workflow, self._folders(workflow))
+
+    def start(self) -> None:
+        """Choose the device and get ready to load models; otherwise the first run does.
+
+        Raises:
+            UsoflowError: `device_unavailable`.
+        """
+        if self._executor is not None:
+            return
+        from usoflow.execution.executor import Executor
+        from usoflow.models.library import ModelLibrary
+        from usoflow.models.placement import Placement
+        from usoflow.nodes import registry
+
+        placement = Placement.choose(self._device, self._dtype)
+        self._executor = Executor(registry(), ModelLibrary(placement))
+
+    def run(
+        self,
+        workflow: Workflow | Job | str | Path,
+        *,
+        progress: Callable[[Event], None] | None = None,
+        cancellation: Cancellation | None = None,
+    ) -> Result:
+        """Run a workflow.
+
+        Args:
+            workflow: loaded, checked, or a file.
+            progress: is told what happens (`NodeStarted`, `NodeProgress`, `NodeFinished`, ...).
+            cancellation: its `set()`, from any thread, stops the run after the step in progress.
+
+        Raises:
+            UsoflowError: what is wrong, and what to do about it.
+        """
+        job = workflow if isinstance(workflow, Job) else self.check(workflow)
+        self.start()
+        assert self._executor is not None
+        done = self._executor.run(
+            job.workflow.prompt,
+            job.targets,
+            job.folders,
+            workflow=job.workflow.ui,
+            listen=progress or (lambda event: None),
+            cancellation=cancellation,
+        )
+        return self._result(job, done)
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        subject: str | Path | Image | None = None,
+        style: Sequence[str | Path | Image] | str | Path | Image = (),
+        size: tuple[int, int] = (1024, 1024),
+        steps: int = 20,
+        guidance: float = 3.5,
+        seed: int | None = None,
+        subject_size: int = 512,
+        keep_size: bool = False,
+        easycache: float | None = None,
+        loras: Sequence[tuple[str, float]] = (),
+        progress: Callable[[Event], None] | None = None,
+    ) -> Result:
+        """One picture by the official USO workflow; the arguments are those of `Request`.
+
+        Without a seed, one is drawn; `Result.seeds` tells it.
+
+        Raises:
+            UsoflowError: what is wrong, and what to do about it.
+        """
+        styles = style if isinstance(style, Sequence) and not isinstance(style, str) else [style]
+        request = Request(
+            prompt,
+            subject=None if subject is None else self._file(subject),
+            styles=tuple(self._file(item) for item in styles),
+            size=size,
+            steps=steps,
+            guidance=guidance,
+            seed=secrets.randbelow(RANDOM_SEEDS) if seed is None else seed,
+            subject_size=subject_size,
+            keep_size=keep_size,
+            easycache=easycache,
+            loras=tuple(loras),
+        )
+        return self.run(build(request), progress=progress)
+
+    def _file(self, picture: str | Path | Image) -> Path:
+        """The file of a picture; one from memory is written to a folder of this engine."""
+        if isinstance(picture, str | Path):
+            return Path(picture).expanduser()
+        self._temp = self._temp or tempfile.TemporaryDirectory(prefix="usoflow-")
+        number = sum(1 for _ in Path(self._temp.name).iterdir())
+        path = Path(self._temp.name) / f"picture_{number}.png"
+        picture.save(path)
+        return path
+
+    def _folders(self, workflow: Workflow) -> Folders:
+        return find_folders(
+            models=self._models,
+            inputs=self._inputs,
+            beside=workflow.source,
+            output=self._output,
+            given_images=workflow.pictures,
+        )
+
+    def _result(self, job: Job, done: RunResult) -> Result:
+        assert self._executor is not None
+        placement = self._executor.library.placement
+        roots = {"output": job.folders.output, "temp": job.folders.temp}
+        images = [image for shown in done.shown.values() for image in shown.images]
+        return Result(
+            paths=tuple(roots[image.type] / image.subfolder / image.filename for image in images),
+            seeds=job.workflow.seeds,
+            seconds=done.seconds,
+            nodes=done.finished,
+            cached=done.cached,
+            warnings=job.warnings,
+            device=placement.device.type,
+            dtype=str(placement.dtype).removeprefix("torch."),
+            workflow=job.workflow,
+        )
+
+
+def _path(value: str | Path | None) -> Path | None:
+    return None if value is None else Path(value).expanduser()

@@ -1,0 +1,126 @@
+"""A workflow to be changed, run and saved: prompt, UI graph, and the pictures that it is given."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+from usoflow.errors import UsoflowError
+from usoflow.workflow.prompt import Prompt
+
+
+@dataclass(frozen=True)
+class Workflow:
+    """Immutable: what changes it returns a changed copy.
+
+    Attributes:
+        prompt: what is executed.
+        ui: the UI graph that it came from, embedded in the pictures that are saved; None for an API prompt.
+        pictures: files given for LoadImage nodes, by the name that the prompt uses.
+        source: the file it was loaded from, whose folder is searched for pictures last.
+        warnings: what the conversion from the UI graph found odd.
+        changed: whether `prompt` is no longer what `ui` converts to.
+    """
+
+    prompt: Prompt
+    ui: Mapping[str, Any] | None = None
+    pictures: Mapping[str, Path] = field(default_factory=dict)
+    source: Path | None = None
+    warnings: tuple[str, ...] = ()
+    changed: bool = False
+
+    @classmethod
+    def load(cls, file: str | Path) -> Self:
+        """Read a workflow or prompt JSON, a picture that carries one, or "template:NAME".
+
+        Raises:
+            UsoflowError: `file_not_found`, `template_unknown`, `not_a_workflow`, `workflow_invalid`,
+                `prompt_invalid`, `subgraph_recursive`.
+        """
+        from usoflow.nodes import registry
+        from usoflow.workflow.loading import TEMPLATE, load
+
+        loaded = load(file, registry())
+        source = None if str(file).startswith(TEMPLATE) else Path(file)
+        return cls(loaded.prompt, loaded.workflow, source=source, warnings=loaded.warnings)
+
+    def set(self, target: str, value: object) -> Self:
+        """With another value for an input, named "NODE.INPUT"; NODE is an id, title or type.
+
+        Raises:
+            UsoflowError: `set_invalid`.
+        """
+        node, dot, name = target.rpartition(".")
+        if not dot:
+            raise UsoflowError("set_invalid", f"{target!r} is not NODE.INPUT")
+        return self._with(self.prompt.set(node, name, value))
+
+    def assign(self, text: str) -> Self:
+        """`set` from the text "NODE.INPUT=VALUE", whose value is read as the input's kind asks for.
+
+        Raises:
+            UsoflowError: `set_invalid`.
+        """
+        return self._with(self.prompt.assign(text))
+
+    def with_picture(self, node: str, file: str | Path) -> Self:
+        """With this picture for a LoadImage node, wherever the file is.
+
+        Raises:
+            UsoflowError: `set_invalid`, `image_missing`.
+        """
+        path = Path(file).expanduser()
+        if not path.is_file():
+            raise UsoflowError("image_missing", f"{path} does not exist.", remedy="Check the path.")
+        key = self.prompt.find(node)
+        others = [entry.inputs.get("image") for other, entry in self.prompt.nodes.items() if other != key]
+        name = free_name(path.name, others)
+        given = replace(self, pictures={**self.pictures, name: path})
+        return given._with(self.prompt.set(key, "image", name))
+
+    def with_seed(self, seed: int) -> Self:
+        """With the seed of every sampler set; a seed that comes through a link stays."""
+        prompt = self.prompt
+        for node_id, node in prompt.nodes.items():
+            for name in ("seed", "noise_seed"):
+                if isinstance(node.inputs.get(name), int):
+                    prompt = prompt.set(node_id, name, seed)
+        return self._with(prompt)
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seeds of its samplers, each once."""
+        values = (n.inputs.get(name) for n in self.prompt.nodes.values() for name in ("seed", "noise_seed"))
+        return tuple(dict.fromkeys(value for value in values if isinstance(value, int)))
+
+    def to_prompt(self) -> dict[str, Any]:
+        """The prompt in the form that ComfyUI's API takes."""
+        return self.prompt.to_json()
+
+    def save(self, file: str | Path) -> None:
+        """Write JSON that ComfyUI and usoflow open.
+
+        The UI graph while it says what will be run, else the prompt.
+
+        Raises:
+            UsoflowError: `output_unwritable`.
+        """
+        data = self.to_prompt() if self.ui is None or self.changed else self.ui
+        text = json.dumps(data, indent=2, ensure_ascii=False)
+        try:
+            Path(file).write_bytes(text.encode(errors="backslashreplace"))  # a lone surrogate: JSON's escape
+        except OSError as reason:
+            raise UsoflowError("output_unwritable", f"{file}: {reason}") from None
+
+    def _with(self, prompt: Prompt) -> Self:
+        return replace(self, prompt=prompt, changed=True)
+
+
+def free_name(name: str, taken: Container[object]) -> str:
+    """The name, with a number before it if other nodes use it for another picture."""
+    numbered = (f"{number}_{name}" for number in itertools.count(1))
+    return next(candidate for candidate in itertools.chain([name], numbered) if candidate not in taken)

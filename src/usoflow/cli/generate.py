@@ -1,0 +1,176 @@
+"""`usoflow generate`: a prompt, pictures of a subject or style, and out comes a picture."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from usoflow.cli import report
+from usoflow.cli.run import Device, Dtype, execute
+from usoflow.errors import UsoflowError
+
+if TYPE_CHECKING:
+    from usoflow.api.engine import Engine, Result
+    from usoflow.api.official import Request
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help='What the picture shows; "" keeps the subject\'s layout.')],
+    subject: Annotated[Path | None, typer.Option(help="A picture whose subject is kept.")] = None,
+    style: Annotated[list[Path] | None, typer.Option(help="A picture whose style is taken; or two.")] = None,
+    size: Annotated[str, typer.Option(metavar="WxH", help="Of the picture.")] = "1024x1024",
+    steps: Annotated[int, typer.Option(help="Of the sampler.", min=1, max=10000)] = 20,
+    guidance: Annotated[float, typer.Option(help="Strength of the prompt.", min=0.0, max=100.0)] = 3.5,
+    seed: Annotated[int | None, typer.Option(help="Random if not given.", min=0, max=2**64 - 1)] = None,
+    count: Annotated[int, typer.Option(help="Pictures, of consecutive seeds.", min=1, max=1000)] = 1,
+    subject_size: Annotated[
+        int, typer.Option(help="Longer side that the subject's picture is scaled to.", min=16, max=16384)
+    ] = 512,
+    keep_size: Annotated[bool, typer.Option(help="Take the proportions of the subject's picture.")] = False,
+    easycache: Annotated[
+        float | None, typer.Option(help="Skip steps that change less than this (0.2 is usual).", min=0, max=3)
+    ] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option(metavar="FILE[:STRENGTH]", help="A further LoRA; or several.")
+    ] = None,
+    sheet: Annotated[bool, typer.Option(help="Also write all pictures on one sheet.")] = False,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(metavar="OPTION=V,V,...", help="Try these values; writes a sheet with labels."),
+    ] = None,
+    save_workflow: Annotated[
+        Path | None, typer.Option(help="Write the workflow of the first picture.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for results; ./output if not given.")] = None,
+    models: Annotated[
+        Path | None, typer.Option(help="A ComfyUI folder or its models folder; else USOFLOW_MODELS.")
+    ] = None,
+    device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.auto,
+    dtype: Annotated[Dtype, typer.Option(help="Number format of the transformer.")] = Dtype.auto,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, and no progress.")] = False,
+) -> None:
+    """Generate pictures with the official USO workflow."""
+    from usoflow.api.engine import Engine
+    from usoflow.api.official import RANDOM_SEEDS, Request
+
+    request = Request(
+        prompt,
+        subject=subject,
+        styles=tuple(style or ()),
+        size=_size(size),
+        steps=steps,
+        guidance=guidance,
+        seed=secrets.randbelow(RANDOM_SEEDS) if seed is None else seed,
+        subject_size=subject_size,
+        keep_size=keep_size,
+        easycache=easycache,
+        loras=tuple(_lora(item) for item in lora or ()),
+    )
+    wanted = list(_variants(request, count, [_sweep(item) for item in sweep or ()]))
+    engine = Engine(models=models, output=output, device=device.value, dtype=dtype.value)
+    results = _run(engine, wanted, save_workflow, quiet=as_json)
+    with_sheet = sheet or bool(sweep)
+    _print(request, results, _write_sheet(wanted, results) if with_sheet else None, as_json=as_json)
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """One picture: what is asked for, and what tells it from the others."""
+
+    request: Request
+    label: str
+
+
+def _run(
+    engine: Engine, wanted: Sequence[_Wanted], save_workflow: Path | None, *, quiet: bool
+) -> list[Result]:
+    """All of them on the same models; what can be refused is refused before the first is begun."""
+    from usoflow.api.official import build
+
+    workflows = [build(item.request) for item in wanted]
+    jobs = [engine.check(workflow) for workflow in workflows]
+    if save_workflow is not None:
+        workflows[0].save(save_workflow)
+    return [execute(engine, job, quiet=quiet) for job in jobs]
+
+
+def _variants(request: Request, count: int, sweeps: Sequence[tuple[str, Sequence[Any]]]) -> Iterator[_Wanted]:
+    """Every combination of the swept values, for each seed."""
+    for values in itertools.product(*(values for _, values in sweeps)):
+        chosen = {name: value for (name, _), value in zip(sweeps, values, strict=True)}
+        swept = replace(request, **{name.replace("-", "_"): value for name, value in chosen.items()})
+        for seed in range(swept.seed, swept.seed + count):
+            parts = [f"{name} {value}" for name, value in chosen.items() if name != "seed"]
+            yield _Wanted(replace(swept, seed=seed), " · ".join([*parts, f"seed {seed}"]))
+
+
+def _print(request: Request, results: Sequence[Result], sheet: Path | None, *, as_json: bool) -> None:
+    if as_json:
+        record = {
+            "images": [str(path) for result in results for path in result.paths],
+            "seeds": [seed for result in results for seed in result.seeds],
+            "sheet": None if sheet is None else str(sheet),
+            "notes": list(request.notes),
+            "runs": [report.as_record(result) for result in results],
+        }
+        print(json.dumps(record))
+        return
+    for result in results:
+        print(report.as_text(result))
+    for line in ([f"sheet: {sheet}"] if sheet else []) + [f"note: {note}" for note in request.notes]:
+        print(line)
+
+
+def _write_sheet(wanted: Sequence[_Wanted], results: Sequence[Result]) -> Path:
+    from usoflow.api.sheet import contact_sheet
+
+    labelled = [
+        (item.label, picture)
+        for item, result in zip(wanted, results, strict=True)
+        for picture in result.images
+    ]
+    path = results[0].paths[0].with_name(f"sheet_of_{results[0].paths[0].name}")
+    try:
+        contact_sheet(labelled).save(path)
+    except OSError as reason:
+        raise UsoflowError("save_failed", f"{path}: {reason.strerror or reason}") from None
+    return path
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, _, height = text.lower().partition("x")
+    if not (width.isdecimal() and height.isdecimal()):
+        raise UsoflowError("request_invalid", f"--size {text!r} is not WxH, as 1024x768.")
+    return int(width), int(height)
+
+
+def _lora(text: str) -> tuple[str, float]:
+    """A file name may hold a colon itself: what follows the last one counts if it is a number."""
+    name, colon, strength = text.rpartition(":")
+    try:
+        return (name, float(strength)) if colon else (text, 1.0)
+    except ValueError:
+        return text, 1.0
+
+
+_SWEPT: Mapping[str, Callable[[str], Any]] = MappingProxyType(
+    {"steps": int, "guidance": float, "seed": int, "subject-size": int, "easycache": float, "size": _size}
+)
+
+
+def _sweep(text: str) -> tuple[str, list[Any]]:
+    name, _, values = text.partition("=")
+    if name not in _SWEPT:
+        raise UsoflowError("request_invalid", f"--sweep {text!r}: only {', '.join(_SWEPT)} can be swept.")
+    try:
+        return name, [_SWEPT[name](value) for value in values.split(",")]
+    except ValueError:
+        raise UsoflowError("request_invalid", f"--sweep {text!r}: {values!r} are not values.") from None

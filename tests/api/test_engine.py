@@ -1,0 +1,103 @@
+"""The engine on small models: results, what stays loaded, progress and cancellation, pictures from memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import small
+import usoflow
+from usoflow import Engine, UsoflowError, Workflow
+from usoflow.execution.progress import Cancellation, NodeProgress, NodeStarted
+
+
+@pytest.fixture
+def engine(small_models: Path, tmp_path: Path) -> Any:
+    with Engine(models=small_models, output=tmp_path / "out", device="cpu", dtype="fp32") as engine:
+        yield engine
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    (tmp_path / "prompt.json").write_text(json.dumps(small.with_style(small.subject())))
+    return tmp_path / "prompt.json"
+
+
+def test_a_result_tells_everything(engine: Engine, file: Path, tmp_path: Path) -> None:
+    result = engine.run(file)
+    assert result.paths == (tmp_path / "out" / "out_00001_.png",)
+    assert result.images[0].size == (64, 64)
+    assert json.loads(result.images[0].info["prompt"]) == result.workflow.to_prompt()
+    assert result.seeds == (1,)
+    assert (result.device, result.dtype) == ("cpu", "float32")
+    assert {node.class_type for node in result.nodes} >= {"KSampler", "SaveImage"}
+    assert result.seconds >= sum(node.seconds for node in result.nodes) > 0
+
+
+def test_models_and_encodings_stay(engine: Engine, file: Path) -> None:
+    first = engine.run(file)
+    again = engine.run(Workflow.load(file).with_seed(2))
+    assert not first.cached
+    assert [node.class_type for node in again.nodes] == ["KSampler", "VAEDecode", "SaveImage"]
+    assert not np.array_equal(np.asarray(first.images[0]), np.asarray(again.images[0]))
+
+
+def test_progress_is_told(engine: Engine, file: Path) -> None:
+    events: list[Any] = []
+    engine.run(file, progress=events.append)
+    assert [e.step for e in events if isinstance(e, NodeProgress)] == [1, 2]
+    assert any(isinstance(e, NodeStarted) and e.class_type == "KSampler" for e in events)
+
+
+def test_a_run_can_be_stopped(engine: Engine, file: Path) -> None:
+    cancellation = Cancellation()
+
+    def stop(event: object) -> None:
+        if isinstance(event, NodeProgress):
+            cancellation.set()
+
+    with pytest.raises(UsoflowError) as caught:
+        engine.run(file, progress=stop, cancellation=cancellation)
+    assert caught.value.code == "cancelled"
+    assert engine.run(file).paths  # and the next one runs
+
+
+def test_generating_from_files_and_memory_is_the_same(engine: Engine, small_models: Path) -> None:
+    pictures = small_models.parent / "input"
+    options: dict[str, Any] = {"size": (64, 64), "steps": 2, "seed": 3, "subject_size": 32}
+    from_files = engine.generate(
+        "a cat", subject=pictures / "subject.png", style=[pictures / "style.png"], **options
+    )
+    memory = {name: Image.open(pictures / f"{name}.png") for name in ("subject", "style")}
+    from_memory = engine.generate("a cat", subject=memory["subject"], style=memory["style"], **options)
+    assert np.array_equal(np.asarray(from_files.images[0]), np.asarray(from_memory.images[0]))
+    assert "workflow" in from_files.images[0].info
+    assert Workflow.load(from_files.paths[0]).to_prompt() == from_files.workflow.to_prompt()
+
+
+def test_generating_in_one_call_draws_a_seed(small_models: Path, tmp_path: Path) -> None:
+    result = usoflow.generate(
+        "a cat", models=small_models, output=tmp_path, size=(32, 32), steps=1, device="cpu", dtype="fp32"
+    )
+    assert 0 <= result.seeds[0] < 2**32
+    assert result.images[0].size == (32, 32)
+
+
+def test_what_is_missing_is_said_before_anything_is_loaded(tmp_path: Path) -> None:
+    with Engine(models=tmp_path) as engine, pytest.raises(UsoflowError) as caught:
+        engine.check("template:flux1_dev_uso_reference_image_gen")
+    assert caught.value.code == "model_missing"
+    assert "huggingface.co" in caught.value.remedy
+
+
+def test_the_package_has_no_other_names() -> None:
+    assert set(usoflow.__all__) - {"__version__"} <= {
+        name for name in usoflow.__all__ if getattr(usoflow, name)
+    }
+    with pytest.raises(AttributeError):
+        _ = usoflow.nothing  # type: ignore[attr-defined]

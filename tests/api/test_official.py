@@ -1,0 +1,186 @@
+"""Workflows built from the official template against what the editor exported for the same switches."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from usoflow.api.official import LAYOUT_NOTE, Request, build, output_size
+from usoflow.api.workflow import Workflow
+from usoflow.errors import UsoflowError
+
+PAIRS = Path(__file__).parents[1] / "pairs"
+PICTURE = "flux1_dev_uso_reference_image_gen_input_image.png"
+GIRL = (
+    "A European girl with a heartfelt smile. She is immersed in a vast, endless field of blooming flowers"
+    " under a perfect summer sky."
+)
+MAN = "A man dressed fashionably stands on the forest."
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    Image.new("RGB", (80, 48), "red").save(tmp_path / PICTURE)
+    return tmp_path / PICTURE
+
+
+def exported(name: str) -> dict[str, Any]:
+    nodes = json.loads((PAIRS / f"{name}.api.json").read_text())
+    return {key: (node["class_type"], node["inputs"]) for key, node in nodes.items()}
+
+
+def built(request: Request) -> dict[str, Any]:
+    return {key: (node.class_type, dict(node.inputs)) for key, node in build(request).prompt.nodes.items()}
+
+
+@pytest.mark.parametrize(
+    ("subject", "styles", "expected"),
+    [
+        (True, 0, "uso_template"),
+        (True, 1, "uso_style_one"),
+        (True, 2, "uso_style_on"),
+        (False, 2, "uso_style_only"),
+        (False, 0, "uso_t2i_style_bypassed"),
+    ],
+)
+def test_equals_the_editors_export(picture: Path, subject: bool, styles: int, expected: str) -> None:
+    request = Request(
+        GIRL if subject else MAN,
+        subject=picture if subject else None,
+        styles=(picture,) * styles,
+        seed=1058487910949722 if subject else 594838223597516,
+    )
+    assert built(request) == exported(expected)
+
+
+def test_one_style_without_subject_uses_the_first_place(picture: Path) -> None:
+    nodes = built(Request("a", styles=(picture,)))
+    assert nodes["113:78"][1]["model"] == ["113:89:116", 0]
+    assert "91" not in nodes
+
+
+def test_values_reach_the_prompt(picture: Path) -> None:
+    request = Request(
+        "hello", subject=picture, size=(640, 320), steps=7, guidance=2.5, seed=11, subject_size=256
+    )
+    nodes = built(request)
+    assert nodes["112:6"][1]["text"] == "hello"
+    assert (nodes["112:110"][1]["width"], nodes["112:110"][1]["height"]) == (640, 320)
+    assert (nodes["112:31"][1]["steps"], nodes["112:31"][1]["seed"]) == (7, 11)
+    assert nodes["112:57:35"][1]["guidance"] == 2.5
+    assert nodes["112:109"][1]["largest_size"] == 256
+
+
+@pytest.mark.parametrize("with_subject", [True, False])
+def test_what_the_template_lacks_stands_before_the_sampler(picture: Path, with_subject: bool) -> None:
+    request = Request(
+        "a", subject=picture if with_subject else None, styles=(picture,), guidance=2.0, easycache=0.3,
+        loras=(("one.safetensors", 0.5), ("two.safetensors", -1.0)),
+    )  # fmt: skip
+    nodes = built(request)
+    sampler = next(inputs for kind, inputs in nodes.values() if kind == "KSampler")
+    chain = []
+    key = sampler["model"][0]
+    while nodes[key][0] != "CheckpointLoaderSimple":
+        kind, inputs = nodes[key]
+        chain.append((kind, inputs.get("lora_name") or inputs.get("reuse_threshold")))
+        key = inputs["model"][0]
+    assert chain == [
+        ("EasyCache", 0.3),
+        ("LoraLoaderModelOnly", "two.safetensors"),
+        ("LoraLoaderModelOnly", "one.safetensors"),
+        ("USOStyleReference", None),
+        ("LoraLoaderModelOnly", "uso-flux1-dit-lora-v1.safetensors"),
+    ]
+    guidance = nodes[sampler["positive"][0]]
+    assert guidance == ("FluxGuidance", {"guidance": 2.0, "conditioning": guidance[1]["conditioning"]})
+
+
+def test_ids_of_inserted_nodes_and_links_are_new(picture: Path) -> None:
+    loras = (("one.safetensors", 0.5), ("two.safetensors", -1.0))
+    ui = build(Request("a", subject=picture, easycache=0.2, loras=loras)).ui
+    assert ui is not None
+    levels = [ui, *ui["definitions"]["subgraphs"]]
+    for level in levels:
+        nodes = [node["id"] for node in level["nodes"]]
+        links = [link["id"] if isinstance(link, dict) else link[0] for link in level["links"]]
+        assert len(set(nodes)) == len(nodes)
+        assert len(set(links)) == len(links)
+    assert ui["last_node_id"] == max(node["id"] for level in levels for node in level["nodes"])
+
+
+def test_every_link_is_noted_at_both_ends(picture: Path) -> None:
+    """As the editor wants it: the input names the link, the origin's output lists it."""
+    ui = build(Request("a", styles=(picture,), guidance=2.0, easycache=0.2)).ui
+    assert ui is not None
+    for level in ui["definitions"]["subgraphs"]:
+        nodes = {node["id"]: node for node in level["nodes"]}
+        for link in level["links"]:
+            if link["target_id"] in nodes:
+                assert nodes[link["target_id"]]["inputs"][link["target_slot"]]["link"] == link["id"]
+            if link["origin_id"] in nodes:
+                assert link["id"] in nodes[link["origin_id"]]["outputs"][link["origin_slot"]]["links"]
+
+
+def test_the_ui_graph_converts_to_the_same_prompt(picture: Path, tmp_path: Path) -> None:
+    workflow = build(Request("a", subject=picture, styles=(picture,), easycache=0.2))
+    workflow.save(tmp_path / "saved.json")
+    assert Workflow.load(tmp_path / "saved.json").to_prompt() == workflow.to_prompt()
+
+
+def test_pictures_of_one_name_in_two_folders_are_two(picture: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    other = tmp_path / "other" / PICTURE
+    Image.new("RGB", (8, 8), "blue").save(other)
+    workflow = build(Request("a", subject=picture, styles=(other, picture)))
+    names = [workflow.prompt.nodes[key].inputs["image"] for key in ("47", "112:53", "112:46")]
+    assert [workflow.pictures[name] for name in names] == [picture, other, picture]
+
+
+@pytest.mark.parametrize(("size", "expected"), [((1024, 1024), (1328, 800)), ((256, 256), (336, 192))])
+def test_keeping_the_proportions(picture: Path, size: tuple[int, int], expected: tuple[int, int]) -> None:
+    """80x48 is 5:3; sides are multiples of 16, the number of pixels about that of the size."""
+    wide, high = output_size(Request("a", subject=picture, size=size, keep_size=True))
+    assert (wide, high) == expected
+    assert abs(wide / high / (80 / 48) - 1) < 0.06
+
+
+def test_a_turned_photo_keeps_the_proportions_that_one_sees(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    Image.new("RGB", (80, 48)).save(tmp_path / "turned.jpg", exif=exif)
+    wide, high = output_size(Request("a", subject=tmp_path / "turned.jpg", keep_size=True))
+    assert wide < high
+
+
+def test_the_note_about_layout(picture: Path) -> None:
+    request = Request("", subject=picture, styles=(picture,))
+    assert request.notes == (LAYOUT_NOTE,)
+    assert not replace(request, prompt="a").notes
+    assert not replace(request, styles=()).notes
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"styles": 3}, {"size": (1000, 1024)}, {"size": (0, 16)}, {"keep_size": True, "subject": None}]
+)
+def test_what_cannot_be_asked_for(picture: Path, wrong: dict[str, Any]) -> None:
+    if "styles" in wrong:
+        wrong["styles"] = (picture,) * wrong["styles"]
+    with pytest.raises(UsoflowError) as caught:
+        build(Request("a", **{"subject": picture, **wrong}))
+    assert caught.value.code == "request_invalid"
+
+
+def test_missing_and_broken_pictures(tmp_path: Path) -> None:
+    with pytest.raises(UsoflowError) as caught:
+        build(Request("a", subject=tmp_path / "none.png"))
+    assert caught.value.code == "image_missing"
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    with pytest.raises(UsoflowError) as caught:
+        build(Request("a", subject=tmp_path / "broken.png", keep_size=True))
+    assert caught.value.code == "image_invalid"

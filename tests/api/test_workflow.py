@@ -1,0 +1,60 @@
+"""The workflow of the Python library: changed copies, and what is saved."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import small
+from usoflow import UsoflowError, Workflow
+
+TEMPLATE = "template:flux1_dev_uso_reference_image_gen"
+
+
+@pytest.fixture
+def workflow(tmp_path: Path) -> Workflow:
+    (tmp_path / "prompt.json").write_text(json.dumps(small.subject()))
+    return Workflow.load(tmp_path / "prompt.json")
+
+
+def test_setting_gives_a_changed_copy(workflow: Workflow) -> None:
+    changed = workflow.set("KSampler.steps", 9).assign("text.text=7 dogs").with_seed(5)
+    assert changed.to_prompt()["sampler"]["inputs"]["steps"] == 9
+    assert changed.to_prompt()["text"]["inputs"]["text"] == "7 dogs"
+    assert changed.seeds == (5,)
+    assert workflow.to_prompt()["sampler"]["inputs"]["steps"] == 2
+
+
+def test_a_picture_from_anywhere(workflow: Workflow, tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "mine.png")
+    changed = workflow.with_picture("picture", tmp_path / "mine.png")
+    assert changed.to_prompt()["picture"]["inputs"]["image"] == "mine.png"
+    assert changed.pictures == {"mine.png": tmp_path / "mine.png"}
+
+
+@pytest.mark.parametrize(
+    ("target", "code"),
+    [("steps", "set_invalid"), ("KSampler.none", "set_invalid"), ("none.x", "set_invalid")],
+)
+def test_targets_that_are_not_there(workflow: Workflow, target: str, code: str) -> None:
+    with pytest.raises(UsoflowError) as caught:
+        workflow.set(target, 1)
+    assert caught.value.code == code
+
+
+def test_saving_keeps_the_ui_graph_while_it_tells_what_is_run(tmp_path: Path) -> None:
+    workflow = Workflow.load(TEMPLATE)
+    workflow.save(tmp_path / "same.json")
+    assert json.loads((tmp_path / "same.json").read_text()) == workflow.ui
+    changed = workflow.set("KSampler.steps", 9)
+    changed.save(tmp_path / "changed.json")
+    assert Workflow.load(tmp_path / "changed.json").to_prompt() == changed.to_prompt()
+
+
+def test_a_folder_that_is_not_there(workflow: Workflow, tmp_path: Path) -> None:
+    with pytest.raises(UsoflowError) as caught:
+        workflow.save(tmp_path / "none" / "saved.json")
+    assert caught.value.code == "output_unwritable"
