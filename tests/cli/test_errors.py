@@ -436,7 +436,7 @@ class TestModels:
 
     def test_lora_of_other_software(self, desk: Desk) -> None:
         desk.change(LORA, lambda t: (t.clear(), t.update({"lora_unet_x.lora_up.weight": torch.ones(2, 2)})))
-        check(desk.run(small.subject()), 4, "holds no USO DiT LoRA")
+        check(desk.run(small.subject()), 4, "holds no LoRA")
 
 
 def first(header: dict[str, Any]) -> dict[str, Any]:

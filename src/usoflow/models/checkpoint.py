@@ -46,6 +46,7 @@ SIGNATURES: Mapping[str, re.Pattern[str]] = MappingProxyType(
         "siglip": re.compile(r"^(.*?vision_model\.)embeddings\.patch_embedding\.weight$"),
         "uso_projector": re.compile(r"^(.*?)feature_embedder\.low_projection\.weight$"),
         "uso_lora": re.compile(r"^(.*?)(?:double|single)_blocks\.\d+\.processor\.\w+_lora\d?\.up\.weight$"),
+        "lora": re.compile(r"^().+\.(?:lora_down|lora_A|lora\.down)(?:\.default)?\.weight$"),
     }
 )
 
@@ -58,6 +59,7 @@ KIND_NAMES: Mapping[str, str] = MappingProxyType(
         "siglip": "SigLIP vision tower",
         "uso_projector": "USO style projector",
         "uso_lora": "USO DiT LoRA",
+        "lora": "LoRA",
     }
 )
 

@@ -29,6 +29,7 @@ from usoflow.models.weights import Linear, build
 logger = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=nn.Module)
+L = TypeVar("L", Flux, ClipText, T5Encoder)  # what LoRAs are for
 Key = tuple[Any, ...]  # fingerprint of the file, kind of component, variant
 
 
@@ -50,13 +51,23 @@ class ModelLibrary:
     def __init__(self, placement: Placement) -> None:
         self.placement = placement
         self._modules: dict[Key, nn.Module] = {}
-        self._view: tuple[Key, Flux] | None = None
+        self._views: dict[str, tuple[Key, nn.Module]] = {}  # by role: the last LoRAs in use
 
     def encode_text(
-        self, clip_l: Component, t5: Component, prompt: str, *, clip_prompt: str | None = None
+        self,
+        clip_l: Component,
+        t5: Component,
+        prompt: str,
+        *,
+        clip_prompt: str | None = None,
+        loras: tuple[LoraUse, ...] = (),
     ) -> TextEncoding:
-        """A prompt (another one for CLIP, if given) through both text encoders, in fp32."""
-        clip_module, t5_module = self._module(clip_l, load_clip), self._module(t5, load_t5)
+        """A prompt (another one for CLIP, if given) through both text encoders, in fp32.
+
+        Of the LoRAs, what is for text encoders is applied.
+        """
+        clip_module = self._with_loras("clip_l", self._module(clip_l, load_clip), loras)
+        t5_module = self._with_loras("t5", self._module(t5, load_t5), loras)
         tokenizers = tokenizers_of(clip_module, t5_module)
         with self.placement.borrow(clip_module), self.placement.borrow(t5_module):
             return encode_prompt(prompt, clip_module, t5_module, tokenizers, clip_text=clip_prompt)
@@ -95,16 +106,11 @@ class ModelLibrary:
             UsoflowError: what is wrong with the file, or `lora_mismatch`.
         """
         base = self._module(component, lambda c: self._resident_flux(c, weight_dtype), weight_dtype)
-        if not loras:
-            return base
-        key = (id(base), *((_key(use.lora), use.strength) for use in loras))
-        if self._view is None or self._view[0] != key:
-            self._view = key, self._with_loras(base, loras)
-        return self._view[1]
+        return self._with_loras("flux", base, loras)
 
     def clear(self) -> None:
         """Forget every model and give the memory back."""
-        self._modules, self._view = {}, None
+        self._modules, self._views = {}, {}
 
     def _module(self, component: Component, load: Callable[[Component], M], *variant: str) -> M:
         key = (*_key(component), *variant)
@@ -125,18 +131,29 @@ class ModelLibrary:
             _narrow(module)
         return self.placement.settle(module)
 
-    def _with_loras(self, base: Flux, loras: tuple[LoraUse, ...]) -> Flux:
-        """A module of its own around the same weights, with the branches of the LoRAs."""
-        with torch.device("meta"):
-            view = Flux(base.config)
-        for (name, parameter), layer in zip(base.named_parameters(), _owners(view), strict=True):
-            setattr(layer, name.rpartition(".")[2], parameter)
-        for ours, theirs in zip(view.modules(), base.modules(), strict=True):
-            if isinstance(ours, Linear) and isinstance(theirs, Linear):
-                ours.scale_weight = theirs.scale_weight
-        for use in loras:
-            attach(view, use.lora, use.strength, device=self.placement.device)
-        return view.eval()
+    def _with_loras(self, role: str, base: L, loras: tuple[LoraUse, ...]) -> L:
+        """The network with the branches of these LoRAs, around the same weights."""
+        if not loras:
+            return base
+        key = (id(base), *((_key(use.lora), use.strength) for use in loras))
+        if role not in self._views or self._views[role][0] != key:
+            view = _view(base)
+            for use in loras:
+                attach(view, use.lora, use.strength, role=role, device=self.placement.device)
+            self._views[role] = key, view
+        return cast(L, self._views[role][1])
+
+
+def _view(base: L) -> L:
+    """A module of its own that shares the weights."""
+    with torch.device("meta"):
+        view: L = type(base)(base.config)
+    for (name, parameter), layer in zip(base.named_parameters(), _owners(view), strict=True):
+        setattr(layer, name.rpartition(".")[2], parameter)
+    for ours, theirs in zip(view.modules(), base.modules(), strict=True):
+        if isinstance(ours, Linear) and isinstance(theirs, Linear):
+            ours.scale_weight = theirs.scale_weight
+    return view.eval()
 
 
 def load_flux(component: Component) -> Flux:

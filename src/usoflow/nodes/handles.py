@@ -49,10 +49,11 @@ class ModelHandle:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class ClipHandle:
-    """CLIP: the two text encoders of FLUX."""
+    """CLIP: the two text encoders of FLUX, and the LoRAs of which their parts are applied."""
 
     clip_l: Component
     t5: Component
+    loras: tuple[LoraUse, ...] = ()
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -115,7 +115,7 @@ def load_lora_model_only(
     """Adds a LoRA to the transformer. Several can follow each other."""
     from usoflow.models.library import LoraUse
 
-    lora = _open(context, "loras", lora_name).component("uso_lora")
+    lora = _lora(context, lora_name)
     return replace(model, loras=(*model.loras, LoraUse(lora, strength_model)))
 
 
@@ -129,11 +129,18 @@ def load_lora(
     *,
     context: NodeContext,
 ) -> tuple[Model, Clip]:
-    """Adds a LoRA to the transformer. Several can follow each other."""
+    """Adds a LoRA to transformer and text encoders. Several can follow each other."""
     from usoflow.models.library import LoraUse
 
-    lora = _open(context, "loras", lora_name).component("uso_lora")
-    return replace(model, loras=(*model.loras, LoraUse(lora, strength_model))), clip
+    lora = _lora(context, lora_name)
+    with_model = replace(model, loras=(*model.loras, LoraUse(lora, strength_model)))
+    return with_model, replace(clip, loras=(*clip.loras, LoraUse(lora, strength_clip)))
+
+
+def _lora(context: NodeContext, name: str) -> Component:
+    """A LoRA of either kind: USO's own layout, or those of other trainers."""
+    file = _open(context, "loras", name)
+    return file.component("uso_lora" if "uso_lora" in file.components() else "lora")
 
 
 def _open(context: NodeContext, folder: str, name: str) -> TensorFile:

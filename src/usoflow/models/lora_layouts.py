@@ -1,0 +1,253 @@
+"""The layouts of LoRA files: which layers, and which of their rows, each low-rank pair belongs to.
+
+Reads names and shapes only (no torch), so that `usoflow models check` can tell whether a file fits. Known:
+
+- ByteDance's USO (bytedance/USO): attention processors with `qkv_lora` and `proj_lora`;
+- kohya-ss/sd-scripts: `lora_unet_` and the layer's name with underscores, `lora_down`, `lora_up`, `alpha`;
+- PEFT, with the names of Black Forest Labs (`diffusion_model.`) or of diffusers (`transformer.`), whose
+  separate q, k and v are rows of one layer here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final
+
+from usoflow.errors import UsoflowError
+from usoflow.models.checkpoint import Component
+
+Shapes = Mapping[str, tuple[int, ...]]  # of the weights of a network's linear layers: [out, in]
+
+_SIDE = re.compile(
+    r"^(?P<stem>.+?)\."
+    r"(?:(?P<down>lora_down|lora_A|lora\.down|down)|(?P<up>lora_up|lora_B|lora\.up|up))"
+    r"(?:\.default)?\.weight$"
+)
+_ALPHA: Final = ".alpha"
+PEFT_METADATA: Final = "lora_adapter_metadata"
+
+# Which network a pair is for: its names begin so.
+_PREFIXES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "clip_l": ("lora_te1_", "lora_te_", "text_encoder.", "text_encoders.clip_l.transformer."),
+        "t5": ("lora_te3_", "lora_te2_", "text_encoder_2.", "text_encoders.t5xxl.transformer."),
+        "flux": (
+            "lora_unet_", "lora_transformer_", "base_model.model.", "model.diffusion_model.",
+            "diffusion_model.", "transformer.",
+        ),
+    }
+)  # fmt: skip
+
+# Parts of a layer's rows, by how many times the layer's width of input they begin at; see `_rows`.
+_DOUBLE: Mapping[str, tuple[tuple[str, str], ...]] = MappingProxyType(
+    {
+        "img_attn.qkv": (
+            ("attn.to_q", "q"), ("attn.to_k", "k"), ("attn.to_v", "v"), ("processor.qkv_lora1", "all"),
+        ),
+        "txt_attn.qkv": (
+            ("attn.add_q_proj", "q"), ("attn.add_k_proj", "k"), ("attn.add_v_proj", "v"),
+            ("processor.qkv_lora2", "all"),
+        ),
+        "img_attn.proj": (("attn.to_out.0", "all"), ("processor.proj_lora1", "all")),
+        "txt_attn.proj": (("attn.to_add_out", "all"), ("processor.proj_lora2", "all")),
+        "img_mlp.0": (("ff.net.0.proj", "all"),),
+        "img_mlp.2": (("ff.net.2", "all"),),
+        "txt_mlp.0": (("ff_context.net.0.proj", "all"),),
+        "txt_mlp.2": (("ff_context.net.2", "all"),),
+        "img_mod.lin": (("norm1.linear", "all"),),
+        "txt_mod.lin": (("norm1_context.linear", "all"),),
+    }
+)  # fmt: skip
+_SINGLE: Mapping[str, tuple[tuple[str, str], ...]] = MappingProxyType(
+    {
+        "linear1": (
+            ("attn.to_q", "q"), ("attn.to_k", "k"), ("attn.to_v", "v"), ("proj_mlp", "mlp"),
+            ("processor.qkv_lora", "qkv"),
+        ),
+        "linear2": (("proj_out", "all"), ("processor.proj_lora", "all")),
+        "modulation.lin": (("norm.linear", "all"),),
+    }
+)  # fmt: skip
+_OUTSIDE: Mapping[str, tuple[tuple[str, str], ...]] = MappingProxyType(
+    {
+        "img_in": (("x_embedder", "all"),),
+        "txt_in": (("context_embedder", "all"),),
+        "time_in.in_layer": (("time_text_embed.timestep_embedder.linear_1", "all"),),
+        "time_in.out_layer": (("time_text_embed.timestep_embedder.linear_2", "all"),),
+        "guidance_in.in_layer": (("time_text_embed.guidance_embedder.linear_1", "all"),),
+        "guidance_in.out_layer": (("time_text_embed.guidance_embedder.linear_2", "all"),),
+        "vector_in.in_layer": (("time_text_embed.text_embedder.linear_1", "all"),),
+        "vector_in.out_layer": (("time_text_embed.text_embedder.linear_2", "all"),),
+        "final_layer.linear": (("proj_out", "all"),),
+        "final_layer.adaLN_modulation.1": (("norm_out.linear", "swapped"),),  # diffusers: scale, then shift
+    }
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One low-rank pair.
+
+    Attributes:
+        stem: its name in the file.
+        down: name of the tensor [rank, in].
+        up: name of the tensor [rows, rank].
+        alpha: name of the scalar by which, divided by the rank, it is scaled; None where there is none.
+        layer: the linear layer that it changes.
+        rows: first row and number of rows in the layer, in the order of the rows of `up`.
+    """
+
+    stem: str
+    down: str
+    up: str
+    alpha: str | None
+    layer: str
+    rows: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """The pairs of a file for one network: those with a layer, and the names of those without."""
+
+    fitting: tuple[Pair, ...]
+    absent: tuple[str, ...]
+
+
+def pairs_for(lora: Component, role: str, layers: Shapes) -> Pairs:
+    """Match a LoRA file with a network.
+
+    Args:
+        lora: a component of kind `uso_lora` or `lora`.
+        role: which network: "flux", "clip_l" or "t5".
+        layers: shapes of its linear layers' weights, by name.
+
+    Raises:
+        UsoflowError: `lora_mismatch` for tensors that are no pair (other methods than LoRA) and for wrong
+            shapes, `tensor_missing` for half a pair.
+    """
+    aliases = dict(_aliases(layers))
+    fitting, absent = [], []
+    for stem, (down, up) in _stems(lora).items():
+        if _role(stem) != role:
+            continue
+        found = aliases.get(_bare(stem, role))
+        if found is None:
+            absent.append(stem)
+            continue
+        layer, part = found
+        pair = Pair(stem, down, up, _alpha(lora, stem), layer, _rows(part, layers[layer]))
+        _check(lora, pair, layers[layer])
+        fitting.append(pair)
+    return Pairs(tuple(fitting), tuple(absent))
+
+
+def linear_layers(network: Component) -> Shapes:
+    """Shapes of the matrices of a network by the name of their layer."""
+    return {
+        name.removesuffix(".weight"): shape
+        for name, shape in network.shapes.items()
+        if name.endswith(".weight") and len(shape) == 2
+    }
+
+
+def peft_scale(lora: Component) -> float:
+    """The factor that a PEFT file's metadata declares for all of its pairs; 1 where it declares none.
+
+    Raises:
+        UsoflowError: `model_damaged`.
+    """
+    text = lora.file.metadata.get(PEFT_METADATA)
+    if text is None:
+        return 1.0
+    try:
+        declared = json.loads(text)
+        rank = declared.get("transformer.r", 1)
+        return float(declared.get("transformer.lora_alpha", rank)) / float(rank)
+    except (ValueError, TypeError, AttributeError, ZeroDivisionError):
+        raise UsoflowError(
+            "model_damaged", f"{lora.file.path.name}: its {PEFT_METADATA} cannot be read."
+        ) from None
+
+
+def _stems(lora: Component) -> Mapping[str, tuple[str, str]]:
+    """Names of the pairs with the names of their two tensors."""
+    sides: dict[str, dict[str, str]] = {}
+    for name in lora.tensors:
+        match = _SIDE.match(name)
+        if match:
+            sides.setdefault(match["stem"], {})["down" if match["down"] else "up"] = name
+        elif not name.endswith(_ALPHA):
+            raise UsoflowError("lora_mismatch", f"{lora.file.path.name}: {name} belongs to no known layer.")
+    for found in sides.values():
+        if len(found) == 1:
+            (side, name) = next(iter(found.items()))
+            other = "up" if side == "down" else "down"
+            raise UsoflowError("tensor_missing", f"{lora.file.path.name} has {name} but no {other} to it.")
+    return {stem: (found["down"], found["up"]) for stem, found in sides.items()}
+
+
+def _role(stem: str) -> str:
+    return next((role for role, prefixes in _PREFIXES.items() if stem.startswith(prefixes)), "flux")
+
+
+def _bare(stem: str, role: str) -> str:
+    """Without what precedes the layer's name; PEFT's own prefix may precede another."""
+    for _ in range(2):
+        prefix = next((prefix for prefix in _PREFIXES[role] if stem.startswith(prefix)), "")
+        stem = stem.removeprefix(prefix)
+    return stem
+
+
+def _alpha(lora: Component, stem: str) -> str | None:
+    return stem + _ALPHA if stem + _ALPHA in lora.tensors else None
+
+
+def _aliases(layers: Shapes) -> Iterator[tuple[str, tuple[str, str]]]:
+    """Every name that a file may have for (layer, part of its rows), with points and with underscores."""
+    for layer in layers:
+        for name, part in ((layer, "all"), *_other_names(layer)):
+            yield name, (layer, part)
+            yield name.replace(".", "_"), (layer, part)
+
+
+def _other_names(layer: str) -> Iterator[tuple[str, str]]:
+    blocks, _, rest = layer.partition(".")
+    number, _, inner = rest.partition(".")
+    if blocks == "double_blocks":
+        diffusers, table = "transformer_blocks", _DOUBLE
+    elif blocks == "single_blocks":
+        diffusers, table = "single_transformer_blocks", _SINGLE
+    else:
+        yield from _OUTSIDE.get(layer, ())
+        return
+    for name, part in table.get(inner, ()):
+        own = blocks if name.startswith("processor.") else diffusers
+        yield f"{own}.{number}.{name}", part
+
+
+def _rows(part: str, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """First row and number of rows of a part; q, k and v are as wide as the layer's input."""
+    rows, width = shape
+    return {
+        "all": ((0, rows),),
+        "q": ((0, width),),
+        "k": ((width, width),),
+        "v": ((2 * width, width),),
+        "qkv": ((0, 3 * width),),
+        "mlp": ((3 * width, rows - 3 * width),),
+        "swapped": ((rows // 2, rows // 2), (0, rows // 2)),
+    }[part]
+
+
+def _check(lora: Component, pair: Pair, layer: tuple[int, ...]) -> None:
+    down, up = lora.shape(pair.down), lora.shape(pair.up)
+    rows = sum(count for _, count in pair.rows)
+    if len(down) != 2 or down[1] != layer[1] or up != (rows, down[0]):
+        raise UsoflowError(
+            "lora_mismatch",
+            f"{lora.file.path.name}: {pair.stem} is {list(up)} x {list(down)}, the layer {[rows, layer[1]]}.",
+        )
