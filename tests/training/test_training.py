@@ -36,7 +36,14 @@ def recipe(**changes: int) -> Recipe:
 
 def stage(**changes: float) -> BaseStage:
     return BaseStage(
-        recipe(), recipe(seed=1), side=32, cached=4, t5_length=12, clip_length=16, **(SIZES | changes)
+        recipe(),
+        recipe(),
+        recipe(seed=1),
+        side=32,
+        cached=4,
+        t5_length=12,
+        clip_length=16,
+        **(SIZES | changes),
     )
 
 
@@ -56,7 +63,11 @@ def trained(batches: Batches, folder: Path, *, until: int) -> Training:
     pocket = pocket_of(batches)
     training = Training(dict(pocket.named_parameters()), pocket.stage.recipe, folder)
     training.resume()
-    training.run(flow_loss(pocket, batches, dtype=torch.float32), after_save=lambda: None, until=until)
+    training.run(
+        flow_loss(pocket, pocket.stage.recipe, batches, dtype=torch.float32),
+        after_save=lambda: None,
+        until=until,
+    )
     return training
 
 
@@ -72,7 +83,7 @@ def test_interrupted_training_equals_uninterrupted(batches: Batches, tmp_path: P
 
 def test_flow_loss_falls_on_one_batch(batches: Batches, tmp_path: Path) -> None:
     pocket = pocket_of(batches)
-    fixed = flow_loss(pocket, batches, dtype=torch.float32)
+    fixed = flow_loss(pocket, pocket.stage.recipe, batches, dtype=torch.float32)
     training = Training(dict(pocket.named_parameters()), recipe(samples=400), tmp_path)
     losses = [training.step(lambda _: fixed(0)) for _ in range(100)]
     assert losses[0] == pytest.approx(2.0, rel=0.2)  # answer 0 to the difference of unit variances
@@ -83,7 +94,7 @@ def test_guided_student_begins_off_and_approaches_its_teacher(batches: Batches, 
     teacher, student = pocket_of(batches), pocket_of(batches)
     learning = Training(dict(teacher.named_parameters()), recipe(samples=4000), tmp_path)
     for _ in range(60):
-        learning.step(flow_loss(teacher, batches, dtype=torch.float32))
+        learning.step(flow_loss(teacher, recipe(), batches, dtype=torch.float32))
     student.load_state_dict(teacher.state_dict())
     fixed = guided_loss(student, teacher, batches, dtype=torch.float32)
     training = Training(dict(student.named_parameters()), recipe(samples=4000), tmp_path)
@@ -130,7 +141,7 @@ def test_package_loads_and_computes_as_the_trained_modules(batches: Batches, tmp
     pocket, vae = pocket_of(batches), autoencoder.new_autoencoder(VAE)
     training = Training(dict(pocket.named_parameters()), recipe(), tmp_path)
     for _ in range(3):
-        training.step(flow_loss(pocket, batches, dtype=torch.float32))
+        training.step(flow_loss(pocket, pocket.stage.recipe, batches, dtype=torch.float32))
     path = tmp_path / "pocket.safetensors"
     package.write(path, pocket, vae)
     parts = TensorFile.open(path).components()

@@ -1,8 +1,10 @@
-"""Stages `base` and `guided`: train the pocket text encoders and transformer on cached latents.
+"""Stages `base`, `focus` and `guided`: train the pocket text encoders and transformer on cached latents.
 
 `base`: flow matching (arXiv:2210.02747) as FLUX does it: x_s = (1 - s) x + s n, target n - x, s from a
 logit-normal (arXiv:2403.03206); captions are dropped for some samples; both encoders learn with the
 transformer. The guidance embedding is fed the constant `GUIDANCE` and means nothing yet.
+
+`focus`: the same on few subjects, so that those at least are drawn well when time is short.
 
 `guided`: guidance distillation (arXiv:2210.03142): the frozen base, asked with and without the caption, gives
 u + g (c - u), which the student must answer in one evaluation when g is its guidance. As with FLUX.1 [dev],
@@ -41,6 +43,7 @@ class BaseStage:
 
     Attributes:
         recipe: length and speed of flow matching.
+        focus: length and speed of its last part, on fewer subjects.
         guided: length and speed of guidance distillation.
         side: of the pictures.
         cached: number of scenes whose latents are cached.
@@ -56,6 +59,7 @@ class BaseStage:
     """
 
     recipe: Recipe
+    focus: Recipe
     guided: Recipe
     side: int = 64
     cached: int = 100_000
@@ -204,13 +208,13 @@ def noised(x: Tensor, stage: BaseStage, generator: torch.Generator) -> tuple[Ten
     return sigma, (1 - part) * x + part * noise, noise
 
 
-def flow_loss(pocket: Pocket, batches: Batches, *, dtype: torch.dtype) -> LossFunction:
+def flow_loss(pocket: Pocket, recipe: Recipe, batches: Batches, *, dtype: torch.dtype) -> LossFunction:
     """Flow matching: squared error of the velocity n - x."""
     stage = pocket.stage
 
     def loss_of(done: int) -> Tensor:
-        x, t5_ids, clip_ids = batches.get(done, stage.recipe.batch)
-        generator = torch.Generator().manual_seed((stage.recipe.seed << 32) + done)
+        x, t5_ids, clip_ids = batches.get(done, recipe.batch)
+        generator = torch.Generator().manual_seed((recipe.seed << 32) + done)
         sigma, x_s, noise = noised(x, stage, generator)
         text = pocket.encode(t5_ids, clip_ids)
         got = pocket.velocity(x_s, sigma, text, guidance=GUIDANCE, dtype=dtype)

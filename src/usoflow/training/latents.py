@@ -10,6 +10,7 @@ import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,7 @@ from usoflow.training.drawings import Sprites
 from usoflow.training.scenes import caption, compose, draw_calm_scene, draw_scene
 
 CHUNK = 64
+Shown = Literal["core", "calm", "focus"]  # core subjects; in calm scenes only; in calm scenes, the focus only
 
 
 @dataclass(frozen=True)
@@ -76,12 +78,13 @@ def cache(
     seed: int,
     side: int,
     count: int,
-    calm: bool = False,
+    shown: Shown,
     dtype: torch.dtype = torch.float32,
 ) -> LatentSet:
-    """Encode scenes 0 to `count` of `seed`, of core subjects, at `side` pixels, unless they are there."""
+    """Encode scenes 0 to `count` of `seed` at `side` pixels, unless they are there."""
     folder.mkdir(parents=True, exist_ok=True)
-    draw = draw_calm_scene if calm else draw_scene
+    draw = draw_scene if shown == "core" else draw_calm_scene
+    subjects = sprites.world.focus if shown == "focus" else sprites.world.core
     path, progress = folder / "latents.npy", folder / "progress.json"
     done = json.loads(progress.read_text())["done"] if progress.exists() else 0
     shape = (count, 16, side // 8, side // 8)
@@ -89,7 +92,7 @@ def cache(
     stored = np.lib.format.open_memmap(path, mode=mode, dtype=np.float16, shape=shape)
     for start in range(done, count, CHUNK):
         stop = min(start + CHUNK, count)
-        scenes = [draw(sprites.world, seed, i, sprites.world.core) for i in range(start, stop)]
+        scenes = [draw(sprites.world, seed, i, subjects) for i in range(start, stop)]
         images = torch.from_numpy(np.stack([compose(scene, sprites, side=side) for scene in scenes]))
         stored[start:stop] = (
             LatentFormat().to_model(encode(module, images, dtype=dtype)).numpy().astype(np.float16)
@@ -97,7 +100,6 @@ def cache(
         if start % (CHUNK * 50) == 0 or stop == count:
             stored.flush()
             progress.write_text(json.dumps({"done": stop}))
-    core = sprites.world.core
-    texts = [caption(sprites.world, draw(sprites.world, seed, i, core)) for i in range(count)]
+    texts = [caption(sprites.world, draw(sprites.world, seed, i, subjects)) for i in range(count)]
     (folder / "captions.json").write_text(json.dumps(texts), "utf-8")
     return LatentSet(folder, seed)

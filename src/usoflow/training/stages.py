@@ -4,6 +4,7 @@
     vae      train the autoencoder, fold its latent statistics
     decoder  train the decoder further on the encoder as it is
     base     cache latents, train text encoders and transformer
+    focus    train them further on few subjects
     guided   distil guidance into the transformer
     package  write the checkpoint
     judge    train the encoder that measures, used for nothing else
@@ -31,8 +32,8 @@ from usoflow.training import autoencoder, drawings, evaluate, package, text_to_i
 from usoflow.training.autoencoder import VaeStage
 from usoflow.training.base import BaseStage, Batches, Pocket, flow_loss, guided_loss
 from usoflow.training.drawings import Sprites
-from usoflow.training.latents import LatentSet, cache
-from usoflow.training.loop import Recipe, Training, swap
+from usoflow.training.latents import LatentSet, Shown, cache
+from usoflow.training.loop import LossFunction, Recipe, Training, swap
 from usoflow.training.scenes import caption, compose, draw_scene
 from usoflow.training.sheets import contact_sheet, loss_curve
 from usoflow.training.world import World
@@ -64,7 +65,7 @@ class Plan:
             vae, base = data["vae"], data["base"]
             vae |= {"recipe": Recipe(**vae["recipe"]), "decoder": Recipe(**vae["decoder"])}
             vae |= {"widths": tuple(vae["widths"])}
-            base |= {"recipe": Recipe(**base["recipe"]), "guided": Recipe(**base["guided"])}
+            base |= {name: Recipe(**base[name]) for name in ("recipe", "focus", "guided")}
             return cls(VaeStage(**vae), BaseStage(**base), Recipe(**data["judge"]["recipe"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UsoflowError("training_config", f"{path}: {error}.") from None
@@ -117,18 +118,23 @@ class Workshop:
     def base(self) -> None:
         """Train text encoders and transformer by flow matching."""
         pocket = self._pocket()
-        self._run(pocket, flow_loss(pocket, self._batches, dtype=self.dtype), "base")
+        recipe = self.plan.base.recipe
+        self._run(pocket, recipe, flow_loss(pocket, recipe, self._batches, dtype=self.dtype), "base")
+
+    def focus(self) -> None:
+        """Train on, on the subjects of the focus."""
+        pocket = self._pocket()
+        self._load(pocket, "base")
+        recipe = self.plan.base.focus
+        self._run(pocket, recipe, flow_loss(pocket, recipe, self._focus, dtype=self.dtype), "focus")
 
     def guided(self) -> None:
         """Distil guidance into a copy of the trained base."""
         teacher, pocket = self._pocket(), self._pocket()
         for module in (teacher, pocket):
-            self._load(module, "base")
-        self._run(
-            pocket,
-            guided_loss(pocket, teacher, self._batches.later or self._batches, dtype=self.dtype),
-            "guided",
-        )
+            self._load(module, "focus")
+        loss_of = guided_loss(pocket, teacher, self._focus, dtype=self.dtype)
+        self._run(pocket, self.plan.base.guided, loss_of, "guided")
 
     def package(self) -> None:
         """Write the checkpoint from the guided weights, or, before there are any, from the base's."""
@@ -173,27 +179,31 @@ class Workshop:
             module.load_state_dict(torch.load(further, weights_only=True))
         return module
 
-    def latents(self, *, calm: bool) -> LatentSet:
+    def latents(self, shown: Shown) -> LatentSet:
         """The cached latents of the plan's scenes."""
         stage = self.plan.base
-        folder = self.folder / f"latents-{stage.side}{'-calm' if calm else ''}"
+        folder = self.folder / f"latents-{stage.side}-{shown}"
         sizes = {"side": stage.side, "count": stage.cached}
-        return cache(
-            self.folded_vae, self.sprites, folder, seed=LATENT_SEED, calm=calm, dtype=self.dtype, **sizes
-        )
+        vae = self.folded_vae
+        return cache(vae, self.sprites, folder, seed=LATENT_SEED, shown=shown, dtype=self.dtype, **sizes)
 
     @functools.cached_property
     def _batches(self) -> Batches:
-        return Batches.of(self.latents(calm=False), self.plan.base, calm=self.latents(calm=True))
+        return Batches.of(self.latents("core"), self.plan.base, calm=self.latents("calm"))
+
+    @functools.cached_property
+    def _focus(self) -> Batches:
+        return Batches.of(self.latents("focus"), self.plan.base)
 
     def _pocket(self) -> Pocket:
         pocket = Pocket(self.plan.base, *self._batches.vocabularies())
         return pocket.compiled() if self.compiled else pocket
 
     def _finished(self) -> Pocket:
-        """The guided modules, or, before there are any, the base's."""
+        """The modules of the last stage that has been run."""
         pocket = self._pocket()
-        self._load(pocket, "guided" if (self.folder / "guided" / "state.pt").exists() else "base")
+        stages = ("guided", "focus", "base")
+        self._load(pocket, next(s for s in stages if (self.folder / s / "state.pt").exists()))
         return pocket
 
     def _load(self, pocket: Pocket, stage: str) -> None:
@@ -201,9 +211,8 @@ class Workshop:
         state = torch.load(self.folder / stage / "state.pt", weights_only=True)
         swap(dict(pocket.named_parameters()), state["average"])
 
-    def _run(self, pocket: Pocket, loss_of: Callable[[int], torch.Tensor], name: str) -> None:
+    def _run(self, pocket: Pocket, recipe: Recipe, loss_of: LossFunction, name: str) -> None:
         folder = self.folder / name
-        recipe = self.plan.base.recipe if name == "base" else self.plan.base.guided
         training = Training(dict(pocket.named_parameters()), recipe, folder)
         training.resume()
 
@@ -224,6 +233,7 @@ STAGES: Mapping[str, Callable[[Workshop], None]] = MappingProxyType(
         "vae": Workshop.vae,
         "decoder": Workshop.decoder,
         "base": Workshop.base,
+        "focus": Workshop.focus,
         "guided": Workshop.guided,
         "package": Workshop.package,
         "judge": Workshop.judge,

@@ -28,13 +28,13 @@ PROMPTS: Sequence[str] = (
     "a house in a forest, twemoji style",
     "a red apple on a white background, emojione style",
     "a cactus in a desert, flat style",
-    "a large owl in the night sky, blob style",
-    "a guitar in front of a brick wall, twemoji style",
-    "a lion on a yellow background, black ink style",
+    "an owl in the night sky, blob style",
+    "a mushroom in front of a brick wall, twemoji style",
+    "a dog face on a yellow background, black ink style",
     "a hamburger on a light blue background, pixel art",
-    "a fish under water, watercolour",
-    "a castle at sunset, blueprint",
-    "a dog face and a bus in a city at night, twemoji style",
+    "a frog under water, watercolour",
+    "an airplane at sunset, blueprint",
+    "a ghost in a city at night, twemoji style",
 )
 
 
