@@ -37,7 +37,7 @@ $(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e .[test,train]
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .[ui,test,train]
 	@touch $@
 
 clean:

@@ -124,7 +124,7 @@ CATALOGUE: Mapping[str, ErrorKind] = MappingProxyType(
         ),
         "state_unusable": ErrorKind(
             "The file with the jobs of the server cannot be used.",
-            "Check its folder; if it is damaged, move it away: a new one is made. USOFLOW_STATE names another.",
+            "Check its folder; a damaged file can be moved away. USOFLOW_STATE names another folder.",
             EXIT_USAGE,
         ),
         "state_in_use": ErrorKind(
@@ -132,8 +132,20 @@ CATALOGUE: Mapping[str, ErrorKind] = MappingProxyType(
             "Stop the other server, or give this one a folder of its own with USOFLOW_STATE.",
             EXIT_USAGE,
         ),
+        "body_invalid": ErrorKind(
+            "The request is not of the form that the API takes.", "See /docs of the server.", EXIT_USAGE
+        ),
+        "body_too_large": ErrorKind(
+            "The request is larger than is taken.", "Send a smaller picture or workflow.", EXIT_USAGE
+        ),
+        "file_exists": ErrorKind(
+            "There is a file of this name.", "Choose another name, or overwrite=true.", EXIT_USAGE
+        ),
+        "address_unusable": ErrorKind(
+            "The server cannot listen there.", "Choose another --port or --listen.", EXIT_USAGE
+        ),
         "queue_full": ErrorKind("The queue takes no more jobs.", "Wait until some are done.", EXIT_RUN),
-        "job_exists": ErrorKind("There is a job of this id.", "Choose another prompt_id, or none.", EXIT_USAGE),
+        "job_exists": ErrorKind("There is a job of this id.", "Choose another prompt_id.", EXIT_USAGE),
         # --- model files ----------------------------------------------------------------------------
         "model_missing": ErrorKind(
             "A model file is not there or cannot be read.",

@@ -12,6 +12,7 @@ from usoflow.cli.convert import convert
 from usoflow.cli.generate import generate
 from usoflow.cli.nodes import nodes
 from usoflow.cli.run import run
+from usoflow.cli.serve import serve
 from usoflow.cli.train import train
 from usoflow.errors import UsoflowError
 
@@ -26,6 +27,7 @@ app.command()(run)
 app.command()(generate)
 app.command()(convert)
 app.command()(nodes)
+app.command()(serve)
 app.command()(train)
 
 

@@ -1,0 +1,100 @@
+"""`usoflow serve`: the editor and the API, in a browser and for scripts."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import threading
+import webbrowser
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from usoflow.cli.run import Device, Dtype
+from usoflow.errors import UsoflowError
+
+STATE_VARIABLE = "USOFLOW_STATE"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+SOCKET_MESSAGE = 2**16  # bytes that a client may send at once on /ws
+GRACE = 2  # seconds that open requests get at the end; the job in progress has its own
+
+
+def serve(
+    models: Annotated[
+        Path | None, typer.Option(help="A ComfyUI folder or its models folder; else USOFLOW_MODELS.")
+    ] = None,
+    inputs: Annotated[Path | None, typer.Option("--input", help="Folder of input pictures.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for results; ./output if not given.")] = None,
+    port: Annotated[int, typer.Option(help="Where to listen.", min=1, max=65535)] = 8188,
+    listen: Annotated[
+        str, typer.Option(help="Address; beyond this machine a token is needed.")
+    ] = "127.0.0.1",
+    token: Annotated[
+        str | None, typer.Option(help="What clients must know; made up where one is needed.")
+    ] = None,
+    preview: Annotated[bool, typer.Option(help="Show pictures while they are made.")] = True,
+    ui: Annotated[bool, typer.Option(help="Serve the editor, and open it in a browser.")] = True,
+    device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.auto,
+    dtype: Annotated[Dtype, typer.Option(help="Number format of the transformer.")] = Dtype.auto,
+) -> None:
+    """Serve the editor and ComfyUI's API."""
+    import platformdirs
+    import uvicorn
+
+    from usoflow.server.app import create_app
+    from usoflow.server.context import ServerSettings
+    from usoflow.settings import find_folders
+
+    if listen not in LOOPBACK and token is None:
+        token = secrets.token_urlsafe(16)
+    state = os.environ.get(STATE_VARIABLE) or platformdirs.user_data_path("usoflow") / "server"
+    settings = ServerSettings(
+        folders=find_folders(models=models, inputs=inputs, output=output),
+        state=Path(state),
+        listen=listen,
+        port=port,
+        token=token,
+        ui=ui,
+        preview=preview,
+    )
+    bound = _bound(listen, port)
+    app = create_app(settings, device=device.value, dtype=dtype.value)
+    address = f"http://{_shown(listen)}:{port}/" + (f"?token={token}" if token else "")
+    print(f"usoflow: {address}", flush=True)
+    if ui:
+        _open_browser(address)
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        ws_max_size=SOCKET_MESSAGE,
+        timeout_graceful_shutdown=GRACE,
+        server_header=False,
+    )
+    uvicorn.Server(config).run(sockets=[bound])
+
+
+def _bound(listen: str, port: int) -> socket.socket:
+    """The listening socket; taken first, so that an address in use costs nothing."""
+    family = socket.AF_INET6 if ":" in listen else socket.AF_INET
+    found = socket.socket(family)
+    try:
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind((listen, port))
+    except OSError as error:
+        found.close()
+        raise UsoflowError("address_unusable", f"{listen}:{port} cannot be used: {error.strerror}.") from None
+    return found
+
+
+def _shown(listen: str) -> str:
+    """The address as a browser on this machine takes it."""
+    return "127.0.0.1" if listen in ("0.0.0.0", "::") else f"[{listen}]" if ":" in listen else listen
+
+
+def _open_browser(address: str) -> None:
+    """Where there is a screen; a browser that does not start delays nothing."""
+    if os.name != "posix" or "DISPLAY" in os.environ or "WAYLAND_DISPLAY" in os.environ:
+        threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()

@@ -1,0 +1,100 @@
+"""The application: routes around a store, a supervisor and an engine, started and stopped together."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.concurrency import run_in_threadpool
+
+from usoflow.errors import UsoflowError
+from usoflow.nodes import registry
+from usoflow.server import picture, socket, ui
+from usoflow.server.context import STATUS, Server, ServerSettings, error_body
+from usoflow.server.guard import Guard
+from usoflow.server.hub import Hub
+from usoflow.server.messages import messages_of
+from usoflow.server.routes import catalogue, jobs, pictures, prompt, system, user
+from usoflow.server.ui import Templates
+from usoflow.service.engine import Engine
+from usoflow.service.jobs import JobStore, State
+from usoflow.service.lock import hold
+from usoflow.service.process import WorkerProcess
+from usoflow.service.supervisor import Event, Running, Supervisor
+from usoflow.service.worker import WorkerSettings
+
+RETRY_AFTER = 5  # seconds, while the queue is full
+
+
+def create_app(settings: ServerSettings, *, device: str = "auto", dtype: str = "auto") -> FastAPI:
+    """The application with a worker process of its own.
+
+    Raises:
+        UsoflowError: `state_in_use`, `state_unusable`.
+    """
+    examples = settings.state / "examples"
+    picture.provide(examples)
+    settings = settings.with_inputs(examples)
+    lock = hold(settings.state / "lock")  # until this process ends
+    worker = WorkerSettings(settings.folders, settings.jobs_file, device, dtype)
+    engine = WorkerProcess(worker, inherited=[lock])
+    store = JobStore(settings.jobs_file)
+    engine.start()
+    return assemble(settings, store, engine)
+
+
+def assemble(settings: ServerSettings, store: JobStore, engine: Engine) -> FastAPI:
+    """The application around any engine."""
+    user.prepare(settings.user_folder)
+    server = _server(settings, store, engine)
+    app = FastAPI(title="usoflow", description="ComfyUI's API.", lifespan=_lifespan)
+    app.state.server = server
+    for module in (prompt, jobs, catalogue, pictures, user, system, socket, ui):
+        app.include_router(module.router)
+    app.add_exception_handler(UsoflowError, _answer_error)
+    app.add_exception_handler(RequestValidationError, _answer_invalid)
+    if settings.ui:
+        ui.mount_editor(app)
+    app.add_middleware(Guard, settings=settings)
+    return app
+
+
+def _server(settings: ServerSettings, store: JobStore, engine: Engine) -> Server:
+    hub, nodes = Hub(), registry()
+
+    def listen(running: Running, event: Event) -> None:
+        if isinstance(event, State):
+            server.queue_changed()
+        if running.job.client is not None:
+            for message in messages_of(running, event):
+                hub.publish_soon(message, running.job.client)
+
+    supervisor = Supervisor(store, engine, listen, preview=settings.preview)
+    server = Server(settings, store, engine, nodes, hub, supervisor, Templates(nodes))
+    return server
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    server: Server = app.state.server
+    server.hub.open()
+    server.supervisor.start()
+    yield
+    await run_in_threadpool(server.supervisor.stop)
+    server.store.close()
+
+
+def _answer_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, UsoflowError)
+    headers = {"Retry-After": str(RETRY_AFTER)} if error.code == "queue_full" else None
+    return JSONResponse(error_body(error), STATUS.get(error.code, 400), headers)
+
+
+def _answer_invalid(request: Request, error: Exception) -> JSONResponse:
+    """A query or form value of the wrong kind."""
+    assert isinstance(error, RequestValidationError)
+    wrong = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+    return JSONResponse(error_body(UsoflowError("body_invalid", wrong)), 400)

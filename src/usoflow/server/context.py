@@ -1,0 +1,121 @@
+"""What the routes share: settings, store, supervisor, nodes, and who listens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+from fastapi import Depends
+from starlette.requests import HTTPConnection
+
+from usoflow.errors import UsoflowError
+from usoflow.schema.node import NodeRegistry
+from usoflow.server.hub import Hub
+from usoflow.service.engine import Engine
+from usoflow.service.jobs import WAITING, JobStore
+from usoflow.service.supervisor import Supervisor
+from usoflow.settings import Folders
+
+if TYPE_CHECKING:
+    from usoflow.server.ui import Templates
+
+MIB: Final = 2**20
+LOOPBACK: Final = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The most that is taken; beyond, a clear 4xx."""
+
+    body: int = 100 * MIB  # bytes of a request, uploads included
+    nodes: int = 5000  # of a prompt
+    queue: int = 1000  # jobs that wait
+    pixels: int = 64_000_000  # of an uploaded picture, all frames together
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerSettings:
+    """How the server runs.
+
+    Attributes:
+        folders: models, inputs, outputs.
+        state: where jobs, settings and saved workflows are kept.
+        listen: address to bind.
+        token: what clients must know; needed beyond loopback.
+        ui: whether the official editor is served.
+        preview: whether pictures are sent while they are sampled.
+    """
+
+    folders: Folders
+    state: Path
+    listen: str = "127.0.0.1"
+    port: int = 8188
+    token: str | None = None
+    ui: bool = True
+    preview: bool = True
+    limits: Limits = field(default_factory=Limits)
+
+    @property
+    def jobs_file(self) -> Path:
+        """The database."""
+        return self.state / "jobs.sqlite"
+
+    @property
+    def user_folder(self) -> Path:
+        """Saved workflows."""
+        return self.state / "user"
+
+    def with_inputs(self, folder: Path) -> ServerSettings:
+        """A copy that also finds input pictures there."""
+        return replace(self, folders=replace(self.folders, inputs=(*self.folders.inputs, folder)))
+
+
+@dataclass
+class Server:
+    """Everything that lives as long as the server."""
+
+    settings: ServerSettings
+    store: JobStore
+    engine: Engine
+    registry: NodeRegistry
+    hub: Hub
+    supervisor: Supervisor
+    templates: Templates
+
+    @property
+    def folders(self) -> Folders:
+        """Where files are."""
+        return self.settings.folders
+
+    def queue_changed(self) -> None:
+        """Tell everybody how many jobs wait."""
+        self.hub.status(self.store.count(WAITING))
+
+
+def _server(connection: HTTPConnection) -> Server:
+    server: Server = connection.app.state.server
+    return server
+
+
+ServerOf = Annotated[Server, Depends(_server)]
+
+Json = dict[str, Any]
+
+# Error codes that are not simply "400 Bad Request".
+STATUS: Mapping[str, int] = {
+    "queue_full": 429,
+    "body_too_large": 413,
+    "job_exists": 409,
+    "file_exists": 409,
+    "image_missing": 404,
+    "file_not_found": 404,
+    "template_unknown": 404,
+}
+
+
+def error_body(error: UsoflowError) -> Json:
+    """An error in the form that ComfyUI's clients read."""
+    record = {"type": error.code, "message": error.detail, "details": error.remedy, "extra_info": {}}
+    return {"error": record, "node_errors": {}}

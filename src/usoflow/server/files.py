@@ -1,0 +1,174 @@
+"""Safe paths and pictures: what clients name stays in its folder, what they upload is a picture."""
+
+from __future__ import annotations
+
+import io
+import threading
+import uuid
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from PIL import Image
+
+from usoflow.errors import UsoflowError
+from usoflow.settings import Folders, inside
+
+# What a browser shows as a picture; everything else is offered for download as a nameless kind of file.
+PICTURE_TYPES: Final[Mapping[str, str]] = {
+    "PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "GIF": "image/gif", "BMP": "image/bmp",
+    "TIFF": "image/tiff",
+}  # fmt: skip
+PREVIEW_FORMATS: Final = ("webp", "jpeg")
+DEFAULT_QUALITY: Final = 90
+
+
+def within(root: Path, name: str) -> Path:
+    """A path in a folder, links followed.
+
+    Raises:
+        UsoflowError: `path_outside` for whatever leads out of the folder, by name or by symbolic link.
+    """
+    try:
+        path = (root / inside(name)).resolve()
+        home = root.resolve()
+    except (OSError, RuntimeError):  # too long a name; links in a circle
+        raise UsoflowError("path_outside", "The name cannot be that of a file.") from None
+    if path != home and home not in path.parents:
+        raise UsoflowError("path_outside", f"{name!r} is not a name inside a folder.")
+    return path
+
+
+def roots(folders: Folders, kind: str) -> tuple[Path, ...]:
+    """The folders that a client calls "input", "output" or "temp". Raises UsoflowError `path_outside`."""
+    known = {"input": folders.inputs, "output": (folders.output,), "temp": (folders.temp,)}
+    if kind not in known:
+        raise UsoflowError("path_outside", f"There is no folder {kind!r}, only input, output and temp.")
+    return known[kind]
+
+
+def find(folders: Folders, kind: str, subfolder: str, name: str) -> Path:
+    """A file that a client names. Raises UsoflowError `image_missing`, `path_outside`."""
+    for root in roots(folders, kind):
+        path = within(root, f"{subfolder}/{name}" if subfolder else name)
+        if _is_file(path):
+            return path
+    raise UsoflowError("image_missing", f"There is no {name!r} in {kind}.")
+
+
+def content_type(path: Path) -> str | None:
+    """The type of a picture by its content; None for everything else."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path) as picture:
+                return PICTURE_TYPES.get(picture.format or "")
+    except Exception:  # Pillow's parsers raise whatever they meet in a damaged file
+        return None
+
+
+def check_picture(data: bytes, pixels: int) -> None:
+    """Whether bytes are a picture of at most so many pixels.
+
+    Raises:
+        UsoflowError: `image_invalid`, `image_too_large`.
+    """
+    with opened(data, pixels) as picture:
+        try:
+            picture.load()
+        except Exception as error:  # as above
+            raise UsoflowError("image_invalid", f"The upload cannot be read as a picture: {error}.") from None
+
+
+def opened(data: bytes, pixels: int) -> Image.Image:
+    """A picture whose pixels have not been read yet. Raises UsoflowError as `check_picture`."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            picture = Image.open(io.BytesIO(data), formats=tuple(PICTURE_TYPES))
+        size = picture.width * picture.height * getattr(picture, "n_frames", 1)
+    except Image.DecompressionBombError:
+        size = pixels + 1
+    except Exception:  # as above
+        raise UsoflowError("image_invalid", "The upload is not a picture.") from None
+    if size > pixels:
+        raise UsoflowError("image_too_large", f"{pixels // 10**6} million pixels are the most.")
+    return picture
+
+
+def preview(path: Path, wanted: str, pixels: int) -> tuple[bytes, str]:
+    """A picture re-encoded as "webp;90" or "jpeg;80" asks, and its type."""
+    name, _, number = wanted.partition(";")
+    kind = name if name in PREVIEW_FORMATS else PREVIEW_FORMATS[0]
+    quality = int(number) if number.isdecimal() and 1 <= len(number) <= 3 else DEFAULT_QUALITY
+    with opened(path.read_bytes(), pixels) as picture:
+        return _encoded(picture.convert("RGB"), kind.upper(), min(quality, 100)), f"image/{kind}"
+
+
+def channel(path: Path, wanted: str, pixels: int) -> tuple[bytes, str]:
+    """The colours ("rgb") or the transparency ("a") of a picture as PNG."""
+    with opened(path.read_bytes(), pixels) as picture:
+        full = picture.convert("RGBA")
+    if wanted == "rgb":
+        return _encoded(full.convert("RGB"), "PNG"), "image/png"
+    alpha = Image.new("RGBA", full.size)
+    alpha.putalpha(full.getchannel("A"))
+    return _encoded(alpha, "PNG"), "image/png"
+
+
+def _encoded(picture: Image.Image, format_: str, quality: int = DEFAULT_QUALITY) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, format_, quality=quality)
+    return buffer.getvalue()
+
+
+@dataclass
+class Uploads:
+    """Puts files into a folder under free names, whole or not at all."""
+
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def put(self, root: Path, subfolder: str, name: str, data: bytes, *, overwrite: bool) -> Path:
+        """Write a file; one of the same name and content is left, another one makes it "name (1)".
+
+        Raises:
+            UsoflowError: `path_outside`, `save_failed`.
+        """
+        target = within(root, f"{subfolder}/{name}" if subfolder else name)
+        if target == root.resolve() or not name:
+            raise UsoflowError("path_outside", "The upload has no file name.")
+        try:
+            with self._lock:
+                path = target if overwrite else _free(target, data)
+                write_whole(path, data)
+        except OSError as error:
+            raise UsoflowError("save_failed", f"The upload cannot be written: {error.strerror}.") from None
+        return path
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that it is never half there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{uuid.uuid4().hex}.part")
+    try:
+        partial.write_bytes(data)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _free(target: Path, data: bytes) -> Path:
+    path, number = target, 0
+    while path.exists() and not (path.is_file() and path.read_bytes() == data):
+        number += 1
+        path = target.with_name(f"{target.stem} ({number}){target.suffix}")
+    return path
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:
+        return False

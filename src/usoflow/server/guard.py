@@ -1,0 +1,132 @@
+"""What every request must pass before a route sees it, and what every response carries.
+
+A page of another site that a browser shows on this machine can send requests here; whether it may is told by
+Host (against DNS rebinding), Origin and Sec-Fetch-Site. Beyond loopback a token is needed as well.
+"""
+
+from __future__ import annotations
+
+import hmac
+from http.cookies import SimpleCookie
+from typing import Final
+from urllib.parse import parse_qs, urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse, RedirectResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from usoflow.errors import UsoflowError
+from usoflow.server.context import LOOPBACK, ServerSettings, error_body
+
+COOKIE: Final = "usoflow_token"
+PREFIX: Final = "/api"
+OPEN_PATHS: Final = ("/health/live", "/health/ready")
+POLICY: Final = "object-src 'none'; base-uri 'self'; frame-ancestors 'self'"
+REFUSED_SOCKET: Final = 1008
+
+
+class Guard:
+    """ASGI middleware: checks, the `/api` prefix, body limit, headers."""
+
+    def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
+        self._app, self._settings = app, settings
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or answer it."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        answer = self._refusal(scope, headers)
+        if answer is None:
+            await self._app(_without_prefix(scope), self._limited(receive), _protected(send))
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": REFUSED_SOCKET})
+        else:
+            await answer(scope, receive, _protected(send))
+
+    def _refusal(self, scope: Scope, headers: Headers) -> Response | None:
+        """The answer to a request that goes no further."""
+        if not self._host_is_ours(headers.get("host", "")):
+            return _refused(403, "host_refused", "This server does not go by that name (Host header).")
+        if _is_foreign(scope, headers):
+            return _refused(403, "origin_refused", "Requests from other sites are refused (Origin header).")
+        if self._settings.token and scope["path"] not in OPEN_PATHS:
+            return self._token_answer(scope, headers, self._settings.token)
+        length = headers.get("content-length", "0")
+        if not length.isdigit() or int(length) > self._settings.limits.body:
+            return JSONResponse(error_body(self._too_large()), 413)
+        return None
+
+    def _host_is_ours(self, host: str) -> bool:
+        """With a token any name will do: another site does not have the cookie of this one."""
+        name = urlsplit(f"//{host}").hostname if host else None
+        return self._settings.token is not None or name in (*LOOPBACK, self._settings.listen)
+
+    def _token_answer(self, scope: Scope, headers: Headers, token: str) -> Response | None:
+        query = parse_qs(scope["query_string"].decode("latin-1"))
+        if scope["path"] == "/" and _same(query.get("token", [""])[0], token):
+            answer = RedirectResponse("/", 303)
+            answer.set_cookie(COOKIE, token, httponly=True, samesite="strict", path="/")
+            return answer
+        cookie = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
+        bearer = headers.get("authorization", "").removeprefix("Bearer ")
+        if _same(bearer, token) or (cookie and _same(cookie.value, token)):
+            return None
+        return _refused(401, "token_needed", "Open /?token=..., or send Authorization: Bearer ... .")
+
+    def _limited(self, receive: Receive) -> Receive:
+        """The body, as far as it may go; a body sent in chunks does not tell its length beforehand."""
+        seen = 0
+
+        async def limited() -> Message:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > self._settings.limits.body:
+                raise self._too_large()
+            return message
+
+        return limited
+
+    def _too_large(self) -> UsoflowError:
+        most = self._settings.limits.body // 2**20
+        return UsoflowError("body_too_large", f"The request is larger than {most} MiB.")
+
+
+def _is_foreign(scope: Scope, headers: Headers) -> bool:
+    """Whether a browser sends this for a page of another site, other than to show ours."""
+    origin = headers.get("origin")
+    if origin is not None:
+        return urlsplit(origin).netloc != headers.get("host") or origin == "null"
+    navigates = headers.get("sec-fetch-mode") == "navigate" and scope.get("method") == "GET"
+    return headers.get("sec-fetch-site") in ("cross-site", "same-site") and not navigates
+
+
+def _without_prefix(scope: Scope) -> Scope:
+    """Every route is there with and without `/api`."""
+    path: str = scope["path"]
+    return {**scope, "path": path.removeprefix(PREFIX)} if path.startswith(f"{PREFIX}/") else scope
+
+
+def _protected(send: Send) -> Send:
+    """Responses are what they say they are, and are shown in no other site's frame."""
+
+    async def protected(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = MutableHeaders(scope=message)
+            headers.setdefault("X-Content-Type-Options", "nosniff")
+            headers.setdefault("Content-Security-Policy", POLICY)
+            headers.setdefault("Referrer-Policy", "no-referrer")
+        await send(message)
+
+    return protected
+
+
+def _refused(status: int, kind: str, message: str) -> Response:
+    record = {"type": kind, "message": message, "details": "", "extra_info": {}}
+    return JSONResponse({"error": record, "node_errors": {}}, status)
+
+
+def _same(given: str, token: str) -> bool:
+    return hmac.compare_digest(given.encode(), token.encode())

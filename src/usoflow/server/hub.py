@@ -1,0 +1,116 @@
+"""Who listens on `/ws`, and what waits to be sent to each: bounded, so that nobody delays anybody.
+
+Progress, previews and the queue's length only matter in their newest form: a newer one replaces an older that
+has not been sent. Whoever lets too much else pile up is disconnected, and finds out by reconnecting.
+Everything here happens in the event loop, but for `publish_soon`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+MAX_WAITING: Final = 500  # messages for one client
+
+IMAGE: Final = 1
+IMAGE_WITH_METADATA: Final = 4
+JPEG: Final = 1
+
+Key = tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """A message; one with a `key` is replaced by a newer one of the same key."""
+
+    type: str
+    data: Mapping[str, Any]
+    image: bytes = b""
+    key: Key = ()
+
+    def encoded(self, *, metadata: bool) -> str | bytes:
+        """As it is sent to a client that understands (or not) pictures with metadata."""
+        if not self.image:
+            return json.dumps({"type": self.type, "data": self.data})
+        if not metadata:
+            return struct.pack(">II", IMAGE, JPEG) + self.image
+        about = json.dumps(self.data).encode()
+        return struct.pack(">II", IMAGE_WITH_METADATA, len(about)) + about + self.image
+
+
+@dataclass(eq=False)
+class Client:
+    """One connection. `sid` is its name, which survives reconnecting."""
+
+    sid: str
+    metadata: bool = False
+    overflowed: bool = False
+    _waiting: dict[Key, Outgoing] = field(default_factory=dict)
+    _count: int = 0
+    _wake: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def put(self, message: Outgoing) -> None:
+        """Queue a message."""
+        self._count += 1
+        self._waiting[message.key or (str(self._count),)] = message
+        self.overflowed = len(self._waiting) > MAX_WAITING
+        self._wake.set()
+
+    async def next(self) -> Outgoing | None:
+        """The next message, when there is one; None if the client has fallen too far behind."""
+        while not self._waiting:
+            self._wake.clear()
+            await self._wake.wait()
+        if self.overflowed:
+            return None
+        return self._waiting.pop(next(iter(self._waiting)))
+
+
+class Hub:
+    """All connections."""
+
+    def __init__(self) -> None:
+        self._clients: list[Client] = []
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def __len__(self) -> int:
+        return len(self._clients)
+
+    def open(self) -> None:
+        """Use the loop that runs now."""
+        self._loop = asyncio.get_running_loop()
+
+    def join(self, client: Client) -> None:
+        """Send it what there is to be sent from now on."""
+        self._clients.append(client)
+
+    def leave(self, client: Client) -> None:
+        """Send it nothing more."""
+        self._clients.remove(client)
+
+    def publish(self, message: Outgoing, to: str | None = None) -> None:
+        """Send to the connections of one client, or to all (None)."""
+        for client in self._clients:
+            if to is None or client.sid == to:
+                client.put(message)
+
+    def publish_soon(self, message: Outgoing, to: str | None = None) -> None:
+        """`publish`, from any thread."""
+        if self._loop and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self.publish, message, to)
+
+    def status(self, remaining: int) -> None:
+        """Tell all how many jobs wait or run; from any thread."""
+        self.publish_soon(status_message(remaining))
+
+
+def status_message(remaining: int, sid: str | None = None) -> Outgoing:
+    """How many jobs wait or run; the first message of a connection also tells its name."""
+    data: dict[str, Any] = {"status": {"exec_info": {"queue_remaining": remaining}}}
+    if sid is not None:
+        return Outgoing("status", {**data, "sid": sid})
+    return Outgoing("status", data, key=("status",))

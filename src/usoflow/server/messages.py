@@ -1,0 +1,91 @@
+"""Events of a run as ComfyUI's messages, in ComfyUI's order, and the same for history."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from usoflow.server.hub import Outgoing
+from usoflow.service.engine import Cached, Finished, Progress, Started
+from usoflow.service.jobs import Job, State, now
+from usoflow.service.supervisor import Event, Running, shown
+
+
+def messages_of(running: Running, event: Event) -> Iterator[Outgoing]:
+    """What the client of a job is told."""
+    job = running.job
+    about = {"prompt_id": job.id}
+    match event:
+        case State.IN_PROGRESS:
+            yield Outgoing("execution_start", {**about, "timestamp": now()})
+        case State():
+            yield Outgoing(*_end(job))
+            yield Outgoing("executing", {**about, "node": None})
+        case Cached(nodes):
+            yield Outgoing("execution_cached", {**about, "nodes": list(nodes), "timestamp": now()})
+        case Started(node):
+            yield progress_state(running)
+            yield executing(job, node)
+        case Progress():
+            yield from _progress(running, event)
+        case Finished(node=node):
+            yield progress_state(running)
+            if event.images is not None:
+                yield Outgoing(
+                    "executed", {**about, "node": node, "display_node": node, "output": shown(event)}
+                )
+
+
+def executing(job: Job, node: str) -> Outgoing:
+    """Which node runs."""
+    return Outgoing("executing", {"node": node, "display_node": node, "prompt_id": job.id})
+
+
+def progress_state(running: Running) -> Outgoing:
+    """How far every node is that has begun."""
+    nodes = {node: _node_state(running, progress) for node, progress in running.progress.items()}
+    data = {"prompt_id": running.job.id, "nodes": nodes}
+    return Outgoing("progress_state", data, key=("progress_state", running.job.id))
+
+
+def history_entry(job: Job, prompt: list[Any]) -> dict[str, Any]:
+    """One value of `/history`."""
+    messages: list[list[Any]] = [
+        ["execution_start", {"prompt_id": job.id, "timestamp": job.started}],
+        ["execution_cached", {"nodes": job.cached, "prompt_id": job.id, "timestamp": job.started}],
+        list(_end(job)),
+    ]
+    completed = job.state == State.COMPLETED
+    status = {"status_str": "success" if completed else "error", "completed": completed, "messages": messages}
+    meta = {node: _identity(node) for node in job.outputs}
+    return {"prompt": prompt, "outputs": job.outputs, "status": status, "meta": meta}
+
+
+def _end(job: Job) -> tuple[str, dict[str, Any]]:
+    """How a job ended, as a message."""
+    kinds = {State.COMPLETED: "execution_success", State.FAILED: "execution_error"}
+    about = {"prompt_id": job.id, "timestamp": job.ended}
+    return kinds.get(job.state, "execution_interrupted"), {**about, **(job.error or {})}
+
+
+def _progress(running: Running, event: Progress) -> Iterator[Outgoing]:
+    yield progress_state(running)
+    job, node = running.job, event.node
+    if event.preview:
+        about = {**_identity(node), "prompt_id": job.id, "image_type": "image/jpeg"}
+        yield Outgoing("preview", about, image=event.preview, key=("preview", job.id))
+    data = {"value": event.step, "max": event.steps, "prompt_id": job.id, "node": node}
+    yield Outgoing("progress", data, key=("progress", job.id))
+
+
+def _node_state(running: Running, progress: Progress) -> dict[str, Any]:
+    state = "running" if progress.node == running.node else "finished"
+    return {
+        "value": progress.step, "max": progress.steps, "state": state, "prompt_id": running.job.id,
+        **_identity(progress.node),
+    }  # fmt: skip
+
+
+def _identity(node: str) -> dict[str, Any]:
+    """The ids of a node that is not inside another at run time."""
+    return {"node_id": node, "display_node_id": node, "parent_node_id": None, "real_node_id": node}

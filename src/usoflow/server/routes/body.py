@@ -1,0 +1,42 @@
+"""JSON bodies, whatever content type they are sent with, and numbers in queries."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import Depends, Request
+
+from usoflow.errors import UsoflowError
+from usoflow.workflow.loading import read_json
+
+
+async def _json(request: Request) -> Any:
+    data = await request.body()
+    if not data:
+        return None
+    try:
+        return read_json(data)
+    except UsoflowError as error:
+        raise UsoflowError("body_invalid", f"The body is not JSON: {error.detail}.") from None
+
+
+async def _object(request: Request) -> dict[str, Any]:
+    body = await _json(request)
+    if body is None:
+        return {}
+    if not isinstance(body, dict):
+        raise UsoflowError("body_invalid", "The body is not a JSON object.")
+    return body
+
+
+AnyBody = Annotated[Any, Depends(_json)]
+"""Decoded JSON; None for an empty body. Raises UsoflowError `body_invalid`."""
+
+ObjectBody = Annotated[dict[str, Any], Depends(_object)]
+"""A JSON object; an empty one for an empty body."""
+
+
+def names(body: dict[str, Any], key: str) -> list[str]:
+    """The texts in a list of the body."""
+    values = body.get(key)
+    return [value for value in values if isinstance(value, str)] if isinstance(values, list) else []

@@ -1,0 +1,108 @@
+"""`/jobs`: what the editor's queue and history panels show."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Query, Response
+from fastapi.responses import JSONResponse
+
+from usoflow.server.context import Json, Server, ServerOf
+from usoflow.server.messages import history_entry
+from usoflow.server.routes.body import ObjectBody, names
+from usoflow.service.jobs import FINAL, WAITING, Job, State
+
+router = APIRouter(tags=["jobs"])
+
+MAX_PAGE = 1000
+
+
+@router.get("/jobs")
+def jobs(
+    server: ServerOf,
+    status: str = "",
+    limit: int = Query(default=MAX_PAGE, ge=1, le=MAX_PAGE),
+    offset: int = Query(default=0, ge=0, le=2**31),
+    sort_order: str = "desc",
+) -> JSONResponse:
+    """A page of jobs in some states (default: all), the newest first."""
+    names_ = [name for name in status.split(",") if name]
+    unknown = sorted(set(names_) - set(State))
+    if unknown or sort_order not in ("asc", "desc"):
+        wrong = f"Invalid status value(s): {', '.join(unknown)}" if unknown else "Invalid sort_order"
+        return JSONResponse({"error": f"{wrong}. Valid values: {', '.join(State)}; asc, desc"}, 400)
+    states = [State(name) for name in names_] or [*WAITING, *FINAL]
+    found = server.store.jobs(states, limit=limit, offset=offset, newest_first=sort_order == "desc")
+    total = server.store.count(states)
+    more = offset + len(found) < total
+    page = {"offset": offset, "limit": limit, "total": total, "has_more": more}
+    return JSONResponse({"jobs": [summary(job) for job in found], "pagination": page})
+
+
+@router.get("/jobs/{job_id}")
+def job_details(server: ServerOf, job_id: str) -> JSONResponse:
+    """A job with its outputs and workflow."""
+    job = server.store.get(job_id)
+    if job is None:
+        return JSONResponse({"error": f"There is no job {job_id}."}, 404)
+    request = server.store.request(job_id)
+    details = summary(job) | {
+        "outputs": job.outputs,
+        "workflow": {"prompt": request.prompt, "extra_data": request.extra},
+    }
+    if job.state in FINAL:
+        details["execution_status"] = history_entry(job, [])["status"]
+    return JSONResponse(details)
+
+
+@router.post("/jobs/cancel")
+def cancel_many(server: ServerOf, body: ObjectBody) -> Json:
+    """Stop jobs, waiting or running: `{"job_ids": [...]}`."""
+    wanted = names(body, "job_ids")
+    return {"cancelled": [job_id for job_id in wanted if _cancel(server, job_id)]}
+
+
+@router.post("/jobs/{job_id}/cancel")
+def cancel(server: ServerOf, job_id: str) -> Response:
+    """Stop a job, waiting or running."""
+    if server.store.get(job_id) is None:
+        return JSONResponse({"error": f"There is no job {job_id}."}, 404)
+    return JSONResponse({"cancelled": _cancel(server, job_id)})
+
+
+def _cancel(server: Server, job_id: str) -> bool:
+    done = bool(server.store.cancel_pending([job_id])) or server.supervisor.interrupt(job_id)
+    server.queue_changed()
+    return done
+
+
+def summary(job: Job) -> Json:
+    """A job in a list."""
+    images = [
+        {**image, "nodeId": node, "mediaType": "images"}
+        for node, shown in job.outputs.items()
+        for image in shown["images"]
+    ]
+    record: dict[str, Any] = {
+        "id": job.id,
+        "status": job.state,
+        "priority": job.number,
+        "create_time": job.created,
+        "execution_start_time": job.started,
+        "execution_end_time": job.ended,
+        "outputs_count": len(images),
+        "preview_output": _preview(images),
+        "workflow_id": job.workflow,
+        "execution_error": _with_time(job) if job.state == State.FAILED else None,
+    }
+    return {key: value for key, value in record.items() if value is not None}
+
+
+def _preview(images: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The last picture that is kept, else the last one that is shown."""
+    kept = [image for image in images if image["type"] == "output"]
+    return next(reversed(kept or images), None)
+
+
+def _with_time(job: Job) -> Json:
+    return {**(job.error or {}), "timestamp": job.ended}

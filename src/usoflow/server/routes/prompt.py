@@ -1,0 +1,175 @@
+"""`/prompt`, `/queue`, `/history`, `/interrupt`, `/free`: jobs as ComfyUI's scripts know them."""
+
+from __future__ import annotations
+
+import math
+import re
+import uuid
+from typing import Any
+
+from fastapi import APIRouter, Query, Response
+from fastapi.responses import JSONResponse
+from starlette.concurrency import run_in_threadpool
+
+from usoflow.catalogue import missing_file_remedy
+from usoflow.errors import UsoflowError
+from usoflow.schema.validation import ValidationResult, validate
+from usoflow.schema.values import error
+from usoflow.server.context import Json, Server, ServerOf
+from usoflow.server.messages import history_entry
+from usoflow.server.routes.body import AnyBody, ObjectBody, names
+from usoflow.service.jobs import FINAL, WAITING, Job, Request, State
+
+router = APIRouter(tags=["jobs"])
+
+SECRETS = ("auth_token_comfy_org", "api_key_comfy_org")  # of the editor's maker: never stored
+MAX_PAGE = 10_000
+
+
+@router.get("/prompt")
+def queue_length(server: ServerOf) -> Json:
+    """How many jobs wait or run."""
+    return {"exec_info": {"queue_remaining": server.store.count(WAITING)}}
+
+
+@router.post("/prompt")
+async def submit(server: ServerOf, body: AnyBody) -> JSONResponse:
+    """Accept a prompt: once this has answered 200, the job is not lost."""
+    if not isinstance(body, dict) or "prompt" not in body:
+        return _refusal(error("no_prompt", "No prompt provided", "No prompt provided"), {})
+    return await run_in_threadpool(_submit, server, body)
+
+
+def _submit(server: Server, body: Json) -> JSONResponse:
+    prompt, most = body["prompt"], server.settings.limits.nodes
+    if isinstance(prompt, dict) and len(prompt) > most:
+        return _refusal(
+            error("too_many_nodes", f"A prompt may have {most} nodes", f"{len(prompt)} nodes"), {}
+        )
+    checked = _validate(server, body)
+    if checked.error is not None:
+        return _refusal(checked.error, checked.node_errors)
+    job = server.store.add(_request(body, checked), limit=server.settings.limits.queue)
+    server.supervisor.wake()
+    server.queue_changed()
+    answer = {"prompt_id": job.id, "number": _whole(job.number), "node_errors": checked.node_errors}
+    return JSONResponse(answer)
+
+
+def _validate(server: Server, body: Json) -> ValidationResult:
+    targets = body.get("partial_execution_targets")
+    return validate(
+        body["prompt"],
+        server.registry,
+        server.folders,
+        targets=[str(target) for target in targets] if isinstance(targets, list) else None,
+        remedy=lambda folder, name: missing_file_remedy(folder, name, server.folders),
+    )
+
+
+def _request(body: Json, checked: ValidationResult) -> Request:
+    job_id, client, number = (body.get(key) for key in ("prompt_id", "client_id", "number"))
+    if job_id is not None and not (isinstance(job_id, str) and re.fullmatch(r"[\w.-]{1,100}", job_id)):
+        raise UsoflowError("body_invalid", "prompt_id is not made of letters, digits, '-', '_' and '.'.")
+    extra = body.get("extra_data")
+    kept = {k: v for k, v in extra.items() if k not in SECRETS} if isinstance(extra, dict) else {}
+    return Request(
+        id=job_id or str(uuid.uuid4()),
+        prompt=checked.prompt,
+        targets=checked.outputs,
+        extra=kept,
+        client=client if isinstance(client, str) else None,
+        front=body.get("front") is True,
+        number=_number(number),
+    )
+
+
+def _number(value: Any) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(float(value)):
+        raise UsoflowError("body_invalid", "number is not a number.")
+    return float(value)
+
+
+def _refusal(reason: Json, node_errors: Json) -> JSONResponse:
+    return JSONResponse({"error": reason, "node_errors": node_errors}, 400)
+
+
+@router.get("/queue")
+def queue(server: ServerOf) -> Json:
+    """What runs and what waits."""
+    waiting = server.store.waiting()
+    running = [_queued(server, job) for job in waiting if job.state == State.IN_PROGRESS]
+    return {
+        "queue_running": running,
+        "queue_pending": [_queued(server, job) for job in waiting if job.state == State.PENDING],
+    }
+
+
+@router.post("/queue")
+def change_queue(server: ServerOf, body: ObjectBody) -> Response:
+    """Cancel jobs that wait: `{"delete": [ids]}` or `{"clear": true}`."""
+    server.store.cancel_pending(None if body.get("clear") else names(body, "delete"))
+    server.queue_changed()
+    return Response()
+
+
+@router.get("/history")
+def history(
+    server: ServerOf,
+    max_items: int = Query(default=MAX_PAGE, ge=0, le=MAX_PAGE),
+    offset: int = Query(default=0, ge=-1, le=2**31),
+) -> Json:
+    """Jobs that have run, the newest last; `offset` counts from the oldest."""
+    if offset > 0:
+        jobs = server.store.jobs(FINAL, limit=max_items, offset=offset, newest_first=False, started_only=True)
+    else:
+        jobs = server.store.jobs(FINAL, limit=max_items, started_only=True)[::-1]
+    return {job.id: _entry(server, job) for job in jobs}
+
+
+@router.get("/history/{job_id}")
+def history_of(server: ServerOf, job_id: str) -> Json:
+    """One job that has run; empty if there is none, or it has not ended."""
+    job = server.store.get(job_id)
+    return {job.id: _entry(server, job)} if job and job.state in FINAL and job.started else {}
+
+
+@router.post("/history")
+def change_history(server: ServerOf, body: ObjectBody) -> Response:
+    """Forget jobs: `{"delete": [ids]}` or `{"clear": true}`. Their pictures stay."""
+    server.store.forget(None if body.get("clear") else names(body, "delete"))
+    return Response()
+
+
+@router.post("/interrupt")
+def interrupt(server: ServerOf, body: ObjectBody) -> Response:
+    """Stop the job that runs, if it is `prompt_id` or none is given."""
+    job_id = body.get("prompt_id")
+    server.supervisor.interrupt(job_id if isinstance(job_id, str) else None)
+    return Response()
+
+
+@router.post("/free")
+def free(server: ServerOf, body: ObjectBody) -> Response:
+    """Forget models and results before the next job."""
+    if body.get("unload_models") or body.get("free_memory"):
+        server.engine.free()
+    return Response()
+
+
+def _queued(server: Server, job: Job) -> list[Any]:
+    """A job as `/queue` and `/history` list it: [number, id, prompt, extra data, outputs]."""
+    request = server.store.request(job.id)
+    extra = {**request.extra, "create_time": job.created}
+    extra |= {"client_id": request.client} if request.client else {}
+    return [_whole(job.number), job.id, request.prompt, extra, list(request.targets)]
+
+
+def _entry(server: Server, job: Job) -> Json:
+    return history_entry(job, _queued(server, job))
+
+
+def _whole(number: float) -> int | float:
+    return int(number) if number.is_integer() else number

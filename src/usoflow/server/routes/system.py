@@ -1,0 +1,110 @@
+"""`/system_stats`, `/features`, health, metrics, and what usoflow has nothing to say to."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi.responses import JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, generate_latest
+
+from usoflow.server.context import Json, Server, ServerOf
+from usoflow.service.jobs import State
+
+router = APIRouter(tags=["system"])
+
+COMFYUI_VERSION = "0.8.0"  # whose API this is: the editor and scripts ask for at least some version
+
+
+def features(server: Server) -> Json:
+    """What the server can do, as clients are told."""
+    return {"supports_preview_metadata": True, "max_upload_size": server.settings.limits.body}
+
+
+@router.get("/features")
+def get_features(server: ServerOf) -> Json:
+    """What the server can do."""
+    return features(server)
+
+
+@router.get("/system_stats")
+def system_stats(server: ServerOf) -> Json:
+    """The machine and the device that computes."""
+    device = server.engine.system()
+    total, free = _memory()
+    return {
+        "system": {
+            "os": sys.platform,
+            "ram_total": total,
+            "ram_free": free,
+            "comfyui_version": COMFYUI_VERSION,
+            "python_version": sys.version,
+            "pytorch_version": device.get("pytorch_version", "not loaded yet"),
+            "embedded_python": False,
+            "argv": ["usoflow", "serve"],
+        },
+        "devices": [_device(device, total, free)],
+    }
+
+
+def _device(device: Any, total: int, free: int) -> Json:
+    memory = {"vram_total": device.get("vram_total", total), "vram_free": device.get("vram_free", free)}
+    torch = {f"torch_{name}": value for name, value in memory.items()}
+    name, kind = device.get("name", platform.machine()), device.get("type", "cpu")
+    return {"name": name, "type": kind, "index": device.get("index"), **memory, **torch}
+
+
+def _memory() -> tuple[int, int]:
+    """Bytes of memory, and of it free; zeros where the system does not tell."""
+    try:
+        page = os.sysconf("SC_PAGE_SIZE")
+        return page * os.sysconf("SC_PHYS_PAGES"), page * os.sysconf("SC_AVPHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 0, 0
+
+
+@router.get("/health/live")
+def live() -> Json:
+    """The server answers."""
+    return {"live": True}
+
+
+@router.get("/health/ready")
+def ready(server: ServerOf) -> JSONResponse:
+    """Whether jobs are taken."""
+    return JSONResponse({"ready": server.supervisor.alive}, 200 if server.supervisor.alive else 503)
+
+
+@router.get("/metrics")
+def metrics(server: ServerOf) -> Response:
+    """For Prometheus: jobs by state, connections."""
+    registry = CollectorRegistry()
+    jobs = Gauge("usoflow_jobs", "Jobs in the table by state.", ["state"], registry=registry)
+    for state in State:
+        jobs.labels(state).set(server.store.count([state]))
+    Gauge("usoflow_sockets", "Open WebSocket connections.", registry=registry).set(len(server.hub))
+    return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+
+@router.get("/i18n")
+@router.get("/global_subgraphs")
+@router.get("/workflow_templates")
+@router.get("/node_replacements")
+def nothing() -> Json:
+    """Custom nodes would add to this."""
+    return {}
+
+
+@router.get("/internal/logs/raw")
+def logs() -> Json:
+    """The log is on the server's terminal."""
+    return {"entries": [], "size": {"cols": 80, "rows": 24}}
+
+
+@router.patch("/internal/logs/subscribe")
+def subscribe_to_logs() -> Response:
+    """As above: there is nothing to come."""
+    return Response()

@@ -1,0 +1,151 @@
+"""`/users`, `/settings`, `/userdata`: what the editor keeps for its user. There is one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import FileResponse, JSONResponse
+
+from usoflow.errors import UsoflowError
+from usoflow.server.context import Json, Server, ServerOf
+from usoflow.server.files import within, write_whole
+from usoflow.server.routes.body import AnyBody, ObjectBody
+
+router = APIRouter(tags=["user"])
+
+HARMLESS = {"Content-Security-Policy": "default-src 'none'; sandbox"}
+STYLE = "user.css"
+# What the editor asks for at its start and would report as missing.
+FIRST_FILES = {STYLE: b"", "comfy.templates.json": b"[]"}
+FIRST_FOLDERS = ("workflows", "subgraphs")
+
+
+def prepare(folder: Path) -> None:
+    """Make a new user's folder."""
+    for name in FIRST_FOLDERS:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for name, data in FIRST_FILES.items():
+        if not (folder / name).exists():
+            write_whole(folder / name, data)
+
+
+@router.get("/users")
+def users() -> Json:
+    """Everything is kept here, not in the browser."""
+    return {"storage": "server", "migrated": True}
+
+
+@router.get("/settings")
+def settings(server: ServerOf) -> Json:
+    """All settings of the editor."""
+    return server.store.settings()
+
+
+@router.get("/settings/{key:path}")
+def setting(server: ServerOf, key: str) -> Any:
+    """One setting; null if it was never set."""
+    return JSONResponse(server.store.settings().get(key))
+
+
+@router.post("/settings")
+def set_settings(server: ServerOf, body: ObjectBody) -> Response:
+    """Set some."""
+    server.store.set_settings(body)
+    return Response()
+
+
+@router.post("/settings/{key:path}")
+def set_setting(server: ServerOf, key: str, body: AnyBody) -> Response:
+    """Set one; the body is the value."""
+    server.store.set_settings({key: body})
+    return Response()
+
+
+@router.get("/userdata")
+def list_files(
+    server: ServerOf, dir: str = "", recurse: str = "", split: str = "", full_info: str = ""
+) -> JSONResponse:
+    """The files of a folder; with `full_info` as objects, with `split` as lists of path parts."""
+    root = within(server.settings.user_folder, dir)
+    if not dir or not root.is_dir():
+        return JSONResponse({"error": "There is no such folder."}, 404 if dir else 400)
+    found = root.rglob("*") if recurse == "true" else root.glob("*")
+    paths = sorted(path for path in found if path.is_file())
+    if full_info == "true":
+        return JSONResponse([_info(path, root) for path in paths])
+    names = [path.relative_to(root).as_posix() for path in paths]
+    return JSONResponse([[name, *name.split("/")] for name in names] if split == "true" else names)
+
+
+@router.post("/userdata/{file:path}/move/{target:path}")
+def move(
+    server: ServerOf, file: str, target: str, overwrite: str = "true", full_info: str = ""
+) -> JSONResponse:
+    """Give a file another name."""
+    source, path = _existing(server, file), within(server.settings.user_folder, target)
+    _check_free(path, overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    source.replace(path)
+    return _written(server, path, full_info)
+
+
+@router.get("/userdata/{file:path}")
+def read(server: ServerOf, file: str) -> FileResponse:
+    """A file; only the style sheet is more than data to a browser."""
+    kind = "text/css" if file == STYLE else "application/octet-stream"
+    return FileResponse(_existing(server, file), media_type=kind, headers=HARMLESS)
+
+
+@router.get("/user.css")
+def style(server: ServerOf) -> FileResponse:
+    """The user's style sheet."""
+    return read(server, STYLE)
+
+
+@router.post("/userdata/{file:path}")
+async def write(
+    server: ServerOf, request: Request, file: str, overwrite: str = "true", full_info: str = ""
+) -> JSONResponse:
+    """Write a file; the body is its content."""
+    path = within(server.settings.user_folder, file)
+    _check_free(path, overwrite)
+    try:
+        write_whole(path, await request.body())
+    except OSError as error:
+        raise UsoflowError("save_failed", f"{file!r} cannot be written: {error.strerror}.") from None
+    return _written(server, path, full_info)
+
+
+@router.delete("/userdata/{file:path}", status_code=204)
+def delete(server: ServerOf, file: str) -> None:
+    """Delete a file."""
+    _existing(server, file).unlink()
+
+
+def _existing(server: Server, name: str) -> Path:
+    path = within(server.settings.user_folder, name)
+    try:
+        found = path.is_file()
+    except OSError:
+        found = False
+    if not found:
+        raise UsoflowError("file_not_found", f"There is no {name!r}.")
+    return path
+
+
+def _check_free(path: Path, overwrite: str) -> None:
+    if path.is_dir() or (overwrite == "false" and path.exists()):
+        raise UsoflowError("file_exists", f"There is a {path.name!r} already.")
+
+
+def _written(server: Server, path: Path, full_info: str) -> JSONResponse:
+    root = server.settings.user_folder.resolve()
+    return JSONResponse(_info(path, root) if full_info == "true" else path.relative_to(root).as_posix())
+
+
+def _info(path: Path, root: Path) -> Json:
+    state = path.stat()
+    name = path.relative_to(root).as_posix()
+    return {"path": name, "size": state.st_size, "modified": state.st_mtime, "created": state.st_ctime}

@@ -1,0 +1,87 @@
+"""`/ws`: one connection of a client, from greeting to end."""
+
+from __future__ import annotations
+
+import json
+import re
+import uuid
+from contextlib import suppress
+from typing import Any, Final
+
+from anyio import CancelScope, create_task_group
+from fastapi import APIRouter, WebSocket, WebSocketDisconnect
+
+from usoflow.server.context import Server, ServerOf
+from usoflow.server.hub import Client, Outgoing, status_message
+from usoflow.server.messages import executing, progress_state
+from usoflow.server.routes.system import features
+from usoflow.service.jobs import WAITING
+
+router = APIRouter()
+
+TOO_SLOW: Final = 1013  # "try again later": the client reconnects
+
+
+@router.websocket("/ws")
+async def socket(websocket: WebSocket, server: ServerOf) -> None:
+    """Send what happens until the client leaves, or reads too slowly to be of use."""
+    await websocket.accept()
+    client = Client(_name(websocket.query_params.get("clientId", "")))
+    _greet(server, client)
+    server.hub.join(client)
+    try:
+        async with create_task_group() as tasks:
+            tasks.start_soon(_send, websocket, client, tasks.cancel_scope)
+            await _receive(websocket, client, server)
+            tasks.cancel_scope.cancel()
+    finally:
+        server.hub.leave(client)
+
+
+def _name(wanted: str) -> str:
+    """The name that a client had before, or a new one."""
+    return wanted if re.fullmatch(r"[\w.-]{1,100}", wanted) else uuid.uuid4().hex
+
+
+def _greet(server: Server, client: Client) -> None:
+    """The queue, and where the client's own job is if it comes back in the middle of it."""
+    client.put(status_message(server.store.count(WAITING), client.sid))
+    running = server.supervisor.running
+    if running and running.job.client == client.sid:
+        client.put(progress_state(running))
+        if running.node:
+            client.put(executing(running.job, running.node))
+
+
+async def _send(websocket: WebSocket, client: Client, connection: CancelScope) -> None:
+    with suppress(WebSocketDisconnect, RuntimeError):  # RuntimeError: the client has closed it
+        while message := await client.next():
+            encoded = message.encoded(metadata=client.metadata)
+            await (
+                websocket.send_bytes(encoded) if isinstance(encoded, bytes) else websocket.send_text(encoded)
+            )
+        await websocket.close(TOO_SLOW)
+    connection.cancel()
+
+
+async def _receive(websocket: WebSocket, client: Client, server: Server) -> None:
+    """Clients say one thing: what they understand."""
+    with suppress(WebSocketDisconnect):
+        while True:
+            message = await websocket.receive()
+            if message["type"] == "websocket.disconnect":
+                return
+            announced = _flags(message.get("text"))
+            if announced is not None:
+                client.metadata = announced.get("supports_preview_metadata") is True
+                client.put(Outgoing("feature_flags", features(server)))
+
+
+def _flags(text: str | None) -> dict[str, Any] | None:
+    """What a client announces, if this is an announcement."""
+    try:
+        message = json.loads(text or "")
+        data = message["data"] if message["type"] == "feature_flags" else None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return data if isinstance(data, dict) else None

@@ -1,0 +1,137 @@
+"""The official editor, unmodified, from its own package; and the templates that its browser offers.
+
+Templates whose nodes usoflow lacks are not offered, USO's come first. `sourceRevision` is left out: the
+editor would fetch example pictures from another host (`picture.py` draws ours).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from fastapi import APIRouter, FastAPI
+from fastapi.responses import FileResponse, JSONResponse, Response
+from starlette.staticfiles import StaticFiles
+
+from usoflow.errors import UsoflowError
+from usoflow.schema.node import NodeRegistry
+from usoflow.server.context import Json, ServerOf
+from usoflow.workflow.loading import TEMPLATE_PACKAGE, template
+
+EDITOR: Final = "comfyui_frontend_package"
+OURS: Final = "uso"  # part of the names of the templates that come first
+EDITOR_ONLY: Final = frozenset(
+    {"Note", "MarkdownNote", "Reroute", "PrimitiveNode"}
+)  # nodes that no prompt has
+_MISSING: Final = "The editor is not installed: pip install 'usoflow[ui]'. The API is there, see /docs.\n"
+
+
+class Templates:
+    """What the template browser shows, found out when it is first opened."""
+
+    def __init__(self, registry: NodeRegistry) -> None:
+        self._registry = registry
+        self._indexes: dict[str, list[Json]] = {}
+
+    def index(self, name: str) -> list[Json]:
+        """An index file without what cannot be run. Raises UsoflowError `template_unknown`."""
+        if name not in self._indexes:
+            self._indexes[name] = self._made(name)
+        return self._indexes[name]
+
+    def _made(self, name: str) -> list[Json]:
+        categories = [{**c, "templates": self._usable(c["templates"])} for c in _read(name)]
+        filled = [category for category in categories if category["templates"]]
+        return sorted(filled, key=lambda category: not _has_ours(category["templates"]))
+
+    def _usable(self, entries: list[Json]) -> list[Json]:
+        usable = [_without_source(entry) for entry in entries if self._can_run(entry["name"])]
+        return sorted(usable, key=lambda entry: not _is_ours(entry["name"]))
+
+    def _can_run(self, name: str) -> bool:
+        try:
+            types = set(_node_types(template(name)))
+        except UsoflowError:  # of a form that we do not read
+            return False
+        return types <= self._registry.keys() | EDITOR_ONLY
+
+
+router = APIRouter(tags=["editor"])
+
+
+@router.get("/templates/{name}")
+def template_file(server: ServerOf, name: str) -> Response:
+    """An index (`index.json`, `index.fr.json`) or a template."""
+    stem = name.removesuffix(".json")
+    if stem == name:
+        raise UsoflowError(
+            "template_unknown", f"There is no {name!r}: pictures of templates are not installed."
+        )
+    if stem == "index_logo":
+        return JSONResponse(_read(name))
+    if re.fullmatch(r"index(\.[\w-]+)?", stem):
+        return JSONResponse(server.templates.index(name))
+    return JSONResponse(template(stem))
+
+
+@router.get("/extensions")
+def extensions() -> list[str]:
+    """The scripts that the editor is made of."""
+    root = editor_folder()
+    found = sorted((root / "extensions" / "core").glob("*.js")) if root else []
+    return [f"/{path.relative_to(root).as_posix()}" for path in found if root]
+
+
+def editor_folder() -> Path | None:
+    """Where the editor's files are, if it is installed."""
+    spec = importlib.util.find_spec(EDITOR)
+    return Path(spec.origin).parent / "static" if spec and spec.origin else None
+
+
+def mount_editor(app: FastAPI) -> None:
+    """Serve the editor's files under every path that no route has."""
+    root = editor_folder()
+    if root is None:
+        app.add_api_route("/", lambda: Response(_MISSING, media_type="text/plain"), include_in_schema=False)
+        return
+
+    def page() -> FileResponse:
+        return FileResponse(root / "index.html", headers={"Cache-Control": "no-cache"})
+
+    app.add_api_route("/", page, include_in_schema=False)
+    app.mount("/", StaticFiles(directory=root))
+
+
+def _read(name: str) -> Any:
+    """A JSON file of the templates' package that is no template."""
+    spec = importlib.util.find_spec(TEMPLATE_PACKAGE)
+    path = Path(spec.origin).parent / "templates" / name if spec and spec.origin else None
+    if path is None or not path.is_file():
+        raise UsoflowError("template_unknown", f"There is no {name!r}.")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _node_types(workflow: Json) -> Iterator[str]:
+    """The types of all nodes, inside subgraphs too; subgraphs themselves are none."""
+    subgraphs = (workflow.get("definitions") or {}).get("subgraphs") or []
+    own = {subgraph["id"] for subgraph in subgraphs}
+    for graph in (workflow, *subgraphs):
+        yield from (node["type"] for node in graph["nodes"] if node["type"] not in own)
+
+
+def _without_source(entry: Json) -> Json:
+    io = entry.get("io") or {}
+    inputs = [{k: v for k, v in i.items() if k != "sourceRevision"} for i in io.get("inputs", [])]
+    return {**entry, "io": {**io, "inputs": inputs}} if inputs else entry
+
+
+def _has_ours(entries: list[Json]) -> bool:
+    return any(_is_ours(entry["name"]) for entry in entries)
+
+
+def _is_ours(name: str) -> bool:
+    return OURS in name.split("_")

@@ -1,0 +1,243 @@
+"""Pictures in and out, saved workflows: nothing leaves its folder, nothing active is served."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from fastapi.testclient import TestClient
+from PIL import Image
+
+from server.conftest import Serve
+from usoflow.server.context import Limits
+
+
+def picture(
+    size: tuple[int, int] = (8, 6), mode: str = "RGB", kind: str = "PNG", colour: object = None
+) -> bytes:
+    """An encoded picture."""
+    buffer = io.BytesIO()
+    Image.new(mode, size, colour).save(buffer, kind)  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+def upload(client: TestClient, data: bytes, name: str = "a.png", **form: str) -> tuple[int, dict[str, str]]:
+    """Upload; status and answer."""
+    answer = client.post("/api/upload/image", files={"image": (name, data, "image/png")}, data=form)
+    return answer.status_code, answer.json()
+
+
+def test_upload_and_view(client: TestClient, place: Path) -> None:
+    data = picture(colour=(1, 2, 3))
+    assert upload(client, data) == (200, {"name": "a.png", "subfolder": "", "type": "input"})
+    assert upload(client, data)[1]["name"] == "a.png"  # the same again
+    other = picture(colour=(4, 5, 6))
+    assert upload(client, other)[1]["name"] == "a (1).png"
+    assert upload(client, other, overwrite="true")[1]["name"] == "a.png"
+    assert upload(client, data, subfolder="x/y")[1] == {"name": "a.png", "subfolder": "x/y", "type": "input"}
+    assert (place / "input" / "x" / "y" / "a.png").read_bytes() == data
+    shown = client.get("/api/view?filename=a.png&type=input&rand=0.5&subfolder=")
+    assert (shown.content, shown.headers["content-type"]) == (other, "image/png")
+    assert client.get("/view?filename=a.png [input]").content == other
+    assert sorted(client.get("/internal/files/input").json()) == ["a (1).png", "a.png"]
+    assert not list((place / "input").rglob("*.part"))
+
+
+def test_a_picture_uploaded_is_offered_at_once(client: TestClient) -> None:
+    upload(client, picture(), "new.png")
+    offered = client.get("/object_info/LoadImage").json()["LoadImage"]["input"]["required"]["image"][0]
+    assert "new.png" in offered
+
+
+def test_a_model_file_put_there_is_offered_at_once(
+    client: TestClient, small_models: Path, serve: Serve
+) -> None:
+    added = small_models / "loras" / "another.safetensors"
+    added.touch()
+    try:
+        assert "another.safetensors" in client.get("/models/loras").json()
+        listed = client.get("/api/experiment/models/loras").json()
+        assert {entry["name"] for entry in listed} >= {"another.safetensors"}
+    finally:
+        added.unlink()
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        (b"<html><script>alert(1)</script>", "a.png"),
+        (b"", "a.png"),
+        (picture()[:40], "a.png"),
+        (picture(), "a.html"),
+        (picture(), "a"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "a.svg"),
+        (b"\x80\x04cos\nsystem\n", "a.png"),
+    ],
+)
+def test_only_pictures_are_taken(client: TestClient, place: Path, data: bytes, name: str) -> None:
+    status, answer = upload(client, data, name)
+    assert (status, answer["error"]["type"]) == (400, "image_invalid")  # type: ignore[index]
+    assert list((place / "input").iterdir()) == []
+
+
+def test_too_many_pixels_are_refused_before_they_are_read(serve: Serve) -> None:
+    client = serve(limits=Limits(pixels=1000))
+    assert upload(client, picture((30, 30)))[0] == 200
+    status, answer = upload(client, picture((100, 100)))
+    assert (status, answer["error"]["type"]) == (400, "image_too_large")  # type: ignore[index]
+
+
+OUTSIDE = [
+    "../secret.png",
+    "x/../../secret.png",
+    "/etc/passwd",
+    "..\\secret.png",
+    "C:\\x.png",
+    "C:x.png",
+    "a\0.png",
+]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_no_name_leaves_its_folder(client: TestClient, place: Path, name: str) -> None:
+    (place / "secret.png").write_bytes(picture())
+    for parameters in (
+        {"filename": name, "type": "input"},
+        {"filename": "secret.png", "subfolder": name.removesuffix("secret.png") or "..", "type": "input"},
+        {"filename": f"{name} [input]"},
+    ):
+        assert client.get("/api/view", params=parameters).status_code in (400, 404)
+    assert upload(client, picture(), name="a.png", subfolder=name)[0] == 400
+    assert client.post(
+        "/api/userdata/" + name.replace("/", "%2F").replace("\0", "%00"), content=b"x"
+    ).status_code in (
+        400,
+        404,
+    )
+    files = [path.name for path in place.rglob("*") if path.is_file() and "state" not in path.parts]
+    assert files == ["secret.png"]
+
+
+@pytest.mark.parametrize(
+    "name", ["%2e%2e/secret.png", "%2e%2e%2fsecret.png", "..%2fsecret.png", "%252e%252e%252f"]
+)
+def test_encoded_names_neither(client: TestClient, place: Path, name: str) -> None:
+    (place / "secret.png").write_bytes(picture())
+    (place / "state" / "secret.png").write_bytes(picture())
+    assert client.get(f"/api/view?filename={name}&type=input").status_code in (400, 404)
+    assert client.get(f"/api/userdata/{name}").status_code in (400, 404)
+
+
+def test_symbolic_links_lead_nowhere(client: TestClient, place: Path) -> None:
+    (place / "secret.png").write_bytes(picture())
+    (place / "output" / "link.png").symlink_to(place / "secret.png")
+    (place / "output" / "folder").symlink_to(place)
+    (place / "output" / "circle").symlink_to(place / "output" / "circle")
+    for parameters in (
+        {"filename": "link.png"},
+        {"filename": "secret.png", "subfolder": "folder"},
+        {"filename": "circle"},
+    ):
+        assert client.get("/view", params=parameters).status_code in (400, 404)
+
+
+def test_nothing_active_is_served(client: TestClient, place: Path) -> None:
+    """Stored XSS through /view: whatever lies in the output folder, under whatever name."""
+    for name, data in {
+        "a.html": b"<script>alert(1)</script>",
+        "a.svg": b"<svg xmlns='http://www.w3.org/2000/svg' onload='alert(1)'/>",
+        "a.js": b"alert(1)",
+        "page.png": b"<script>alert(1)</script>",
+    }.items():
+        (place / "output" / name).write_bytes(data)
+        headers = client.get(f"/view?filename={name}").headers
+        assert headers["content-type"] == "application/octet-stream"
+        assert headers["content-disposition"].startswith("attachment")
+        assert headers["X-Content-Type-Options"] == "nosniff"
+        assert headers["Content-Security-Policy"] == "default-src 'none'; sandbox"
+    (place / "output" / "picture.html").write_bytes(picture())
+    assert client.get("/view?filename=picture.html").headers["content-type"] == "image/png"
+
+
+def test_preview_and_channel(client: TestClient, place: Path) -> None:
+    (place / "output" / "a.png").write_bytes(picture(mode="RGBA", colour=(200, 100, 50, 128)))
+    small = client.get("/view?filename=a.png&preview=webp;90")
+    assert small.headers["content-type"] == "image/webp"
+    assert Image.open(io.BytesIO(small.content)).format == "WEBP"
+    assert client.get("/view?filename=a.png&preview=jpeg").headers["content-type"] == "image/jpeg"
+    colours = Image.open(io.BytesIO(client.get("/view?filename=a.png&channel=rgb").content))
+    assert (colours.mode, colours.getpixel((0, 0))) == ("RGB", (200, 100, 50))
+    alpha = Image.open(io.BytesIO(client.get("/view?filename=a.png&channel=a").content))
+    assert alpha.getpixel((0, 0)) == (0, 0, 0, 128)
+    for odd in ("../../etc/passwd", "webp;../x", "webp;99999999999", "png;x", ";"):  # a format, never a path
+        assert (
+            client.get("/view", params={"filename": "a.png", "preview": odd}).headers["content-type"]
+            == "image/webp"
+        )
+
+
+def test_mask(client: TestClient, place: Path) -> None:
+    upload(client, picture((8, 6), colour=(10, 20, 30)), "a.png")
+    mask = picture((4, 3), mode="RGBA", colour=(0, 0, 0, 77))
+    form = {"original_ref": json.dumps({"filename": "a.png", "type": "input"})}
+    answer = client.post("/upload/mask", files={"image": ("m.png", mask)}, data=form)
+    assert answer.json()["name"] == "m.png"
+    made = Image.open(place / "input" / "m.png")
+    assert (made.size, made.getpixel((0, 0))) == ((8, 6), (10, 20, 30, 77))
+    for reference in (
+        "",
+        "[]",
+        "5",
+        "{}",
+        '{"filename": "../a.png", "type": "input"}',
+        '{"filename": "none.png"}',
+    ):
+        odd = client.post("/upload/mask", files={"image": ("m.png", mask)}, data={"original_ref": reference})
+        assert odd.status_code in (400, 404)
+
+
+def test_missing_is_404_not_500(client: TestClient) -> None:
+    for query in ("", "?filename=none.png", "?filename=" + "x" * 5000, "?filename=a.png&type=nonsense"):
+        assert client.get(f"/view{query}").status_code in (400, 404)
+
+
+def test_workflows_are_kept(client: TestClient) -> None:
+    path = "/api/userdata/workflows%2Fmy%20work.json"
+    written = client.post(f"{path}?overwrite=false&full_info=true", content=b'{"nodes": []}')
+    assert (written.json()["path"], written.json()["size"]) == ("workflows/my work.json", 13)
+    assert client.post(f"{path}?overwrite=false", content=b"other").status_code == 409
+    assert client.get(path).content == b'{"nodes": []}'
+    listed = client.get("/api/userdata?dir=workflows&recurse=true&split=false&full_info=true").json()
+    assert [entry["path"] for entry in listed] == ["my work.json"]
+    assert client.get("/userdata?dir=workflows&split=true").json() == [["my work.json", "my work.json"]]
+    moved = client.post("/api/userdata/workflows%2Fmy%20work.json/move/workflows%2Fdeep%2Fb.json")
+    assert moved.json() == "workflows/deep/b.json"
+    assert client.get(path).status_code == 404
+    assert client.delete("/api/userdata/workflows%2Fdeep%2Fb.json").status_code == 204
+    assert client.delete("/api/userdata/workflows%2Fdeep%2Fb.json").status_code == 404
+    assert client.get("/api/userdata?dir=nonsense").status_code == 404
+    assert client.get("/api/userdata").status_code == 400
+
+
+def test_a_saved_page_is_only_data(client: TestClient) -> None:
+    client.post("/userdata/x.html", content=b"<script>alert(1)</script>")
+    headers = client.get("/userdata/x.html").headers
+    assert headers["content-type"] == "application/octet-stream"
+    assert "sandbox" in headers["Content-Security-Policy"]
+
+
+def test_settings_are_values_whatever_they_are(client: TestClient) -> None:
+    """No line break in a value or key becomes another setting."""
+    assert client.get("/api/settings").json() == {}
+    assert client.post("/api/settings/Comfy.A", content=b'"x\\r\\nComfy.B = 1"').status_code == 200
+    assert client.post("/api/settings", json={"C\r\nD": [1], "Comfy.E": None}).status_code == 200
+    assert client.get("/api/settings").json() == {
+        "Comfy.A": "x\r\nComfy.B = 1",
+        "C\r\nD": [1],
+        "Comfy.E": None,
+    }
+    assert client.get("/api/settings/Comfy.A").json() == "x\r\nComfy.B = 1"
+    assert client.get("/api/settings/none").json() is None
+    assert client.post("/api/settings", json=[1]).status_code == 400

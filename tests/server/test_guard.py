@@ -1,0 +1,80 @@
+"""Who may ask: other sites may not, nor anybody without the token beyond this machine."""
+
+from __future__ import annotations
+
+import pytest
+from fastapi.testclient import TestClient
+from starlette.websockets import WebSocketDisconnect
+
+from server.conftest import SOCKET, Serve
+
+OURS = "http://127.0.0.1:8188"
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"host": "localhost:8188"}, 200),
+        ({"host": "[::1]:8188"}, 200),
+        ({"host": "rebound.example:8188"}, 403),
+        ({"host": ""}, 403),
+        ({"origin": OURS}, 200),
+        ({"origin": "null"}, 403),
+        ({"origin": "https://example.com"}, 403),
+        ({"origin": "http://127.0.0.1:9999"}, 403),
+        ({"origin": "http://127.0.0.1:8188.example.com"}, 403),
+        ({"sec-fetch-site": "cross-site", "sec-fetch-mode": "no-cors"}, 403),
+        ({"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}, 200),
+        ({"sec-fetch-site": "same-origin", "sec-fetch-mode": "cors"}, 200),
+    ],
+)
+def test_host_and_origin(client: TestClient, headers: dict[str, str], status: int) -> None:
+    assert client.get("/api/queue", headers=headers).status_code == status
+
+
+def test_a_form_of_another_site_changes_nothing(client: TestClient) -> None:
+    headers = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}
+    assert client.post("/api/interrupt", headers=headers).status_code == 403
+
+
+@pytest.mark.parametrize(
+    "headers", [{"origin": "null"}, {"origin": "https://example.com"}, {"host": "x.example"}]
+)
+def test_sockets_are_guarded_alike(client: TestClient, headers: dict[str, str]) -> None:
+    with pytest.raises(WebSocketDisconnect), client.websocket_connect(SOCKET, headers=headers):
+        pass
+    with client.websocket_connect(SOCKET, headers={"origin": OURS}):
+        pass
+
+
+def test_token(serve: Serve) -> None:
+    client = serve(token="correct-horse", listen="0.0.0.0")
+    assert client.get("/api/queue", headers={"host": "my-machine:8188"}).status_code == 401
+    assert client.get("/?token=wrong", follow_redirects=False).status_code == 401
+    assert client.get("/api/queue", headers={"authorization": "Bearer wrong"}).status_code == 401
+    assert client.get("/api/queue", headers={"authorization": "Bearer correct-horse"}).status_code == 200
+    assert client.get("/health/live").status_code == 200
+    with pytest.raises(WebSocketDisconnect), client.websocket_connect(SOCKET):
+        pass
+    entered = client.get("/?token=correct-horse", follow_redirects=False)
+    assert entered.status_code == 303
+    assert entered.headers["location"] == "/"
+    cookie = entered.headers["set-cookie"].lower()
+    assert "httponly" in cookie
+    assert "samesite=strict" in cookie
+    assert client.get("/api/queue").status_code == 200  # the cookie
+    with client.websocket_connect(SOCKET) as socket:
+        assert socket.receive_json()["type"] == "status"
+
+
+def test_every_response_says_what_it_is(client: TestClient) -> None:
+    for path in ("/api/queue", "/no/such/path", "/view?filename=x"):
+        headers = client.get(path).headers
+        assert headers["X-Content-Type-Options"] == "nosniff"
+        assert "frame-ancestors" in headers["Content-Security-Policy"]
+
+
+def test_what_there_is_not_is_404(client: TestClient) -> None:
+    for path in ("/no/such/path", "/api/assets", "/api/v2/x", "/api/models/nonsense", "/api/jobs/none"):
+        assert client.get(path).status_code == 404, path

@@ -1,0 +1,207 @@
+"""`/prompt`, `/queue`, `/history`, `/jobs`, `/interrupt`: the life of a job as clients see it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from server.conftest import Serve, ended, prompt, submit, until
+from usoflow.server.context import Limits
+
+
+@pytest.mark.parametrize("prefix", ["", "/api"])
+def test_a_job_from_prompt_to_history(client: TestClient, prefix: str) -> None:
+    workflow = {"id": "the-workflow", "nodes": []}
+    body = {
+        "prompt": prompt(),
+        "client_id": "me",
+        "extra_data": {"extra_pnginfo": {"workflow": workflow}, "api_key_comfy_org": "secret"},
+    }
+    answer = client.post(f"{prefix}/prompt", json=body)
+    assert answer.status_code == 200
+    job = answer.json()["prompt_id"]
+    assert answer.json() == {"prompt_id": job, "number": 0, "node_errors": {}}
+    details = ended(client, job)
+    image = {"filename": "good_00001_.png", "subfolder": "", "type": "output"}
+    assert details["outputs"] == {"save": {"images": [image]}}
+    assert details["workflow"]["extra_data"] == {"extra_pnginfo": {"workflow": workflow}}  # no secret
+
+    entry = client.get(f"{prefix}/history/{job}").json()[job]
+    assert entry["status"]["status_str"] == "success"
+    assert entry["status"]["completed"] is True
+    names = [name for name, _ in entry["status"]["messages"]]
+    assert names == ["execution_start", "execution_cached", "execution_success"]
+    assert entry["prompt"][1] == job
+    assert entry["prompt"][4] == ["save"]
+    assert entry["meta"]["save"]["real_node_id"] == "save"
+    assert list(client.get(f"{prefix}/history").json()) == [job]
+
+    listed = client.get(f"{prefix}/jobs?status=completed,failed,cancelled&limit=64&offset=0").json()
+    assert listed["pagination"] == {"offset": 0, "limit": 64, "total": 1, "has_more": False}
+    (summary,) = listed["jobs"]
+    assert summary["preview_output"] == {**image, "nodeId": "save", "mediaType": "images"}
+    assert (summary["workflow_id"], summary["outputs_count"]) == ("the-workflow", 1)
+
+
+def test_a_failed_job_names_node_and_remedy(client: TestClient) -> None:
+    job = submit(client, "bad")
+    error = ended(client, job)["execution_error"]
+    assert (error["node_id"], error["node_type"]) == ("sampler", "KSampler")
+    assert (error["exception_type"], error["exception_message"]) == ("out_of_memory", "what\nremedy\n")
+    status = client.get(f"/history/{job}").json()[job]["status"]
+    assert (status["status_str"], status["messages"][-1][0]) == ("error", "execution_error")
+
+
+@pytest.mark.parametrize("way", ["/interrupt", "/interrupt by id", "/jobs/cancel", "/jobs/ID/cancel"])
+def test_the_running_job_is_stopped(client: TestClient, way: str) -> None:
+    job, other = submit(client, "long"), submit(client, "good")
+    until(client, job, ("in_progress",))
+    client.post("/interrupt", json={"prompt_id": other})  # does not run yet: nothing happens
+    assert client.get(f"/jobs/{job}").json()["status"] == "in_progress"
+    request: dict[str, tuple[str, Any]] = {
+        "/interrupt": ("/api/interrupt", None), "/interrupt by id": ("/interrupt", {"prompt_id": job}),
+        "/jobs/cancel": ("/api/jobs/cancel", {"job_ids": [job]}),
+        "/jobs/ID/cancel": (f"/jobs/{job}/cancel", None),
+    }  # fmt: skip
+    path, body = request[way]
+    assert client.post(path, json=body).status_code == 200
+    assert ended(client, job)["status"] == "cancelled"
+    assert ended(client, other)["status"] == "completed"
+    status = client.get(f"/history/{job}").json()[job]["status"]
+    assert status["messages"][-1][0] == "execution_interrupted"
+
+
+def test_queue_order_front_and_delete(client: TestClient) -> None:
+    running = submit(client, "long")
+    until(client, running, ("in_progress",))
+    first, second, third = (submit(client) for _ in range(3))
+    front = submit(client, front=True)
+    queue = client.get("/queue").json()
+    assert [entry[1] for entry in queue["queue_running"]] == [running]
+    assert [entry[1] for entry in queue["queue_pending"]] == [front, first, second, third]
+    assert queue["queue_pending"][0][0] < 0
+    client.post("/queue", json={"delete": [second, running]})
+    assert client.get(f"/jobs/{second}").json()["status"] == "cancelled"
+    assert second not in client.get("/history").json()  # it has not run
+    assert client.get("/prompt").json() == {"exec_info": {"queue_remaining": 4}}
+    client.post("/queue", json={"clear": True})
+    client.post("/interrupt")
+    assert ended(client, running)["status"] == "cancelled"
+    assert client.get("/prompt").json() == {"exec_info": {"queue_remaining": 0}}
+
+
+def test_history_pages_and_deletes(client: TestClient) -> None:
+    jobs = [submit(client) for _ in range(3)]
+    for job in jobs:
+        ended(client, job)
+    assert list(client.get("/history").json()) == jobs
+    assert list(client.get("/history?max_items=2").json()) == jobs[1:]
+    assert list(client.get("/history?max_items=1&offset=1").json()) == [jobs[1]]
+    client.post("/history", json={"delete": [jobs[0]]})
+    assert list(client.get("/history").json()) == jobs[1:]
+    client.post("/history", json={"clear": True})
+    assert client.get("/history").json() == {}
+    assert client.get("/history/unknown").json() == {}
+
+
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [
+        (b"[]", "no_prompt"),
+        (b"{}", "no_prompt"),
+        (b"", "no_prompt"),
+        (b'{"prompt": []}', "prompt_no_outputs"),
+        (b'{"prompt": {}}', "prompt_no_outputs"),
+        (b'{"prompt": "text"}', "invalid_prompt"),
+        (b'{"prompt": {"1": 5}}', "invalid_prompt"),
+        (b'{"prompt": {"1": {"class_type": "NoSuchNode", "inputs": {}}}}', "invalid_prompt"),
+        (b'{"prompt": {"1": {"class_type": "SaveImage"}}}', "prompt_outputs_failed_validation"),
+        (b"{not json", "body_invalid"),
+        (b"\xff\xfe", "body_invalid"),
+        (b'{"prompt":' + b"[" * 100_000, "body_invalid"),
+    ],
+)
+def test_what_is_no_prompt_is_refused_in_comfyuis_words(client: TestClient, body: bytes, kind: str) -> None:
+    answer = client.post("/api/prompt", content=body, headers={"content-type": "text/plain"})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["type"] == kind
+    assert "node_errors" in answer.json()
+
+
+def test_errors_are_at_the_node_and_the_input(client: TestClient) -> None:
+    wrong = prompt()
+    wrong["sampler"]["inputs"]["steps"] = 0
+    wrong["loader"]["inputs"]["ckpt_name"] = "other.safetensors"
+    answer = client.post("/prompt", json={"prompt": wrong}).json()
+    assert answer["error"]["type"] == "prompt_outputs_failed_validation"
+    (steps,) = answer["node_errors"]["sampler"]["errors"]
+    assert (steps["type"], steps["details"]) == ("value_smaller_than_min", "steps")
+    (file,) = answer["node_errors"]["loader"]["errors"]
+    assert "flux1-dev-fp8.safetensors" in file["extra_info"]["remedy"]
+    assert client.get("/jobs").json()["jobs"] == []
+
+
+def test_partial_execution(client: TestClient) -> None:
+    both = prompt()
+    both["second"] = {**both["save"]}
+    job = client.post("/prompt", json={"prompt": both, "partial_execution_targets": ["save"]}).json()[
+        "prompt_id"
+    ]
+    assert client.get(f"/history/{ended(client, job)['id']}").json()[job]["prompt"][4] == ["save"]
+
+
+def test_limits_are_clear(serve: Serve) -> None:
+    client = serve(limits=Limits(body=20_000, nodes=10, queue=2))
+    running = submit(client, "long")
+    until(client, running, ("in_progress",))
+    waiting = submit(client)
+    full = client.post("/prompt", json={"prompt": prompt()})
+    assert (full.status_code, full.json()["error"]["type"]) == (429, "queue_full")
+    assert int(full.headers["Retry-After"]) > 0
+    many = prompt() | {str(number): prompt()["save"] for number in range(10)}
+    assert client.post("/prompt", json={"prompt": many}).json()["error"]["type"] == "too_many_nodes"
+    large = json.dumps({"prompt": prompt(), "x": "x" * 30_000}).encode()
+    assert client.post("/prompt", content=large).status_code == 413
+    chunks = (large[start : start + 1000] for start in range(0, len(large), 1000))
+    assert client.post("/prompt", content=chunks).status_code == 413
+    client.post("/interrupt")
+    assert ended(client, waiting)["status"] == "completed"
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        ({"prompt_id": "mine-1"}, 200),
+        ({"prompt_id": "../x"}, 400),
+        ({"prompt_id": 5}, 400),
+        ({"number": 5}, 200),
+        ({"number": "5"}, 400),
+        ({"number": True}, 400),
+        ({"client_id": 5, "extra_data": 5, "partial_execution_targets": 5}, 200),
+    ],
+)
+def test_odd_values(client: TestClient, body: dict[str, Any], status: int) -> None:
+    answer = client.post("/prompt", json={"prompt": prompt(), **body})
+    assert answer.status_code == status
+    if "prompt_id" in body and status == 200:
+        assert answer.json()["prompt_id"] == "mine-1"
+        ended(client, "mine-1")
+        assert client.post("/prompt", json={"prompt": prompt(), **body}).status_code == 409
+
+
+@pytest.mark.parametrize(
+    "query",
+    ["status=nonsense", "limit=x", "limit=0", "offset=-1", "sort_order=up", "limit=99999999999999999999"],
+)
+def test_odd_pages(client: TestClient, query: str) -> None:
+    assert client.get(f"/api/jobs?{query}").status_code == 400
+
+
+def test_free_reaches_the_engine(client: TestClient) -> None:
+    engine = client.app.state.server.engine  # type: ignore[attr-defined]
+    assert client.post("/api/free", json={"unload_models": True}).status_code == 200
+    assert client.post("/api/free", json={}).status_code == 200
+    assert engine.freed == 1

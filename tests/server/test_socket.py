@@ -1,0 +1,148 @@
+"""`/ws`: ComfyUI's messages in ComfyUI's order; slow clients; coming back."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import struct
+from typing import Any
+
+from fastapi.testclient import TestClient
+from starlette.testclient import WebSocketTestSession
+
+from server.conftest import JPEG, SOCKET, ended, submit, until
+from usoflow.server.hub import MAX_WAITING, Client, Hub, Outgoing, status_message
+
+FLAGS = {"type": "feature_flags", "data": {"supports_preview_metadata": True}}
+
+
+def received(socket: WebSocketTestSession, last: tuple[str, object]) -> list[Any]:
+    """Messages (JSON objects or bytes) until one of this type with this value of `node`."""
+    found: list[Any] = []
+    while True:
+        message = socket.receive()
+        found.append(json.loads(message["text"]) if message.get("text") else message["bytes"])
+        latest = found[-1]
+        if isinstance(latest, dict) and (latest["type"], latest["data"].get("node")) == last:
+            return found
+
+
+def test_one_job(client: TestClient) -> None:
+    with client.websocket_connect(f"{SOCKET}?clientId=me") as socket:
+        greeting = socket.receive_json()
+        assert greeting["data"] == {"status": {"exec_info": {"queue_remaining": 0}}, "sid": "me"}
+        socket.send_json(FLAGS)
+        assert socket.receive_json()["data"]["supports_preview_metadata"] is True
+        job = submit(client, client_id="me")
+        messages = received(socket, ("executing", None))
+    kinds = [message["type"] if isinstance(message, dict) else "preview" for message in messages]
+    newest_only = {"status", "progress", "progress_state"}  # how many of these come depends on the client
+    assert [kind for kind in kinds if kind not in newest_only] == [
+        "execution_start", "execution_cached", "executing", "preview", "executing", "executed",
+        "execution_success", "executing",
+    ]  # fmt: skip
+    assert newest_only <= set(kinds)
+    by_kind = {m["type"]: m["data"] for m in messages if isinstance(m, dict)}
+    assert by_kind["execution_cached"]["nodes"] == ["loader"]
+    assert by_kind["executed"]["output"]["images"][0]["filename"] == "good_00001_.png"
+    assert {m["data"]["prompt_id"] for m in messages if isinstance(m, dict) and m["type"] != "status"} == {
+        job
+    }
+    assert by_kind["progress_state"]["nodes"]["sampler"] == {
+        "value": 2, "max": 2, "state": "finished", "node_id": "sampler", "prompt_id": job,
+        "display_node_id": "sampler", "parent_node_id": None, "real_node_id": "sampler",
+    }  # fmt: skip
+    (preview,) = (message for message in messages if isinstance(message, bytes))
+    event, length = struct.unpack(">II", preview[:8])
+    about = json.loads(preview[8 : 8 + length])
+    assert (event, about["node_id"], about["prompt_id"], about["image_type"]) == (
+        4,
+        "sampler",
+        job,
+        "image/jpeg",
+    )
+    assert preview[8 + length :] == JPEG
+
+
+def test_a_client_that_announces_nothing_gets_plain_previews(client: TestClient) -> None:
+    with client.websocket_connect(f"{SOCKET}?clientId=me") as socket:
+        submit(client, client_id="me")
+        messages = received(socket, ("executing", None))
+    (preview,) = (message for message in messages if isinstance(message, bytes))
+    assert preview == struct.pack(">II", 1, 1) + JPEG
+
+
+def test_a_failure_is_told_at_its_node(client: TestClient) -> None:
+    with client.websocket_connect(f"{SOCKET}?clientId=me") as socket:
+        submit(client, "bad", client_id="me")
+        messages = received(socket, ("executing", None))
+    (error,) = (m["data"] for m in messages if isinstance(m, dict) and m["type"] == "execution_error")
+    assert (error["node_id"], error["exception_type"]) == ("sampler", "out_of_memory")
+    assert isinstance(error["traceback"], list)
+
+
+def test_others_hear_only_of_the_queue(client: TestClient) -> None:
+    with client.websocket_connect(f"{SOCKET}?clientId=other") as socket:
+        socket.receive_json()
+        ended(client, submit(client, client_id="me"))
+        client.post("/queue", json={"delete": []})  # one more status
+        assert socket.receive_json()["type"] == "status"
+        assert socket.receive_json()["type"] == "status"
+
+
+def test_who_comes_back_learns_where_the_job_is(client: TestClient) -> None:
+    with client.websocket_connect(f"{SOCKET}?clientId=me") as socket:
+        job = submit(client, "long", client_id="me")
+        received(socket, ("progress", "sampler"))
+    with client.websocket_connect(f"{SOCKET}?clientId=me") as socket:
+        messages = received(socket, ("executing", "sampler"))
+        assert [m["type"] for m in messages] == ["status", "progress_state", "executing"]
+        assert messages[0]["data"]["status"]["exec_info"]["queue_remaining"] == 1
+        client.post("/interrupt")
+        kinds = [m["type"] for m in received(socket, ("executing", None)) if isinstance(m, dict)]
+        assert "execution_interrupted" in kinds
+    assert until(client, job, ("cancelled",))
+
+
+def test_what_clients_say_is_taken_or_left(client: TestClient) -> None:
+    with client.websocket_connect(SOCKET) as socket:
+        assert len(socket.receive_json()["data"]["sid"]) == 32
+        for text in (
+            "",
+            "[]",
+            "{",
+            "5",
+            '{"type": "feature_flags", "data": 5}',
+            '{"type": "x"}',
+            "[" * 100_000,
+        ):
+            socket.send_text(text)
+        socket.send_bytes(b"\xff")
+        socket.send_json(FLAGS)
+        assert socket.receive_json()["type"] == "feature_flags"
+
+
+def test_a_stalled_client_costs_bounded_memory_and_is_let_go() -> None:
+    """Progress replaces older progress; what cannot be replaced ends the connection."""
+
+    async def play() -> None:
+        hub, stalled, other = Hub(), Client("a"), Client("b")
+        hub.join(stalled)
+        hub.join(other)
+        for number in range(100_000):
+            hub.publish(Outgoing("progress", {"value": number}, key=("progress", "job")), "a")
+        hub.publish(status_message(1))
+        hub.publish(status_message(2))
+        assert len(stalled._waiting) == 2
+        first, second = await stalled.next(), await stalled.next()
+        assert first is not None
+        assert second is not None
+        assert (first.data["value"], second.data["status"]["exec_info"]["queue_remaining"]) == (99_999, 2)
+        for number in range(MAX_WAITING + 1):
+            hub.publish(Outgoing("executed", {"node": str(number)}), "a")
+        assert await stalled.next() is None
+        assert await other.next() is not None
+        hub.leave(stalled)
+        assert len(hub) == 1
+
+    asyncio.run(play())
