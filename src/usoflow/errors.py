@@ -160,6 +160,20 @@ CATALOGUE: Mapping[str, ErrorKind] = MappingProxyType(
         "model_damaged": ErrorKind(
             "The file is not a valid safetensors file.", "Download the file again.", EXIT_MODEL
         ),
+        "model_values": ErrorKind(
+            "The file has values that are not finite (NaN or infinite).",
+            "The file is damaged: download it again.",
+            EXIT_MODEL,
+        ),
+        "download_failed": ErrorKind(
+            "A file could not be downloaded.",
+            "Check the network and run it again: it continues where it broke off. HF_TOKEN is needed for files"
+            " whose licence is agreed to on the site; HF_ENDPOINT names a mirror.",
+            EXIT_MODEL,
+        ),
+        "licence_declined": ErrorKind(
+            "The licences of the files were not agreed to.", "Get the files from elsewhere.", EXIT_USAGE
+        ),
         "model_truncated": ErrorKind(
             "The file is shorter than its header says.",
             "The download did not finish: download the file again.",

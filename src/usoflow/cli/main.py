@@ -9,7 +9,9 @@ import sys
 import typer
 
 from usoflow.cli.convert import convert
+from usoflow.cli.doctor import doctor
 from usoflow.cli.generate import generate
+from usoflow.cli.models import app as models
 from usoflow.cli.nodes import nodes
 from usoflow.cli.run import run
 from usoflow.cli.serve import serve
@@ -27,6 +29,8 @@ app.command()(run)
 app.command()(generate)
 app.command()(convert)
 app.command()(nodes)
+app.add_typer(models, name="models")
+app.command()(doctor)
 app.command()(serve)
 app.command()(train)
 

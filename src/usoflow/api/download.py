@@ -1,0 +1,136 @@
+"""The tutorial's files from Hugging Face: continued where a download broke off, verified, put in place."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+from typing import Final
+from urllib.parse import urlparse
+from urllib.request import Request, urlopen
+
+from usoflow.catalogue import KNOWN_FILES, KnownFile
+from usoflow.errors import UsoflowError
+from usoflow.models.checkpoint import TensorFile
+from usoflow.settings import Folders
+
+STAGING: Final = ".download"  # beside the model folders; what is half there stays, to be continued
+_URL_PATH = re.compile(r"^/(?P<repo>[^/]+/[^/]+)/resolve/main/(?P<file>.+)$")
+_SHA256 = re.compile(r"^[0-9a-f]{64}$")
+_BLOCK: Final = 1 << 20
+PARTIAL_CONTENT: Final = 206
+TIMEOUT: Final = 60  # seconds without a byte
+
+Progress = Callable[[int, int], None]
+
+
+def missing(folders: Folders) -> Iterator[KnownFile]:
+    """The tutorial's files that are not there."""
+    return (file for file in KNOWN_FILES if file.name not in folders.list(file.folder))
+
+
+def pull(file: KnownFile, folders: Folders, progress: Progress = lambda done, total: None) -> Path:
+    """Download a file into its folder.
+
+    `HF_ENDPOINT` names another hub, `HF_TOKEN` who asks.
+
+    Args:
+        file: what to get.
+        folders: where it goes.
+        progress: is told how many bytes of how many are there.
+
+    Raises:
+        UsoflowError: `download_failed`; `model_damaged` or `model_kind` if it is not what was asked for.
+    """
+    match = _URL_PATH.match(urlparse(file.url).path)
+    assert match is not None
+    target = folders.models[file.folder][0] / file.name
+    source = _source(match["repo"], match["file"])
+    part = target.parents[1] / STAGING / f"{file.name}.{source.etag[:16]}.part"
+    try:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        _fetch(source, part, progress)
+        _verify(file, source, part)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part.replace(target)
+    except OSError as error:
+        raise UsoflowError("download_failed", f"{file.name}: {error}") from None
+    return target
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """Where a file is, after redirects; its size and the hub's checksum (of large files: sha256)."""
+
+    url: str
+    headers: dict[str, str]
+    size: int
+    etag: str
+
+
+def _source(repo: str, name: str) -> _Source:
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+    url = hf_hub_url(repo, name)
+    try:
+        if constants.HF_HUB_OFFLINE:
+            raise ConnectionError("HF_HUB_OFFLINE is set")
+        metadata = get_hf_file_metadata(url)
+    except Exception as error:  # which classes there are depends on the version of the library
+        reason = str(error).strip().split("\n")[0]
+        raise UsoflowError("download_failed", f"{url}: {reason}") from None
+    own = urlparse(metadata.location).netloc == urlparse(url).netloc
+    headers = build_hf_headers() if own else {}  # a token is no business of the server behind a redirect
+    return _Source(metadata.location, headers, metadata.size or 0, metadata.etag or "")
+
+
+def _fetch(source: _Source, part: Path, progress: Progress) -> None:
+    """Append what is missing, beginning again where a connection breaks, as long as something arrives."""
+    while (before := _size(part)) < source.size or not part.exists():
+        ending: Exception | None = None
+        try:
+            _append(source, part, progress)
+        except (OSError, HTTPException) as error:
+            ending = error
+        if _size(part) == before and source.size:
+            raise OSError(str(ending or "the connection ends without data"))
+
+
+def _append(source: _Source, part: Path, progress: Progress) -> None:
+    begin = _size(part)
+    headers = source.headers | ({"Range": f"bytes={begin}-"} if begin else {})
+    with urlopen(Request(source.url, headers=headers), timeout=TIMEOUT) as answer:
+        continued = answer.status == PARTIAL_CONTENT
+        with part.open("ab" if continued else "wb") as stream:
+            while block := answer.read(_BLOCK):
+                stream.write(block)
+                progress(stream.tell(), source.size)
+
+
+def _verify(file: KnownFile, source: _Source, part: Path) -> None:
+    """What is wrong is removed, so that the next download begins anew."""
+    try:
+        if _SHA256.match(source.etag) and _sha256(part) != source.etag:
+            raise UsoflowError("model_damaged", f"{file.name} is not what the hub has: its checksum differs.")
+        arrived = TensorFile.open(part)
+        if not file.holds <= set(arrived.components()):
+            raise UsoflowError("model_kind", f"{file.url} holds {arrived.describe()}.")
+    except UsoflowError:
+        part.unlink()
+        raise
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,151 @@
+"""`usoflow models`: what is there, what is missing; `pull` gets it, `check` looks closely at a file."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from usoflow.errors import UsoflowError
+
+if TYPE_CHECKING:
+    from usoflow.catalogue import KnownFile
+    from usoflow.models.checkpoint import Component
+    from usoflow.settings import Folders
+
+app = typer.Typer(help="List, get and check model files.", add_completion=False)
+
+ModelsOption = Annotated[
+    Path | None,
+    typer.Option("--models", help="A ComfyUI folder or its models folder; else USOFLOW_MODELS."),
+]
+
+
+@app.callback(invoke_without_command=True)
+def models(
+    context: typer.Context,
+    models: ModelsOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """List model files: contents, size, precision; and those of the tutorial that are missing."""
+    if context.invoked_subcommand is not None:
+        return
+    from usoflow.api.download import missing
+    from usoflow.models.inventory import found_files
+    from usoflow.settings import find_folders
+
+    folders = find_folders(models=models)
+    found, lacking = list(found_files(folders)), list(missing(folders))
+    if as_json:
+        files = [asdict(file) | {"path": str(file.path)} for file in found]
+        print(json.dumps({"files": files, "missing": [_record(file, folders) for file in lacking]}))
+        return
+    for file in found:
+        print(f"{file.folder}/{file.name}  {file.bytes / 1e9:.2f} GB")
+        print(f"  {file.problem or f'{file.contents} ({file.precision})'}")
+    for known in lacking:
+        print(f"missing: {known.folder}/{known.name}  {known.size}\n  {known.url}\n  {known.licence}")
+    if lacking:
+        print("`usoflow models pull` gets what is missing.")
+
+
+@app.command()
+def pull(
+    what: Annotated[str, typer.Argument(help="uso: the files of the tutorial.")] = "uso",
+    models: ModelsOption = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Agree to the licences without being asked.")] = False,
+) -> None:
+    """Download what is missing of the tutorial's files, continuing what broke off."""
+    from usoflow.api.download import missing, pull
+    from usoflow.settings import find_folders
+
+    if what != "uso":
+        raise UsoflowError("request_invalid", f"There is no set of files {what!r}, only uso.")
+    folders = find_folders(models=models)
+    wanted = list(missing(folders))
+    for file in wanted:
+        print(f"{file.name}  {file.size}\n  {file.url}\n  licence: {file.licence}")
+    if wanted and not yes:
+        _confirm()
+    for file in wanted:
+        with _bar(file.name) as progress:
+            path = pull(file, folders, progress)
+        print(f"wrote {path}", flush=True)
+    if not wanted:
+        print("All files of the tutorial are there.")
+
+
+@app.command()
+def check(
+    file: Annotated[Path, typer.Argument(help="A safetensors file.")],
+    transformer: Annotated[
+        Path | None, typer.Option("--with", help="The transformer that a LoRA is to fit.")
+    ] = None,
+    models: ModelsOption = None,
+) -> None:
+    """Tell what a file is, and whether every tensor and value is as it must be."""
+    from usoflow.models.checkpoint import TensorFile
+    from usoflow.settings import find_folders
+
+    TensorFile.open(file)  # what its header tells is told before torch is imported
+    fitting = _transformer(find_folders(models=models)) if transformer is None else _flux(transformer)
+    from usoflow.models.inspection import inspect
+
+    for line in inspect(file, fitting):
+        print(line, flush=True)
+
+
+@contextmanager
+def _bar(name: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal's stderr."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (name, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    bar.disable = not bar.console.is_terminal
+    with bar:
+        task = bar.add_task("")
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _confirm() -> None:
+    if not sys.stdin.isatty():
+        raise UsoflowError(
+            "licence_declined", "There is nobody to agree to the licences.", remedy="Add --yes to agree."
+        )
+    if not typer.confirm("Do you agree to these licences?"):
+        raise UsoflowError("licence_declined", "The licences were not agreed to.")
+
+
+def _flux(path: Path) -> Component:
+    from usoflow.models.checkpoint import TensorFile
+
+    return TensorFile.open(path).component("flux")
+
+
+def _transformer(folders: Folders) -> Component | None:
+    """The first transformer among the models."""
+    for folder in ("checkpoints", "diffusion_models"):
+        for name in folders.list(folder):
+            try:
+                return _flux(folders.model(folder, name))
+            except UsoflowError:  # another model, or a damaged file
+                continue
+    return None
+
+
+def _record(file: KnownFile, folders: Folders) -> dict[str, Any]:
+    return {
+        "folder": str(folders.models[file.folder][0]),
+        "name": file.name,
+        "url": file.url,
+        "size": file.size,
+        "licence": file.licence,
+    }

@@ -1,0 +1,86 @@
+"""A model file looked at closely: tensors read, networks built, a LoRA matched with a transformer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from usoflow.errors import UsoflowError
+from usoflow.models import library
+from usoflow.models.checkpoint import KIND_NAMES, Component, TensorFile, some
+from usoflow.models.inventory import precision
+from usoflow.models.lora_layouts import linear_layers, pairs_for
+from usoflow.models.weights import read_tensors
+
+_LORAS = ("uso_lora", "lora")
+_BUILDERS = {
+    "flux": library.load_flux,
+    "clip_l": library.load_clip,
+    "t5": library.load_t5,
+    "siglip": library.load_siglip,
+    "vae": library.load_vae,
+    "uso_projector": library.load_projector,
+}
+
+
+def inspect(path: Path, transformer: Component | None) -> Iterator[str]:
+    """What a file is and whether it can be used, a line at a time.
+
+    Args:
+        path: any safetensors file.
+        transformer: what a LoRA is matched with; None leaves that out.
+
+    Raises:
+        UsoflowError: the first thing that is wrong: damaged file, tensor missing, unknown, of another shape
+            or with values that are not finite (`model_values`), LoRA that does not fit.
+    """
+    file = TensorFile.open(path)
+    held = precision(file.tensors.values())
+    yield f"{path}: {file.bytes / 1e9:.2f} GB, {len(file.tensors)} tensors, {held}"
+    components = file.components()
+    if not components:
+        raise UsoflowError("model_kind", f"{path.name} holds nothing usoflow knows.")
+    for kind, component in components.items():
+        yield f"{KIND_NAMES[kind]}: {len(component.tensors)} tensors, prefix {component.prefix!r}"
+        if kind in _LORAS:
+            yield from _fit(component, transformer)
+        else:
+            _BUILDERS[kind](component)
+            yield "  every tensor that the network needs is there, in its shape"
+        _refuse_non_finite(component)
+        yield "  every value is finite"
+
+
+def _fit(lora: Component, transformer: Component | None) -> Iterator[str]:
+    if transformer is None:
+        yield "  there is no transformer to match it with; name one with --with"
+        return
+    pairs = pairs_for(lora, "flux", linear_layers(transformer))
+    total = len(pairs.fitting) + len(pairs.absent)
+    where = transformer.file.path.name
+    if not pairs.fitting:
+        raise UsoflowError(
+            "lora_mismatch", f"{lora.file.path.name}: none of its {total} layers is in {where}."
+        )
+    yield f"  fits {where}: {len(pairs.fitting)} of {total} layers"
+    if pairs.absent:
+        yield f"  without a layer there: {some(pairs.absent)}"
+
+
+def _refuse_non_finite(component: Component) -> None:
+    bad = [name for name in component.tensors if not _finite(read_tensors(component, [name])[name])]
+    if bad:
+        raise UsoflowError(
+            "model_values",
+            f"{component.file.path.name}: {len(bad)} tensors have values that are not finite: {some(bad)}.",
+        )
+
+
+def _finite(tensor: Tensor) -> bool:
+    if not tensor.is_floating_point():
+        return True
+    wide = tensor if tensor.dtype.itemsize > 1 else tensor.to(torch.bfloat16)  # fp8 has no isfinite
+    return bool(torch.isfinite(wide).all())

@@ -1,0 +1,276 @@
+"""`usoflow models`: listing, checking, and downloading from a hub that these tests serve."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from shell import usoflow
+from usoflow.catalogue import KNOWN_FILES
+
+CHECKPOINT = "checkpoints/flux1-dev-fp8.safetensors"
+LORA = "loras/uso-flux1-dit-lora-v1.safetensors"
+
+
+def rewrite(path: Path, **changes: torch.Tensor | None) -> None:
+    """Change tensors (None removes one), keeping what the file declares."""
+    with safe_open(path, framework="pt") as reader:
+        metadata = reader.metadata()
+    kept = {name: tensor for name, tensor in (load_file(path) | changes).items() if tensor is not None}
+    save_file(kept, path, metadata)
+
+
+@pytest.fixture
+def tree(small_models: Path, tmp_path: Path) -> Path:
+    shutil.copytree(small_models, tmp_path / "models")
+    return tmp_path / "models"
+
+
+class TestList:
+    def test_what_is_there_and_what_is_missing(self, tree: Path) -> None:
+        (tree / LORA).unlink()
+        (tree / "vae").mkdir()
+        (tree / "vae/broken.safetensors").write_bytes(b"\x00" * 40)
+        done = usoflow("models", "--models", tree)
+        assert done.code == 0
+        assert "FLUX.1 transformer, CLIP-L text encoder, T5 text encoder, FLUX VAE (F16 100%)" in done.out
+        assert "vae/broken.safetensors" in done.out
+        assert "not a valid safetensors file" in done.out
+        missing = done.out.partition("missing: ")[2]
+        assert LORA in missing
+        assert "huggingface.co/Comfy-Org/USO_1.0_Repackaged" in missing
+        assert CHECKPOINT not in missing
+
+    def test_for_programs(self, tree: Path) -> None:
+        (tree / LORA).unlink()
+        record = json.loads(usoflow("models", "--models", tree, "--json").out)
+        assert {file["name"] for file in record["files"]} == {
+            f.name for f in KNOWN_FILES if f.folder != "loras"
+        }
+        assert [file["folder"] for file in record["missing"]] == [str(tree / "loras")]
+
+
+class TestCheck:
+    @pytest.mark.parametrize("name", [CHECKPOINT, "clip_vision/sigclip_vision_patch14_384.safetensors"])
+    def test_a_good_file(self, tree: Path, name: str) -> None:
+        done = usoflow("models", "check", tree / name)
+        assert (done.code, done.err) == (0, "")
+        assert "every tensor that the network needs is there" in done.out
+        assert "every value is finite" in done.out
+
+    def test_a_lora_and_its_transformer(self, tree: Path) -> None:
+        done = usoflow("models", "check", tree / LORA, "--with", tree / CHECKPOINT)
+        assert "fits flux1-dev-fp8.safetensors: 12 of 12 layers" in done.out
+        done = usoflow("models", "check", tree / LORA, "--models", tree)
+        assert "12 of 12 layers" in done.out
+
+    def test_a_lora_of_another_model(self, tree: Path) -> None:
+        tensors = {"lora_unet_down_blocks_0.lora_down.weight": torch.ones(2, 4)}
+        tensors["lora_unet_down_blocks_0.lora_up.weight"] = torch.ones(4, 2)
+        save_file(tensors, tree / "other.safetensors")
+        done = usoflow("models", "check", tree / "other.safetensors", "--models", tree)
+        assert done.code == 4
+        assert "none of its 1 layers" in done.err
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn])
+    def test_values_that_are_not_finite(self, tree: Path, dtype: torch.dtype) -> None:
+        name = "vae.decoder.conv_in.weight"
+        broken = load_file(tree / CHECKPOINT)[name].clone()
+        broken[0, 0, 0, 0] = float("nan")
+        rewrite(tree / CHECKPOINT, **{name: broken.to(dtype)})
+        done = usoflow("models", "check", tree / CHECKPOINT)
+        assert done.code == 4
+        assert "1 tensors have values that are not finite: decoder.conv_in.weight" in done.err
+
+    def test_a_tensor_that_is_missing(self, tree: Path) -> None:
+        rewrite(tree / CHECKPOINT, **{"vae.decoder.conv_out.weight": None})
+        done = usoflow("models", "check", tree / CHECKPOINT)
+        assert done.code == 4
+        assert "decoder.conv_out.weight" in done.err
+
+    def test_another_file(self, tree: Path) -> None:
+        save_file({"a": torch.ones(2)}, tree / "a.safetensors")
+        assert usoflow("models", "check", tree / "a.safetensors").code == 4
+
+
+class Hub:
+    """What the server has, how it misbehaves, and the ranges that were asked of it.
+
+    `breaks_after` is a place in a file beyond which nothing comes, `most_at_once` the most of an answer.
+    """
+
+    def __init__(self, files: dict[str, bytes]) -> None:
+        self.files = files
+        self.ranges: list[str] = []
+        self.breaks_after: int | None = None
+        self.most_at_once: int | None = None
+        self.flips_a_bit = False
+        self.url = ""
+
+
+def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.answer(with_body=False)
+
+        def do_GET(self) -> None:
+            self.answer(with_body=True)
+
+        def answer(self, *, with_body: bool) -> None:
+            data = hub.files.get(self.path.partition("?")[0])
+            if data is None:
+                self.send_response(404)
+                self.send_header("X-Error-Code", "EntryNotFound")
+                self.end_headers()
+                return
+            wanted = self.headers.get("Range")
+            first = int(re.match(r"bytes=(\d+)-", wanted)[1]) if wanted else 0  # type: ignore[index]
+            if with_body and wanted:
+                hub.ranges.append(wanted)
+            self.send_response(206 if wanted else 200)
+            self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
+            self.send_header("X-Repo-Commit", "0" * 40)
+            self.send_header("Accept-Ranges", "bytes")
+            self.send_header("Content-Length", str(len(data) - first))
+            if wanted:
+                self.send_header("Content-Range", f"bytes {first}-{len(data) - 1}/{len(data)}")
+            self.end_headers()
+            if with_body:
+                last = first + hub.most_at_once if hub.most_at_once else hub.breaks_after
+                body = bytearray(data[first:last])
+                body[-1:] = bytes([body[-1] ^ 1]) if hub.flips_a_bit else body[-1:]
+                self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            """Nothing."""
+
+    return Handler
+
+
+@pytest.fixture
+def hub(small_models: Path) -> Iterator[Hub]:
+    files = {
+        re.sub(r"^https://[^/]+", "", file.url): (small_models / file.folder / file.name).read_bytes()
+        for file in KNOWN_FILES
+    }
+    with serving(Hub(files)) as hub:
+        yield hub
+
+
+@contextmanager
+def serving(hub: Hub) -> Iterator[Hub]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler(hub))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    hub.url = f"http://127.0.0.1:{server.server_address[1]}"
+    yield hub
+    server.shutdown()
+    server.server_close()
+
+
+class TestPull:
+    """In processes of their own: huggingface_hub reads its variables when it is imported."""
+
+    def pull(
+        self, models: Path, endpoint: str, *arguments: str, **variables: str
+    ) -> subprocess.CompletedProcess[str]:
+        models.mkdir(parents=True, exist_ok=True)
+        environment = {
+            **os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(models.parent / "hf"),
+            "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1", **variables,
+        }  # fmt: skip
+        command = [sys.executable, "-m", "usoflow", "models", "pull", "--models", str(models), *arguments]
+        return subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
+        )
+
+    def test_all_files_arrive_whole_and_then_nothing_is_left_to_do(
+        self, hub: Hub, tmp_path: Path, small_models: Path
+    ) -> None:
+        done = self.pull(tmp_path / "models", hub.url, "--yes")
+        assert done.returncode == 0, done.stderr
+        for file in KNOWN_FILES:
+            assert file.licence in done.stdout
+            arrived = tmp_path / "models" / file.folder / file.name
+            assert arrived.read_bytes() == (small_models / file.folder / file.name).read_bytes()
+        assert "All files" in self.pull(tmp_path / "models", hub.url).stdout
+
+    def test_licences_are_not_agreed_to_by_nobody(self, hub: Hub, tmp_path: Path) -> None:
+        done = self.pull(tmp_path / "models", hub.url)
+        assert done.returncode == 2
+        assert "--yes" in done.stderr
+        assert not list(tmp_path.rglob("*.safetensors"))
+
+    def test_a_download_that_broke_off_is_continued(self, hub: Hub, tmp_path: Path, tree: Path) -> None:
+        (tree / CHECKPOINT).unlink()
+        hub.breaks_after = 4_000_000
+        first = self.pull(tree, hub.url, "--yes")
+        assert first.returncode == 4
+        assert not (tree / CHECKPOINT).exists()
+        hub.breaks_after = None
+        hub.ranges.clear()
+        second = self.pull(tree, hub.url, "--yes")
+        assert second.returncode == 0, second.stderr
+        assert hub.ranges == ["bytes=4000000-"]  # and not the beginning again
+        assert (tree / CHECKPOINT).is_file()
+
+    def test_a_connection_that_breaks_is_taken_up_again(self, hub: Hub, tree: Path) -> None:
+        (tree / CHECKPOINT).unlink()
+        hub.most_at_once = 3_000_000
+        done = self.pull(tree, hub.url, "--yes")
+        assert done.returncode == 0, done.stderr
+        assert hub.ranges == ["bytes=3000000-", "bytes=6000000-", "bytes=9000000-"]
+
+    def test_bytes_that_changed_on_the_way_are_noticed(self, hub: Hub, tree: Path) -> None:
+        (tree / LORA).unlink()
+        hub.flips_a_bit = True
+        done = self.pull(tree, hub.url, "--yes")
+        assert done.returncode == 4
+        assert "checksum" in done.stderr
+        assert not list(tree.rglob("*.part"))
+        hub.flips_a_bit = False
+        assert self.pull(tree, hub.url, "--yes").returncode == 0
+
+    def test_another_file_under_the_name_is_refused(self, hub: Hub, tree: Path) -> None:
+        (tree / LORA).unlink()
+        path = next(path for path in hub.files if path.endswith(Path(LORA).name))
+        hub.files[path] = next(data for name, data in hub.files.items() if "projector" in name)
+        done = self.pull(tree, hub.url, "--yes")
+        assert done.returncode == 4
+        assert "USO style projector" in done.stderr
+        assert not (tree / LORA).exists()
+
+    @pytest.mark.parametrize(
+        "variables",
+        [{"HF_HUB_OFFLINE": "1"}, pytest.param({}, marks=pytest.mark.full)],  # it tries for 20 s
+        ids=["offline", "unreachable"],
+    )
+    def test_without_a_network(self, tmp_path: Path, variables: dict[str, str]) -> None:
+        done = self.pull(tmp_path / "models", "http://127.0.0.1:9", "--yes", **variables)
+        assert done.returncode == 4
+        assert "Traceback" not in done.stderr
+        assert "network" in done.stderr
+
+    def test_a_file_that_the_hub_does_not_have(self, hub: Hub, tmp_path: Path) -> None:
+        hub.files.clear()
+        done = self.pull(tmp_path / "models", hub.url, "--yes")
+        assert done.returncode == 4
+        assert "404" in done.stderr
+
+    def test_there_is_one_set(self, tmp_path: Path) -> None:
+        assert usoflow("models", "pull", "sdxl").code == 2
