@@ -71,10 +71,10 @@ def _device(device: torch.device, dtype: str) -> Finding:
     if device.type == "mps":
         return Finding("device", f"Apple GPU, computes in {dtype}")
     if dtype == "bfloat16":
-        return Finding("device", "CPU with matrix units for bf16", "Minutes a picture: a GPU is far faster.")
+        return Finding("device", "CPU with bf16 instructions", "Minutes a picture: a GPU is far faster.")
     return Finding(
         "device",
-        f"CPU without matrix units for bf16, computes in {dtype}",
+        f"CPU without bf16 instructions, computes in {dtype}",
         "Many minutes a picture: fewer steps (--steps 8), a smaller --size and --easycache 0.2 help.",
     )
 
