@@ -36,7 +36,7 @@ def test_a_port_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "free" in doctor._port().fact
 
 
-@pytest.mark.parametrize(("dtype", "said"), [("bfloat16", "matrix units"), ("float32", "--steps 8")])
+@pytest.mark.parametrize(("dtype", "said"), [("bfloat16", "bf16 instructions"), ("float32", "--steps 8")])
 def test_a_cpu_is_slow_and_why(dtype: str, said: str) -> None:
     finding = doctor._device(torch.device("cpu"), dtype)
     assert said in finding.fact + finding.advice
