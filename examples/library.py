@@ -1,0 +1,53 @@
+"""usoflow from Python: one call, an engine that keeps its models, a workflow with other settings.
+
+    python examples/library.py --models ~/ComfyUI
+
+Without --models it makes small untrained ones, whose pictures are noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import usoflow
+
+HERE = Path(__file__).parent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="usoflow from Python")
+    parser.add_argument("--models", type=Path)
+    parser.add_argument("--output", type=Path, default=Path("out") / "library")
+    options = parser.parse_args()
+    models = options.models or untrained(options.output / "models")
+
+    with usoflow.Engine(models=models, output=options.output) as engine:
+        first = engine.generate(
+            "a glass astronaut",
+            subject=HERE / "astronaut.jpg",
+            style=HERE / "stained_glass.png",
+            seed=7,
+            size=(64, 64),
+            steps=2,
+        )
+        print(f"{first.paths[0]}: {first.seconds:.1f} s, seed {first.seeds[0]}")
+
+        workflow = usoflow.Workflow.load(first.paths[0]).set("KSampler.steps", 3).with_seed(8)
+        workflow = workflow.with_picture("47", HERE / "astronaut.jpg")
+        workflow = workflow.with_picture("112:53", HERE / "stained_glass.png")
+        again = engine.run(workflow, progress=lambda event: print(" ", event))
+        print(f"{again.paths[0]}: {len(again.nodes)} nodes ran, the others were known")
+
+
+def untrained(models: Path) -> Path:
+    """Small models in the layout of the official ones."""
+    from usoflow.pocket.untrained import write_untrained
+
+    if not models.exists():
+        write_untrained(models)
+    return models
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""The examples run as they are written, on small models."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from shell import usoflow
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+
+
+def test_library(tmp_path: Path, small_models: Path) -> None:
+    command = [sys.executable, EXAMPLES / "library.py", "--models", small_models, "--output", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.glob("*.png"))) == 2
+    assert "NodeProgress(node_id='112:31', step=3, steps=3)" in done.stdout
+
+
+def test_inpainting_leaves_what_is_not_masked(tmp_path: Path, small_models: Path) -> None:
+    """With a mask that is black everywhere the picture is what the VAE makes of it."""
+    mask = Image.new("RGB", (64, 64), "black")
+    mask.save(tmp_path / "black.png")
+    Image.new("RGB", (64, 64), "white").save(tmp_path / "white.png")
+    arguments = ["--models", small_models, "--output", tmp_path, "--set=sampler.steps=2", "--dtype=fp32"]
+    picture = small_models.parent / "input" / "style.png"
+    found = {}
+    for name in ("black", "white"):
+        done = usoflow(
+            "run", EXAMPLES / "inpaint.json", f"--image=picture={picture}",
+            f"--image=mask={tmp_path / name}.png", "--json", *arguments,
+        )  # fmt: skip
+        assert done.code == 0, done.err
+        with Image.open(json.loads(done.out)["images"][0]) as image:
+            found[name] = np.asarray(image).astype(int)
+    prompt = json.loads((EXAMPLES / "inpaint.json").read_text())
+    plain = {key: prompt[key] for key in ("loader", "picture", "encode", "save")}
+    plain["decode"] = {"class_type": "VAEDecode", "inputs": {"samples": ["encode", 0], "vae": ["loader", 2]}}
+    (tmp_path / "plain.json").write_text(json.dumps(plain))
+    done = usoflow("run", tmp_path / "plain.json", f"--image=picture={picture}", "--json", *arguments[:4])
+    with Image.open(json.loads(done.out)["images"][0]) as image:
+        unchanged = np.asarray(image).astype(int)
+    assert np.abs(found["black"] - unchanged).max() <= 1
+    assert np.abs(found["white"] - unchanged).mean() > 5
+
+
+def test_links_of_the_documentation_lead_somewhere() -> None:
+    for page in (ROOT / "docs").rglob("*.md"):
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_commands_of_the_cookbook_have_options_that_there_are() -> None:
+    text = "\n".join(page.read_text() for page in (ROOT / "docs").rglob("*.md"))
+    offered = usoflow("generate", "--help").out + usoflow("run", "--help").out
+    commands = re.findall(r"^usoflow (?:generate|run) .*?(?<!\\)$", text, re.MULTILINE | re.DOTALL)
+    used = {option for command in commands for option in re.findall(r"(?<!\w)(--[a-z-]+)", command)}
+    assert len(used) >= 10
+    assert {option for option in used if option not in offered} == set()
