@@ -128,16 +128,16 @@ def test_after_a_crash_the_job_runs_again_and_its_files_are_gone(store: JobStore
     assert (again.id, again.outputs) == ("a", {})
 
 
-def test_files_of_a_failed_job_stay_if_they_are_whole(store: JobStore, tmp_path: Path) -> None:
+def test_files_of_a_failed_job_stay_if_they_were_reported(store: JobStore, tmp_path: Path) -> None:
     add(store, "a")
     store.start_next()
-    done, partial = tmp_path / "a_1_.png", tmp_path / "a_2_.part"
-    for path in (done, partial):
+    done, partial, unreported = (tmp_path / name for name in ("a_1_.png", "a_2_.part", "a_3_.png"))
+    for path in (done, partial, unreported):
         path.touch()
-    store.reserve("a", done)
-    store.reserve("a", partial.with_suffix(".png"))
+        store.reserve("a", path.with_suffix(".png"))
+    store.note_output("a", "9", {"images": [{"filename": "a_1_.png"}]})
     store.finish("a", State.FAILED)
-    assert (done.exists(), partial.exists()) == (True, False)
+    assert [path.exists() for path in (done, partial, unreported)] == [True, False, False]
 
 
 def test_everything_is_there_when_it_is_opened_again(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import json
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -265,27 +265,22 @@ class JobStore:
     def finish(self, job_id: str, state: State, error: Mapping[str, Any] | None = None) -> bool:
         """Move a job from progress into a final state; False if it is not in progress.
 
-        Names that were reserved without becoming a file are free again.
+        Files that it began and did not report are deleted.
         """
         with self._transaction() as run:
             query = "UPDATE jobs SET state = ?, ended = ?, error = ? WHERE id = ? AND state = 'in_progress'"
             text = None if error is None else json.dumps(error)
             if run(query, (state, now(), text, job_id)).rowcount == 0:
                 return False
-            for path in self._files(job_id):
-                path.with_suffix(PARTIAL_SUFFIX).unlink(missing_ok=True)
-                if not path.exists():
-                    run("DELETE FROM files WHERE path = ?", (str(path),))
+            reported = _file_names(self._get(job_id).outputs)
+            self._drop(path for path in self._files(job_id) if path.name not in reported)
             run(_PRUNE, (MAX_HISTORY,))
             return True
 
     def requeue(self, job_id: str) -> None:
         """Make a job in progress pending again, as if it had never begun: without files and outputs."""
         with self._transaction() as run:
-            for path in self._files(job_id):
-                path.with_suffix(PARTIAL_SUFFIX).unlink(missing_ok=True)
-                path.unlink(missing_ok=True)
-            run("DELETE FROM files WHERE job = ?", (job_id,))
+            self._drop(self._files(job_id))
             run(
                 "UPDATE jobs SET state = 'pending', started = NULL, cached = '[]', outputs = '{}'"
                 " WHERE id = ? AND state = 'in_progress'",
@@ -347,9 +342,20 @@ class JobStore:
     def _get(self, job_id: str) -> Job:
         return self._select(f"{_JOBS} WHERE id = ?", (job_id,))[0]
 
+    def _drop(self, paths: Iterable[Path]) -> None:
+        """Delete files, also where they are half written, and free their names."""
+        for path in paths:
+            path.with_suffix(PARTIAL_SUFFIX).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+            self._connection.execute("DELETE FROM files WHERE path = ?", (str(path),))
+
     def _files(self, job_id: str) -> Sequence[Path]:
         rows = self._connection.execute("SELECT path FROM files WHERE job = ?", (job_id,)).fetchall()
         return [Path(row["path"]) for row in rows]
+
+
+def _file_names(outputs: Mapping[str, Any]) -> set[str]:
+    return {image["filename"] for shown in outputs.values() for image in shown["images"]}
 
 
 def now() -> int:

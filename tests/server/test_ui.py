@@ -1,0 +1,132 @@
+"""The editor's files, the templates that it offers, and what a server without torch can answer."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from PIL import Image
+
+from server.conftest import Serve
+from usoflow.server import picture, ui
+
+USO = "flux1_dev_uso_reference_image_gen"
+
+
+def test_uso_comes_first_and_nothing_is_offered_that_cannot_run(client: TestClient) -> None:
+    index = client.get("/templates/index.json")
+    assert index.headers["content-type"] == "application/json"
+    offered = [entry["name"] for category in index.json() for entry in category["templates"]]
+    assert offered[0] == USO
+    assert "sourceRevision" not in index.text
+    known = set(client.get("/object_info").json()) | ui.EDITOR_ONLY
+    for name in offered:
+        assert set(ui._node_types(client.get(f"/templates/{name}.json").json())) <= known
+    everything = {entry["name"] for category in ui._read("index.json") for entry in category["templates"]}
+    assert 0 < len(offered) < len(everything) / 2
+    assert "video_wan2_2_14B_t2v" in everything - set(offered)
+    french = client.get("/templates/index.fr.json").json()
+    assert {entry["name"] for category in french for entry in category["templates"]} == set(offered)
+
+
+def test_the_template_keeps_what_is_edited(client: TestClient) -> None:
+    text = client.get(f"/templates/{USO}.json").text
+    assert "proxyWidgetErrorQuarantine" not in text
+    assert picture.NAME in text  # which is why we draw it under this name
+
+
+@pytest.mark.parametrize(
+    "name", ["none.json", "index.none.json", f"{USO}-1.webp", "..%2F__init__.py", "index.py"]
+)
+def test_other_files_are_not_there(client: TestClient, name: str) -> None:
+    assert client.get(f"/templates/{name}").status_code == 404
+
+
+def test_the_picture_is_drawn_once(tmp_path: Path) -> None:
+    picture.provide(tmp_path)
+    with Image.open(tmp_path / picture.NAME) as drawn:
+        assert drawn.size == (768, 768)
+        assert len(drawn.getcolors(1 << 20) or []) > 5
+    (tmp_path / picture.NAME).write_bytes(b"the user's own")
+    picture.provide(tmp_path)
+    assert (tmp_path / picture.NAME).read_bytes() == b"the user's own"
+
+
+def test_the_editor(serve: Serve) -> None:
+    pytest.importorskip(ui.EDITOR)
+    app = FastAPI()
+    ui.mount_editor(app)
+    with TestClient(app) as client:
+        page = client.get("/")
+        assert (page.status_code, page.headers["cache-control"]) == (200, "no-cache")
+        assert client.get("/materialdesignicons.min.css").headers["content-type"].startswith("text/css")
+        assert client.get("/../../usoflow/errors.py").status_code == 404
+    scripts = serve().get("/extensions").json()
+    assert "/extensions/core/groupNode.js" in scripts
+
+
+def test_without_the_editor_the_page_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ui, "EDITOR", "no_such_package")
+    app = FastAPI()
+    ui.mount_editor(app)
+    with TestClient(app) as client:
+        assert "pip install" in client.get("/").text
+    assert ui.extensions() == []
+
+
+def test_what_the_editor_asks_at_its_start(client: TestClient) -> None:
+    answers = {
+        path: client.get(path)
+        for path in (
+            "/api/features", "/api/users", "/api/system_stats", "/api/settings", "/api/i18n", "/api/extensions",
+            "/api/userdata?dir=workflows&recurse=true&split=false&full_info=true", "/api/userdata/user.css",
+            "/api/userdata?dir=subgraphs&recurse=true&split=false&full_info=true", "/user.css",
+            "/api/userdata/comfy.templates.json", "/api/global_subgraphs", "/api/workflow_templates",
+            "/api/jobs?status=in_progress,pending&limit=200&offset=0", "/api/object_info",
+            "/api/jobs?status=completed,failed,cancelled&limit=64&offset=0", "/internal/folder_paths",
+            "/api/experiment/models", "/internal/logs/raw", "/api/node_replacements", "/api/embeddings",
+        )
+    }  # fmt: skip
+    assert {path: answer.status_code for path, answer in answers.items() if answer.status_code != 200} == {}
+    assert answers["/api/users"].json() == {"storage": "server", "migrated": True}
+    assert answers["/user.css"].headers["content-type"].startswith("text/css")
+    assert answers["/api/features"].json()["supports_preview_metadata"] is True
+    assert answers["/api/system_stats"].json()["devices"][0]["type"] == "cpu"
+    assert client.patch("/internal/logs/subscribe", json={"enabled": True}).status_code == 200
+
+
+def test_health_and_metrics(client: TestClient) -> None:
+    assert client.get("/health/live").status_code == client.get("/health/ready").status_code == 200
+    assert 'usoflow_jobs{state="pending"} 0.0' in client.get("/metrics").text
+    client.app.state.server.supervisor.stop()  # type: ignore[attr-defined]
+    assert client.get("/health/ready").status_code == 503
+
+
+def test_a_server_needs_no_torch(small_models: Path, tmp_path: Path) -> None:
+    script = f"""
+import sys, json
+from pathlib import Path
+from fastapi.testclient import TestClient
+from usoflow.server.app import assemble
+from usoflow.server.context import ServerSettings
+from usoflow.service.jobs import JobStore
+from usoflow.service.process import WorkerProcess
+from usoflow.service.worker import WorkerSettings
+from usoflow.settings import find_folders
+folders = find_folders(models=Path({str(small_models)!r}))
+settings = ServerSettings(folders=folders, state=Path({str(tmp_path)!r}))
+store = JobStore(settings.jobs_file)
+engine = WorkerProcess(WorkerSettings(settings.folders, settings.jobs_file))
+with TestClient(assemble(settings, store, engine), base_url="http://127.0.0.1:8188") as client:
+    nodes = client.get("/api/object_info").json()
+print(json.dumps(["KSampler" in nodes, sorted({{"torch", "numpy"}} & sys.modules.keys())]))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    known, heavy = json.loads(done.stdout)
+    assert known
+    assert "torch" not in heavy
