@@ -174,6 +174,9 @@ CATALOGUE: Mapping[str, ErrorKind] = MappingProxyType(
         "licence_declined": ErrorKind(
             "The licences of the files were not agreed to.", "Get the files from elsewhere.", EXIT_USAGE
         ),
+        "extra_missing": ErrorKind(
+            "A library that this needs is not installed.", "Install the extra that is named.", EXIT_USAGE
+        ),
         "model_truncated": ErrorKind(
             "The file is shorter than its header says.",
             "The download did not finish: download the file again.",

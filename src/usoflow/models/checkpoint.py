@@ -1,7 +1,8 @@
 """What is in this file? Safetensors headers, and the models recognised in them by their tensor names.
 
-Reads headers only (no torch, no tensor data), so that the command line can tell in milliseconds which
-models a folder holds. `weights.assemble` reads the tensors of a `Component` into a module.
+Also GGUF files (`gguf_file`). Reads headers only (no torch, no tensor data), so that the command line can
+tell in milliseconds which models a folder holds. `weights.assemble` reads the
+tensors of a `Component` into a module.
 
 Format: https://huggingface.co/docs/safetensors/index#format (8-byte little-endian header length, JSON
 header, data). Layouts: ComfyUI's all-in-one checkpoint and the split files of black-forest-labs/flux,
@@ -23,6 +24,7 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 from usoflow.errors import UsoflowError
+from usoflow.models.gguf_file import is_gguf, shapes_and_formats
 
 T = TypeVar("T", int, float, tuple[int, ...])
 
@@ -35,6 +37,26 @@ DTYPE_BYTES: Mapping[str, int] = MappingProxyType(
         "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
     }
 )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class BlockFormat:
+    """A quantised format of GGUF files: so many values in so many bytes."""
+
+    values: int
+    bytes: int
+
+
+QUANTISED: Mapping[str, BlockFormat] = MappingProxyType(
+    {
+        "Q8_0": BlockFormat(32, 34),
+        "Q5_0": BlockFormat(32, 22),
+        "Q4_0": BlockFormat(32, 18),
+        "Q6_K": BlockFormat(256, 210),
+        "Q5_K": BlockFormat(256, 176),
+        "Q4_K": BlockFormat(256, 144),
+    }
+)
 
 # A component is recognised by one tensor that every file of its kind has; what precedes it is the prefix.
 SIGNATURES: Mapping[str, re.Pattern[str]] = MappingProxyType(
@@ -70,10 +92,17 @@ IGNORED_ANYWHERE = ("*logit_scale", "*scaled_fp8")
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor of a header: its shape and its safetensors dtype name (`F8_E4M3`, `BF16`, ...)."""
+    """One tensor of a header: its shape and its dtype's name (`F8_E4M3`, `BF16`, ...; GGUF: `Q8_0`, ...)."""
 
     shape: tuple[int, ...]
     dtype: str
+
+    @property
+    def bytes(self) -> int:
+        """How many bytes its data takes."""
+        if block := QUANTISED.get(self.dtype):
+            return prod(self.shape) // block.values * block.bytes
+        return prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -257,6 +286,8 @@ def _fingerprint(path: Path) -> tuple[str, int, int]:
 
 @functools.lru_cache(maxsize=256)
 def _open_cached(path: Path, fingerprint: tuple[str, int, int]) -> TensorFile:
+    if is_gguf(path):
+        return _open_gguf(path, fingerprint)
     header, data_bytes = _read_header(path, fingerprint[1])
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict):
@@ -264,6 +295,19 @@ def _open_cached(path: Path, fingerprint: tuple[str, int, int]) -> TensorFile:
     tensors = {name: _tensor_info(path, name, entry, data_bytes) for name, entry in header.items()}
     texts = {str(key): str(value) for key, value in metadata.items()}
     return TensorFile(path, MappingProxyType(tensors), MappingProxyType(texts), fingerprint)
+
+
+def _open_gguf(path: Path, fingerprint: tuple[str, int, int]) -> TensorFile:
+    found = shapes_and_formats(path)
+    unknown = {format_ for _, format_ in found.values() if format_ not in {*QUANTISED, *DTYPE_BYTES}}
+    if unknown:
+        raise UsoflowError(
+            "model_unsupported",
+            f"{path.name} has tensors in {some(sorted(unknown))}.",
+            remedy=f"Use a file in {', '.join(QUANTISED)}.",
+        )
+    tensors = {name: TensorInfo(shape, format_) for name, (shape, format_) in found.items()}
+    return TensorFile(path, MappingProxyType(tensors), MappingProxyType({}), fingerprint)
 
 
 def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:

@@ -80,7 +80,7 @@ def _refuse_non_finite(component: Component) -> None:
 
 
 def _finite(tensor: Tensor) -> bool:
-    if not tensor.is_floating_point():
+    if not tensor.is_floating_point():  # also the bytes of a GGUF file
         return True
     wide = tensor if tensor.dtype.itemsize > 1 else tensor.to(torch.bfloat16)  # fp8 has no isfinite
     return bool(torch.isfinite(wide).all())

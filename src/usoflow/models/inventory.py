@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
 from usoflow.errors import UsoflowError
-from usoflow.models.checkpoint import DTYPE_BYTES, TensorFile, TensorInfo
+from usoflow.models.checkpoint import TensorFile, TensorInfo
 from usoflow.settings import MODEL_FOLDERS, Folders
 
 _WORTH_SAYING = 0.005  # part of the bytes below which a precision is left out
@@ -49,7 +48,7 @@ def precision(tensors: Iterable[TensorInfo]) -> str:
     """'F8_E4M3 99 %, F32 1 %'."""
     sizes: Counter[str] = Counter()
     for tensor in tensors:
-        sizes[tensor.dtype] += prod(tensor.shape) * DTYPE_BYTES[tensor.dtype]
+        sizes[tensor.dtype] += tensor.bytes
     total = sum(sizes.values()) or 1
     shares = [(dtype, size / total) for dtype, size in sizes.most_common()]
     return ", ".join(f"{dtype} {share:.0%}" for dtype, share in shares if share >= _WORTH_SAYING)

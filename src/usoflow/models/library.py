@@ -152,7 +152,7 @@ def _view(base: L) -> L:
         setattr(layer, name.rpartition(".")[2], parameter)
     for ours, theirs in zip(view.modules(), base.modules(), strict=True):
         if isinstance(ours, Linear) and isinstance(theirs, Linear):
-            ours.scale_weight = theirs.scale_weight
+            ours.scale_weight, ours.quantised = theirs.scale_weight, theirs.quantised
     return view.eval()
 
 
@@ -218,6 +218,6 @@ def _narrow(module: Flux) -> None:
     """Hold the weights of the blocks in fp8, without a scale (as `weight_dtype` has it in ComfyUI)."""
     for blocks in (module.double_blocks, module.single_blocks):
         for layer in blocks.modules():
-            if isinstance(layer, Linear):
+            if isinstance(layer, Linear) and layer.quantised is None:
                 narrow = layer.weight.to(torch.float8_e4m3fn)
                 layer.weight = nn.Parameter(narrow, requires_grad=False)

@@ -40,7 +40,7 @@ def attach(
             `tensor_missing` if a pair is not one.
     """
     layers = {name: layer for name, layer in network.named_modules() if isinstance(layer, Linear)}
-    pairs = pairs_for(lora, role, {name: tuple(layer.weight.shape) for name, layer in layers.items()})
+    pairs = pairs_for(lora, role, {name: layer.shape for name, layer in layers.items()})
     total = len(pairs.fitting) + len(pairs.absent)
     if role == "flux" and not pairs.fitting:
         raise UsoflowError(

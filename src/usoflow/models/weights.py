@@ -11,7 +11,7 @@ files, one fp32 scalar or one per row beside each weight).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from usoflow.errors import UsoflowError
-from usoflow.models.checkpoint import Component, matches_any, some
+from usoflow.models.checkpoint import QUANTISED, Component, matches_any, some
+from usoflow.models.gguf_file import arrays, is_gguf
+from usoflow.models.quantised import dequantise
 
 SCALE = "scale_weight"
 UNUSED_SCALES = ("*.scale_input",)  # activation scales of fp8 matmuls: we quantise no activations
@@ -64,10 +66,15 @@ class LowRank(nn.Module):
 
 
 class Linear(nn.Module):
-    """y = x W^T + b, weight [out, in] in any storage dtype, with optional scale and low-rank branches."""
+    """y = x W^T + b, weight [out, in] in any storage dtype, with optional scale and low-rank branches.
+
+    A weight of a GGUF file is held as bytes [out, bytes of a row]; `quantised` then names its format.
+    """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         super().__init__()
+        self.shape = (out_features, in_features)
+        self.quantised: str | None = None
         self.weight = _parameter(out_features, in_features)
         self.bias = _parameter(out_features) if bias else None
         self.scale_weight: Tensor | None = None
@@ -82,6 +89,8 @@ class Linear(nn.Module):
         return y
 
     def _weight(self, x: Tensor) -> Tensor:
+        if self.quantised is not None:
+            return dequantise(self.weight, self.quantised, x.dtype)
         if self.scale_weight is None:
             return widened(self.weight, x)
         scale = self.scale_weight.reshape(-1, 1) if self.scale_weight.numel() > 1 else self.scale_weight
@@ -183,11 +192,22 @@ def assemble(component: Component, module: nn.Module, *, ignored: Sequence[str] 
     _check_shapes(component, wanted)
     for name, tensor in read_tensors(component, [*wanted, *(scales & set(component.tensors))]).items():
         owner, _, leaf = name.rpartition(".")
-        holder = module.get_submodule(owner)
+        holder, format_ = module.get_submodule(owner), component.tensors[name].dtype
         if leaf == SCALE:
             holder.scale_weight = tensor.float()
+        elif format_ in QUANTISED:
+            _hold_quantised(holder, leaf, tensor, format_)
         else:
             setattr(holder, leaf, nn.Parameter(tensor, requires_grad=False))
+
+
+def _hold_quantised(holder: nn.Module, leaf: str, data: Tensor, format_: str) -> None:
+    """Matrices stay as bytes; anything else that is quantised is small."""
+    if isinstance(holder, Linear) and leaf == "weight":
+        holder.weight, holder.quantised = nn.Parameter(data, requires_grad=False), format_
+    else:
+        widened_once = dequantise(data.reshape(1, -1), format_, torch.float32).flatten()
+        setattr(holder, leaf, nn.Parameter(widened_once, requires_grad=False))
 
 
 def _check_names(
@@ -220,8 +240,17 @@ def read_tensors(component: Component, names: Iterable[str]) -> dict[str, Tensor
     Raises:
         UsoflowError: `model_damaged`.
     """
+    if is_gguf(component.file.path):
+        stored = arrays(component.file.path, [component.prefix + name for name in names])
+        return {name.removeprefix(component.prefix): _of_array(*item) for name, item in stored.items()}
     try:
         with safe_open(component.file.path, framework="pt") as reader:
             return {name: reader.get_tensor(component.prefix + name) for name in names}
     except (SafetensorError, OSError) as error:
         raise UsoflowError("model_damaged", f"{component.file.path.name} cannot be read: {error}.") from None
+
+
+def _of_array(array: Any, format_: str) -> Tensor:
+    """Of GGUF data; quantised tensors are bytes, and so is BF16, which numpy does not have."""
+    tensor = torch.from_numpy(array)
+    return tensor.view(torch.bfloat16) if format_ == "BF16" else tensor

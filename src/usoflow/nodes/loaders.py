@@ -50,6 +50,12 @@ def load_diffusion_model(
     return ModelHandle(component, weight_dtype=weight_dtype.removesuffix("_fast"))
 
 
+@node("UnetLoaderGGUF", category="bootleg", display_name="Unet Loader (GGUF)")
+def load_gguf(unet_name: Annotated[str, ModelFile("diffusion_models")], *, context: NodeContext) -> Model:
+    """Loads a quantised transformer, as github.com/city96/ComfyUI-GGUF's node of this name does."""
+    return ModelHandle(_open(context, "diffusion_models", unet_name).component("flux"))
+
+
 @node("DualCLIPLoader", category="advanced/loaders")
 def load_text_encoders(
     clip_name1: Annotated[str, ModelFile("text_encoders")],
