@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from usoflow.training.backgrounds import BACKGROUNDS
 from usoflow.training.drawings import Sprites
 from usoflow.training.loop import Recipe, Training, swap
-from usoflow.training.scenes import Scene, compose, draw_scene, noun, style_words
+from usoflow.training.scenes import Scene, compose, draw_calm_scene, draw_scene, noun, style_words
 
 JUDGE_SEED = 990_001  # of the judge's scenes: no other stage draws from it
 PROMPT_SEED = 990_002  # of the prompts and of their real pictures
@@ -109,9 +109,9 @@ def train_judge(sprites: Sprites, recipe: Recipe, folder: Path, *, side: int) ->
     return judge.eval()
 
 
-def questions(sprites: Sprites, count: int) -> list[Question]:
-    """The fixed prompt list: core subject, background, a seen style as training names it."""
-    scenes = [single_scene(sprites, PROMPT_SEED, i) for i in range(count)]
+def questions(sprites: Sprites, count: int, subjects: Sequence[str]) -> list[Question]:
+    """A fixed prompt list: a subject, a background and a seen style; calm scenes answer it."""
+    scenes = [draw_calm_scene(sprites.world, PROMPT_SEED, i, subjects) for i in range(count)]
     pairs = zip(*answers(sprites, scenes), strict=True)
     return [
         Question(_prompt(sprites, scene), scene, int(subject), int(background))

@@ -32,6 +32,7 @@ from usoflow.training import autoencoder, drawings, evaluate, package, text_to_i
 from usoflow.training.autoencoder import VaeStage
 from usoflow.training.base import BaseStage, Batches, Pocket, flow_loss, guided_loss
 from usoflow.training.drawings import Sprites
+from usoflow.training.evaluate import Question
 from usoflow.training.latents import LatentSet, Shown, cache
 from usoflow.training.loop import LossFunction, Recipe, Training, swap
 from usoflow.training.scenes import caption, compose, draw_scene
@@ -145,24 +146,31 @@ class Workshop:
         evaluate.train_judge(self.sprites, self.plan.judge, self.folder / "judge", side=self.plan.base.side)
 
     def evaluate(self) -> None:
-        """Measure pictures of the guided base (else the base) beside real ones; write `evaluation.json`."""
-        side, vae = self.plan.base.side, self.vae_in_use
+        """Measure the last stage's pictures beside real ones; write `evaluation.json` and a sheet.
+
+        Two prompt lists: of the focus, which the last part has shown, and of the whole core.
+        """
+        side, world = self.plan.base.side, self.sprites.world
         judge = evaluate.train_judge(self.sprites, self.plan.judge, self.folder / "judge", side=side)
-        asked = evaluate.questions(self.sprites, QUESTIONS)
-        real = evaluate.pictures(self.sprites, [q.scene for q in asked], side)
-        through = torch.cat([autoencoder.decode(vae, autoencoder.encode(vae, r)) for r in real.split(50)])
-        pocket = self._finished()
-        prompts = [q.prompt for q in asked]
-        made = torch.cat(
-            [
-                text_to_image.sample(pocket, vae, prompts[i : i + 50], dtype=self.dtype, seed=i)
-                for i in range(0, len(prompts), 50)
-            ]
-        )
-        images = {"ceiling": real, "ceiling through the VAE": through, "pocket": made}
-        scores = {name: evaluate.measure(judge, asked, batch) for name, batch in images.items()}
+        pocket, scores = self._finished(), {}
+        for name, subjects in {"focus": world.focus, "core": world.core}.items():
+            asked = evaluate.questions(self.sprites, QUESTIONS, subjects)
+            sheet = self.folder / f"evaluation-{name}.png"
+            for kind, images in self._answers(pocket, asked, sheet).items():
+                scores[f"{name}: {kind}"] = evaluate.measure(judge, asked, images)
         evaluate.report(self.folder / "evaluation.json", scores)
-        contact_sheet(self.folder / "evaluation.png", list(made[:96].numpy()), prompts[:96], columns=12)
+
+    def _answers(self, pocket: Pocket, asked: list[Question], sheet: Path) -> dict[str, torch.Tensor]:
+        """Real pictures, the same through the VAE, and made ones, of a prompt list."""
+        vae, prompts = self.vae_in_use, [q.prompt for q in asked]
+        real = evaluate.pictures(self.sprites, [q.scene for q in asked], self.plan.base.side)
+        through = [autoencoder.decode(vae, autoencoder.encode(vae, part)) for part in real.split(50)]
+        made = [
+            text_to_image.sample(pocket, vae, prompts[i : i + 50], dtype=self.dtype, seed=i)
+            for i in range(0, len(prompts), 50)
+        ]
+        contact_sheet(sheet, list(made[0].numpy()), prompts[:50], columns=10)
+        return {"real": real, "real through the VAE": torch.cat(through), "made": torch.cat(made)}
 
     @functools.cached_property
     def folded_vae(self) -> AutoEncoder:
