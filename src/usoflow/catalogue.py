@@ -96,6 +96,7 @@ def missing_file_remedy(folder: str, name: str, folders: Folders) -> str:
     place = folders.models[folder][0] if folders.models.get(folder) else folder
     if wanted:
         lines.append(f"Download {wanted.url} ({wanted.size}; {wanted.licence}) into {place}.")
+        lines.append("`usoflow models pull` downloads all of the tutorial's files that are missing.")
     elif available := folders.list(folder):
         lines.append(f"There are: {', '.join(available)}. Choose one, or put {name} into {place}.")
     else:

@@ -167,8 +167,8 @@ CATALOGUE: Mapping[str, ErrorKind] = MappingProxyType(
         ),
         "download_failed": ErrorKind(
             "A file could not be downloaded.",
-            "Check the network and run it again: it continues where it broke off. HF_TOKEN is needed for files"
-            " whose licence is agreed to on the site; HF_ENDPOINT names a mirror.",
+            "Check the network and run it again: it continues where it broke off. HF_TOKEN is needed for"
+            " files whose licence is agreed to on the site; HF_ENDPOINT names a mirror.",
             EXIT_MODEL,
         ),
         "licence_declined": ErrorKind(

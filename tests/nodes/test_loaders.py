@@ -159,3 +159,46 @@ def test_styles_leave_the_model_as_it_was(context: NodeContext) -> None:
     assert torch.equal(picture(model, clip, vae, context), before)
     with pytest.raises(FrozenInstanceError):
         model.styles = one.styles
+
+
+def test_both_text_encoders_from_one_file(
+    context: NodeContext, split: NodeContext, small_models: Path
+) -> None:
+    """As DualCLIPLoader gives them from two; a file with one of them names the node that takes two."""
+    folder = split.folders.models["text_encoders"][0]
+    shutil.copy(small_models / "checkpoints" / CHECKPOINT, folder / "both.safetensors")
+    clip = loaders.load_text_encoders_of_one_file("both.safetensors", "sd3", context=split)
+    (one, _), *_ = conditioning.encode_text("a cat", clip, context=context)
+    pair = loaders.load_text_encoders("clip_l.safetensors", "t5.safetensors", "flux", context=split)
+    (two, _), *_ = conditioning.encode_text("a cat", pair, context=context)
+    assert torch.equal(one, two)
+    (folder / "both.safetensors").unlink()
+    with refused("model_kind") as caught:
+        loaders.load_text_encoders_of_one_file("t5.safetensors", "sd3", context=split)
+    assert "DualCLIPLoader" in caught.value.remedy
+
+
+def test_a_lora_for_model_and_text_encoder(context: NodeContext, split: NodeContext) -> None:
+    """Each strength is for its own part; zero is as without."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = {
+        "lora_unet_double_blocks_0_img_mlp_0": (512, 128),
+        "lora_te1_text_model_encoder_layers_0_mlp_fc1": (64, 32),
+    }
+    tensors = {}
+    for stem, (rows, columns) in sizes.items():
+        tensors[f"{stem}.lora_down.weight"] = torch.randn(2, columns, generator=generator)
+        tensors[f"{stem}.lora_up.weight"] = torch.randn(rows, 2, generator=generator)
+    save_file(tensors, split.folders.models["loras"][0] / "kohya.safetensors")
+    model, clip, vae = loaders.load_checkpoint(CHECKPOINT, context=context)
+    plain = picture(model, clip, vae, context)
+    pictures = {
+        strengths: picture(
+            *loaders.load_lora(model, clip, "kohya.safetensors", *strengths, context=split), vae, context
+        )
+        for strengths in ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0))
+    }
+    assert torch.allclose(pictures[0.0, 0.0], plain, atol=1e-6)
+    assert not torch.allclose(pictures[1.0, 0.0], plain, atol=1e-3)
+    assert not torch.allclose(pictures[0.0, 1.0], plain, atol=1e-3)
+    assert not torch.allclose(pictures[1.0, 0.0], pictures[0.0, 1.0], atol=1e-3)

@@ -175,6 +175,10 @@ class _Asked:
     first: float
     last: float
 
+    @property
+    def always(self) -> bool:
+        return self.first >= 1.0 and self.last <= 0.0
+
     def counts(self, sigma: float) -> bool:
         return self.last <= sigma <= self.first
 
@@ -195,9 +199,11 @@ def _velocity(
         _Asked(_prepare(flux, samples, entry, style, library), *_sigma_range(entry[1], schedule))
         for entry in conditioning
     ]
+    always = all(item.always for item in asked)
 
     def velocity(x: Tensor, sigma: Tensor) -> Tensor:
-        now = [item for item in asked if item.counts(float(sigma))]
+        # Looking at sigma waits for the device, so it is done only where it decides something.
+        now = asked if always else [item for item in asked if item.counts(float(sigma))]
         if not now:
             return x / sigma
         return torch.stack([flux(x, sigma, item.inputs) for item in now]).mean(0)
