@@ -83,13 +83,15 @@ def test_what_the_editor_asks_at_its_start(client: TestClient) -> None:
     answers = {
         path: client.get(path)
         for path in (
-            "/api/features", "/api/users", "/api/system_stats", "/api/settings", "/api/i18n", "/api/extensions",
+            "/api/features", "/api/users", "/api/system_stats", "/api/settings", "/api/i18n",
+            "/api/extensions",
             "/api/userdata?dir=workflows&recurse=true&split=false&full_info=true", "/api/userdata/user.css",
             "/api/userdata?dir=subgraphs&recurse=true&split=false&full_info=true", "/user.css",
             "/api/userdata/comfy.templates.json", "/api/global_subgraphs", "/api/workflow_templates",
             "/api/jobs?status=in_progress,pending&limit=200&offset=0", "/api/object_info",
             "/api/jobs?status=completed,failed,cancelled&limit=64&offset=0", "/internal/folder_paths",
-            "/api/experiment/models", "/internal/logs/raw", "/api/node_replacements", "/api/embeddings",
+            "/api/experiment/models", "/internal/logs/raw",
+            "/internal/logs", "/api/node_replacements", "/api/embeddings",
         )
     }  # fmt: skip
     assert {path: answer.status_code for path, answer in answers.items() if answer.status_code != 200} == {}

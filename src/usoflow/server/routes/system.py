@@ -98,9 +98,15 @@ def nothing() -> Json:
     return {}
 
 
+@router.get("/internal/logs")
+def log_text() -> str:
+    """The log is on the server's terminal."""
+    return "The log is on the terminal in which `usoflow serve` runs."
+
+
 @router.get("/internal/logs/raw")
 def logs() -> Json:
-    """The log is on the server's terminal."""
+    """As above."""
     return {"entries": [], "size": {"cols": 80, "rows": 24}}
 
 
