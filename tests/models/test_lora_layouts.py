@@ -43,9 +43,7 @@ def pair(rows: int, columns: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def saved(folder: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> Component:
-    save_file(
-        {name: tensor.clone() for name, tensor in tensors.items()}, folder / "l.safetensors", metadata
-    )
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / "l.safetensors", metadata)
     return TensorFile.open(folder / "l.safetensors").component("lora")
 
 
