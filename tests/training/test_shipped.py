@@ -1,0 +1,60 @@
+"""The shipped checkpoint is read by the ordinary loaders and draws what a prompt says, as far as it can."""
+
+from __future__ import annotations
+
+import itertools
+from importlib import resources
+from pathlib import Path
+
+import pytest
+import torch
+
+from usoflow.models.checkpoint import Component, TensorFile
+from usoflow.models.library import load_clip, load_flux, load_t5, load_vae
+from usoflow.models.text import encode_prompt
+from usoflow.models.tokens import ClipTokenizer, T5Tokenizer, Tokenizers
+from usoflow.models.vae import LatentFormat
+from usoflow.sampling.schedule import FluxSchedule, sigmas
+
+PATH = Path(str(resources.files("usoflow.pocket"))) / "models" / "checkpoints" / "usoflow-pocket.safetensors"
+FAMILY_BYTES = 32_000_000  # with the LoRA, projector and vision tower that are to come
+
+
+@pytest.fixture(scope="module")
+def parts() -> dict[str, Component]:
+    return dict(TensorFile.open(PATH).components())
+
+
+def picture(parts: dict[str, Component], prompt: str) -> torch.Tensor:
+    """A 64x64 picture in 8 steps of euler, [64, 64, 3]."""
+    clip, t5, flux = load_clip(parts["clip_l"]), load_t5(parts["t5"]), load_flux(parts["flux"])
+    tokenizers = Tokenizers(ClipTokenizer(clip.config.positions), T5Tokenizer(t5.config.min_length))
+    text = encode_prompt(prompt, clip, t5, tokenizers)
+    inputs = flux.prepare(text.context, text.pooled, (8, 8))
+    x = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+    levels = sigmas("simple", 8, 1.0, schedule=FluxSchedule())
+    with torch.no_grad():
+        for level, following in itertools.pairwise(levels):
+            x = x + (following - level) * flux(x, level, inputs)
+    return load_vae(parts["vae"]).decode(LatentFormat().from_model(x))[0]
+
+
+def test_size_and_contents(parts: dict[str, Component]) -> None:
+    assert set(parts) == {"flux", "clip_l", "t5", "vae"}
+    assert PATH.stat().st_size < FAMILY_BYTES
+
+
+def test_background_and_subject_follow_the_prompt(parts: dict[str, Component]) -> None:
+    apple = picture(parts, "a red apple on a white background, flat style")
+    cactus = picture(parts, "a cactus on a black background, flat style")
+    corners = [
+        torch.cat([p[:6, :6].flatten(0, 1), p[:6, -6:].flatten(0, 1)]).mean(dim=0) for p in (apple, cactus)
+    ]
+    assert corners[0].min() > 0.8
+    assert corners[1].max() < 0.2
+    red, green, blue = apple[24:40, 24:40].mean(dim=(0, 1))
+    assert red > green + 0.3
+    assert red > blue + 0.3
+    red, green, blue = cactus[24:40, 24:40].mean(dim=(0, 1))
+    assert green > red + 0.1
+    assert green > blue + 0.1
