@@ -1,6 +1,9 @@
-"""The four variations of the official USO template on a photo, with small models of the true layout.
+"""What `make demo` runs: pictures by the pocket model, then the official template's variations on a photo.
 
-Run by `make demo`. Each variation is one `usoflow run`, printed so that it can be repeated by hand.
+The pocket model (`usoflow.pocket`) is trained, though not for long: backgrounds are right, subjects are
+mostly outlines and colours (docs/pocket.md). There is no trained pocket USO yet: the four variations run on
+untrained models of the true layout and give noise. They show that the official workflows run. Each command
+is printed, so that it can be repeated by hand.
 """
 
 from __future__ import annotations
@@ -12,9 +15,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+import usoflow
+from usoflow.api.sheet import contact_sheet
+
 HERE = Path(os.path.relpath(Path(__file__).parent))  # so that the printed commands are short
 OUT = Path("out") / "demo"
 SIZE = 256
+POCKET = Path(usoflow.__file__).parent / "pocket" / "models"
+PROMPTS = (
+    "a red apple on a chessboard, flat style",
+    "a pig face in a meadow, flat style",
+    "a frog on a beach, twemoji style",
+    "an owl in the snow, emojione style",
+    "a hamburger under water, flat style",
+    "a strawberry at sunset, blob style",
+    "a cactus on red stripes, emojione style",
+    "a penguin on a green background, twemoji style",
+)
 
 PHOTO, STYLE = HERE / "astronaut.jpg", HERE / "stained_glass.png"
 # What each workflow needs beside the file: pictures by LoadImage node, and the latent node whose size is set.
@@ -27,20 +44,42 @@ VARIATIONS: dict[str, tuple[dict[str, Path], str]] = {
 
 
 def main() -> None:
+    pocket()
+    variations()
+    print(f"\nThe pictures are in {OUT.resolve()}. Each carries its workflow: drag one into ComfyUI.")
+
+
+def pocket() -> None:
+    """Text to image with the trained pocket model, all prompts on models that are loaded once."""
+    workflow = usoflow.Workflow.load(HERE / "pocket.json")
+    print(
+        f"Text to image with the pocket model ({HERE / 'pocket.json'}, 64x64, 20 steps; docs/pocket.md says"
+    )
+    print("what this first, short training can and cannot do):")
+    pictures = []
+    with usoflow.Engine(models=POCKET, output=OUT) as engine:
+        for prompt in PROMPTS:
+            result = engine.run(workflow.set("CLIPTextEncode.text", prompt))
+            print(f"  {result.paths[0]}  {result.seconds:.1f} s  {prompt}")
+            pictures.append((prompt.rpartition(",")[0], result.images[0].resize((SIZE, SIZE))))
+    contact_sheet(pictures, columns=4).save(OUT / "pocket.png")
+    print(f"  all of them: {OUT / 'pocket.png'}\n")
+
+
+def variations() -> None:
+    """The official template, its groups switched for each use."""
     models = OUT / "models"
     if not models.exists():
         from usoflow.pocket.untrained import write_untrained
 
         write_untrained(models)
-    print(f"Small models with the official layout: {models} (untrained, so the pictures are noise:")
-    print("they show that the official workflows run, not what USO can do).\n")
+    print(f"The official template's four variations with untrained models ({models}), so they show noise:")
     for name, (pictures, latent) in VARIATIONS.items():
         arguments = ["run", str(HERE / f"{name}.json"), "--models", str(models), "--output", str(OUT)]
         arguments += [f"--set={latent}.{side}={SIZE}" for side in ("width", "height")]
         arguments += [f"--set=SaveImage.filename_prefix={name}"]
         arguments += [f"--image={node}={path}" for node, path in pictures.items()]
         run(name, arguments)
-    print(f"\nThe pictures are in {OUT.resolve()}. Each carries its workflow: drag one into ComfyUI.")
 
 
 def run(name: str, arguments: list[str]) -> None:
