@@ -177,3 +177,17 @@ def kill_worker(engine: WorkerProcess) -> None:
     """Kill -9."""
     assert engine.pid
     os.kill(engine.pid, signal.SIGKILL)
+
+
+def test_names_that_a_killed_worker_had_taken_are_free_again(tmp_path: Path) -> None:
+    """Empty partial files go, also in subfolders; what has content belongs to somebody."""
+    from usoflow.service.worker import clear_abandoned
+
+    (tmp_path / "sub").mkdir()
+    for name in ("a_00001_.part", "sub/b_00001_.part"):
+        (tmp_path / name).touch()
+    (tmp_path / "c_00001_.part").write_bytes(b"half a picture")
+    (tmp_path / "d_00001_.png").touch()
+    clear_abandoned(tmp_path)
+    assert sorted(path.name for path in tmp_path.rglob("*.*")) == ["c_00001_.part", "d_00001_.png"]
+    clear_abandoned(tmp_path / "absent")

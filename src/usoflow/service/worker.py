@@ -15,11 +15,13 @@ import threading
 import traceback
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from usoflow.errors import UsoflowError
+from usoflow.nodes.context import PARTIAL_SUFFIX
 from usoflow.service import engine
 from usoflow.service.engine import Message, Run
 from usoflow.service.jobs import JobStore
@@ -159,6 +161,18 @@ class Worker:
                 self.send(engine.Finished(node, seconds, peak, shown.images if shown else None))
 
 
+def clear_abandoned(output: Path) -> None:
+    """Remove the empty files of names that a killed worker had taken but not yet reserved.
+
+    What it had reserved is the store's to remove. Another program that takes a name at this very moment loses
+    nothing: it opens its file anew to write it.
+    """
+    for partial in output.rglob(f"*{PARTIAL_SUFFIX}"):
+        with suppress(OSError):
+            if partial.stat().st_size == 0:
+                partial.unlink()
+
+
 def serve(registry: NodeRegistry, argument: str) -> None:
     """The life of a worker process."""
     for number in (signal.SIGINT, signal.SIGTERM):  # meant for the server, whose end is ours
@@ -167,6 +181,7 @@ def serve(registry: NodeRegistry, argument: str) -> None:
     os.dup2(2, 1)  # what libraries print is no message
     pipe = Pipe(sys.stdin.buffer, outgoing)
     settings = WorkerSettings.from_argument(argument)
+    clear_abandoned(settings.folders.output)
     try:
         worker, system = _made(settings, registry, pipe.send)
     except UsoflowError as error:
