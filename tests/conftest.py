@@ -12,6 +12,7 @@ import numpy as np
 import platformdirs
 import pytest
 import torch
+from hypothesis import settings
 from PIL import Image
 from torch import Tensor
 
@@ -22,6 +23,12 @@ from usoflow.pocket.untrained import write_untrained
 GOLDEN = Path(__file__).parent / "golden"
 SHARED = Path(__file__).parents[2] / "shared"
 CACHE_VARIABLE = "USOFLOW_TEST_CACHE"
+
+# No deadlines: machines are busy. CI draws the same examples each time, so that what fails there was changed;
+# everywhere else each run draws new ones.
+settings.register_profile("anywhere", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "anywhere")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -62,13 +62,15 @@ def _opened(path: Path) -> Iterator[Image.Image]:
             warnings.simplefilter("ignore")  # a bomb: our own limit is lower; odd EXIF or palettes: read on
             with Image.open(path) as picture:
                 yield picture
+    except (UsoflowError, MemoryError):
+        raise
     except FileNotFoundError:
         raise UsoflowError("image_missing", f"{path} does not exist.") from None
     except Image.DecompressionBombError:
         raise _too_large(path, "far more") from None
     except UnidentifiedImageError:
         raise UsoflowError("image_invalid", f"{path} is not a picture.") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's decoders raise
+    except Exception as error:  # Pillow's decoders raise anything on damaged files: KeyError, TypeError, ...
         raise UsoflowError("image_invalid", f"{path} cannot be read as a picture: {error}.") from None
 
 
