@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from usoflow.errors import UsoflowError
 from usoflow.models.checkpoint import Component
+from usoflow.models.finite import require_finite
 from usoflow.models.weights import Conv2d, GroupNorm
 
 IGNORED: tuple[str, ...] = ()
@@ -282,7 +283,7 @@ class AutoEncoder(nn.Module):
         """
         pixels = centre_crop(images, self.config.factor)[..., :3].movedim(-1, 1)  # [B, 3, H, W]
         mean = self._each(lambda x: self.encoder(x).chunk(2, dim=1)[0], pixels * 2 - 1, dtype)
-        return _finite(mean, "VAE encoding")
+        return require_finite(mean, "VAE encoding")
 
     @torch.no_grad()
     def decode(self, latent: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -305,7 +306,7 @@ class AutoEncoder(nn.Module):
                 f"The latent has {latent.shape[1]} channels, the VAE takes {channels}.",
                 remedy="Sample the latent first, or make it with EmptySD3LatentImage.",
             )
-        pixels = _finite(self._each(self.decoder, latent, dtype), "VAE decoding")  # [B, 3, H, W]
+        pixels = require_finite(self._each(self.decoder, latent, dtype), "VAE decoding")  # [B, 3, H, W]
         return ((pixels + 1) / 2).clamp_(0, 1).movedim(1, -1).contiguous()
 
     def _each(self, network: Callable[[Tensor], Tensor], batch: Tensor, dtype: torch.dtype) -> Tensor:
@@ -328,9 +329,3 @@ def centre_crop(images: Tensor, multiple: int) -> Tensor:
         )
     top, left = height % multiple // 2, width % multiple // 2
     return images[:, top : top + height - height % multiple, left : left + width - width % multiple]
-
-
-def _finite(x: Tensor, stage: str) -> Tensor:
-    if not bool(torch.isfinite(x).all()):
-        raise UsoflowError("non_finite", f"{stage} gave values that are not finite.")
-    return x
