@@ -135,7 +135,7 @@ class ModelLibrary:
         """The network with the branches of these LoRAs, around the same weights."""
         if not loras:
             return base
-        key = (id(base), *((_key(use.lora), use.strength) for use in loras))
+        key = (base, *((_key(use.lora), use.strength) for use in loras))
         if role not in self._views or self._views[role][0] != key:
             view = _view(base)
             for use in loras:

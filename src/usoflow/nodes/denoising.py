@@ -159,9 +159,7 @@ def _style_tokens(model: Model, library: ModelLibrary) -> Tensor | None:
     """
     if not model.styles:
         return None
-    tokens = []
-    for style in model.styles:
-        tokens.append(library.style_tokens(style.projector, style.vision.hidden))
+    tokens = [library.style_tokens(style.projector, style.vision.hidden) for style in model.styles]
     batch = max(len(part) for part in tokens)
     _check_batch(tokens, batch, "style pictures")
     return torch.cat([part.expand(batch, -1, -1) for part in tokens], dim=1)
