@@ -30,7 +30,7 @@ SHORT = Recipe(samples=64, batch=4, rate=1e-3)
 VAE = VaeStage(SHORT, SHORT, widths=(8, 8, 8, 16))
 
 
-def recipe(**changes: int) -> Recipe:
+def recipe(**changes: float) -> Recipe:
     return Recipe(**({"samples": 64, "batch": 4, "rate": 3e-3, "warmup": 0, "save_every": 1000} | changes))
 
 

@@ -1,10 +1,10 @@
-"""Stages `base`, `focus` and `guided`: train the pocket text encoders and transformer on cached latents.
+"""Stages `base`, `large` and `guided`: train the pocket text encoders and transformer on cached latents.
 
 `base`: flow matching (arXiv:2210.02747) as FLUX does it: x_s = (1 - s) x + s n, target n - x, s from a
 logit-normal (arXiv:2403.03206); captions are dropped for some samples; both encoders learn with the
 transformer. The guidance embedding is fed the constant `GUIDANCE` and means nothing yet.
 
-`focus`: the same on few subjects, so that those at least are drawn well when time is short.
+`large`: the same with larger pictures, where a step costs more and shapes are known already.
 
 `guided`: guidance distillation (arXiv:2210.03142): the frozen base, asked with and without the caption, gives
 u + g (c - u), which the student must answer in one evaluation when g is its guidance. As with FLUX.1 [dev],
@@ -43,11 +43,11 @@ class BaseStage:
 
     Attributes:
         recipe: length and speed of flow matching.
-        focus: length and speed of its last part, on fewer subjects.
+        large: the same, with larger pictures.
         guided: length and speed of guidance distillation.
-        side: of the pictures.
+        side: of the pictures of `base`.
+        large_side: of the pictures of `large` and `guided`.
         cached: number of scenes whose latents are cached.
-        calm_after: samples after which only calm scenes are shown.
         hidden, double, single: width and depth of the transformer.
         text_dim, text_layers: width and depth of T5.
         clip_dim, clip_layers: width and depth of CLIP-L.
@@ -59,11 +59,11 @@ class BaseStage:
     """
 
     recipe: Recipe
-    focus: Recipe
+    large: Recipe
     guided: Recipe
     side: int = 64
-    cached: int = 100_000
-    calm_after: int = 1_000_000_000
+    large_side: int = 128
+    cached: int = 48_000
     hidden: int = 256
     double: int = 2
     single: int = 4
@@ -171,16 +171,12 @@ class Batches:
     clip_ids: Ids
     empty: tuple[Ids, Ids]
     dropped: float
-    later: Batches | None = None
-    later_from: int = 0
 
     @classmethod
-    def of(cls, latents: LatentSet, stage: BaseStage, *, calm: LatentSet | None = None) -> Batches:
-        """Tokenise the captions of a latent set and of the one that takes over after `calm_after`."""
+    def of(cls, latents: LatentSet, stage: BaseStage) -> Batches:
+        """Tokenise the captions of a latent set."""
         empty = (stage.tokenizer.t5([""]), stage.tokenizer.clip([""]))
-        later = None if calm is None else cls.of(calm, stage)
-        ids = latents.ids(stage.tokenizer)
-        return cls(latents, *ids, empty, stage.dropped, later=later, later_from=stage.calm_after)
+        return cls(latents, *latents.ids(stage.tokenizer), empty, stage.dropped)
 
     def vocabularies(self) -> tuple[Vocabulary, Vocabulary]:
         """The rows that occur for T5 and CLIP."""
@@ -190,8 +186,6 @@ class Batches:
 
     def get(self, done: int, count: int) -> tuple[Tensor, Ids, Ids]:
         """Latents [B, 16, h, w], T5 ids [B, T], CLIP ids [B, T]."""
-        if self.later is not None and done >= self.later_from:
-            return self.later.get(done, count)
         indices = self.latents.indices(done, count)
         drop = np.random.default_rng((self.latents.seed, done, 1)).random(count) < self.dropped
         t5 = np.where(drop[:, None], self.empty[0], self.t5_ids[indices])

@@ -109,9 +109,9 @@ def train_judge(sprites: Sprites, recipe: Recipe, folder: Path, *, side: int) ->
     return judge.eval()
 
 
-def questions(sprites: Sprites, count: int, subjects: Sequence[str]) -> list[Question]:
+def questions(sprites: Sprites, count: int) -> list[Question]:
     """A fixed prompt list: a subject, a background and a seen style; calm scenes answer it."""
-    scenes = [draw_calm_scene(sprites.world, PROMPT_SEED, i, subjects) for i in range(count)]
+    scenes = [draw_calm_scene(sprites.world, PROMPT_SEED, i, sprites.world.core) for i in range(count)]
     pairs = zip(*answers(sprites, scenes), strict=True)
     return [
         Question(_prompt(sprites, scene), scene, int(subject), int(background))

@@ -10,7 +10,6 @@ import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -21,10 +20,9 @@ from usoflow.models.vae import AutoEncoder, LatentFormat
 from usoflow.training.autoencoder import encode
 from usoflow.training.captions import CaptionTokenizer, Ids
 from usoflow.training.drawings import Sprites
-from usoflow.training.scenes import caption, compose, draw_calm_scene, draw_scene
+from usoflow.training.scenes import caption, compose, draw_taught_scene
 
 CHUNK = 64
-Shown = Literal["core", "calm", "focus"]  # core subjects; in calm scenes only; in calm scenes, the focus only
 
 
 @dataclass(frozen=True)
@@ -78,13 +76,10 @@ def cache(
     seed: int,
     side: int,
     count: int,
-    shown: Shown,
     dtype: torch.dtype = torch.float32,
 ) -> LatentSet:
     """Encode scenes 0 to `count` of `seed` at `side` pixels, unless they are there."""
     folder.mkdir(parents=True, exist_ok=True)
-    draw = draw_scene if shown == "core" else draw_calm_scene
-    subjects = sprites.world.focus if shown == "focus" else sprites.world.core
     path, progress = folder / "latents.npy", folder / "progress.json"
     done = json.loads(progress.read_text())["done"] if progress.exists() else 0
     shape = (count, 16, side // 8, side // 8)
@@ -92,7 +87,7 @@ def cache(
     stored = np.lib.format.open_memmap(path, mode=mode, dtype=np.float16, shape=shape)
     for start in range(done, count, CHUNK):
         stop = min(start + CHUNK, count)
-        scenes = [draw(sprites.world, seed, i, subjects) for i in range(start, stop)]
+        scenes = [draw_taught_scene(sprites.world, seed, i) for i in range(start, stop)]
         images = torch.from_numpy(np.stack([compose(scene, sprites, side=side) for scene in scenes]))
         stored[start:stop] = (
             LatentFormat().to_model(encode(module, images, dtype=dtype)).numpy().astype(np.float16)
@@ -100,6 +95,6 @@ def cache(
         if start % (CHUNK * 50) == 0 or stop == count:
             stored.flush()
             progress.write_text(json.dumps({"done": stop}))
-    texts = [caption(sprites.world, draw(sprites.world, seed, i, subjects)) for i in range(count)]
+    texts = [caption(sprites.world, draw_taught_scene(sprites.world, seed, i)) for i in range(count)]
     (folder / "captions.json").write_text(json.dumps(texts), "utf-8")
     return LatentSet(folder, seed)

@@ -31,6 +31,7 @@ TILTED = 25.0  # degrees
 CALM_SIDES = (0.66, 0.9)
 CALM_ANGLE = 6.0  # degrees
 CALM_RENDERING = 0.4  # of the renderings stay
+CALM_CHANCE = 0.7  # of what the base is taught
 SINGULAR_IN_S = frozenset(
     {"bus", "oncoming-bus", "cactus", "octopus", "rhinoceros", "hibiscus", "cocktail-glass", "wine-glass"}
 )
@@ -96,6 +97,12 @@ def draw_calm_scene(world: World, seed: int, index: int, subjects: Sequence[str]
     placed = Placed(scene.placed[0].subject, side, float(x), float(y), angle, mirrored=False)
     rendering = scene.rendering if rng.random() < CALM_RENDERING else None
     return dataclasses.replace(scene, placed=(placed,), rendering=rendering)
+
+
+def draw_taught_scene(world: World, seed: int, index: int) -> Scene:
+    """What the base is taught: core subjects, in calm scenes more often than in others."""
+    calm = generator(seed + 1, index).random() < CALM_CHANCE
+    return (draw_calm_scene if calm else draw_scene)(world, seed, index, world.core)
 
 
 def held_out_scene(world: World, seed: int, index: int) -> Scene:

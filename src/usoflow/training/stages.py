@@ -4,7 +4,7 @@
     vae      train the autoencoder, fold its latent statistics
     decoder  train the decoder further on the encoder as it is
     base     cache latents, train text encoders and transformer
-    focus    train them further on few subjects
+    large    train them further on larger pictures
     guided   distil guidance into the transformer
     package  write the checkpoint
     judge    train the encoder that measures, used for nothing else
@@ -33,7 +33,7 @@ from usoflow.training.autoencoder import VaeStage
 from usoflow.training.base import BaseStage, Batches, Pocket, flow_loss, guided_loss
 from usoflow.training.drawings import Sprites
 from usoflow.training.evaluate import Question
-from usoflow.training.latents import LatentSet, Shown, cache
+from usoflow.training.latents import LatentSet, cache
 from usoflow.training.loop import LossFunction, Recipe, Training, swap
 from usoflow.training.scenes import caption, compose, draw_scene
 from usoflow.training.sheets import contact_sheet, loss_curve
@@ -66,7 +66,7 @@ class Plan:
             vae, base = data["vae"], data["base"]
             vae |= {"recipe": Recipe(**vae["recipe"]), "decoder": Recipe(**vae["decoder"])}
             vae |= {"widths": tuple(vae["widths"])}
-            base |= {name: Recipe(**base[name]) for name in ("recipe", "focus", "guided")}
+            base |= {name: Recipe(**base[name]) for name in ("recipe", "large", "guided")}
             return cls(VaeStage(**vae), BaseStage(**base), Recipe(**data["judge"]["recipe"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UsoflowError("training_config", f"{path}: {error}.") from None
@@ -122,19 +122,19 @@ class Workshop:
         recipe = self.plan.base.recipe
         self._run(pocket, recipe, flow_loss(pocket, recipe, self._batches, dtype=self.dtype), "base")
 
-    def focus(self) -> None:
-        """Train on, on the subjects of the focus."""
+    def large(self) -> None:
+        """Train on, with larger pictures."""
         pocket = self._pocket()
         self._load(pocket, "base")
-        recipe = self.plan.base.focus
-        self._run(pocket, recipe, flow_loss(pocket, recipe, self._focus, dtype=self.dtype), "focus")
+        recipe = self.plan.base.large
+        self._run(pocket, recipe, flow_loss(pocket, recipe, self._large, dtype=self.dtype), "large")
 
     def guided(self) -> None:
         """Distil guidance into a copy of the trained base."""
         teacher, pocket = self._pocket(), self._pocket()
         for module in (teacher, pocket):
-            self._load(module, "focus")
-        loss_of = guided_loss(pocket, teacher, self._focus, dtype=self.dtype)
+            self._load(module, "large")
+        loss_of = guided_loss(pocket, teacher, self._large, dtype=self.dtype)
         self._run(pocket, self.plan.base.guided, loss_of, "guided")
 
     def package(self) -> None:
@@ -146,21 +146,15 @@ class Workshop:
         evaluate.train_judge(self.sprites, self.plan.judge, self.folder / "judge", side=self.plan.base.side)
 
     def evaluate(self) -> None:
-        """Measure the last stage's pictures beside real ones; write `evaluation.json` and a sheet.
-
-        Two prompt lists: of the focus, which the last part has shown, and of the whole core.
-        """
-        side, world = self.plan.base.side, self.sprites.world
+        """Measure the last stage's pictures beside real ones; write `evaluation.json` and a sheet."""
+        side = self.plan.base.side
         judge = evaluate.train_judge(self.sprites, self.plan.judge, self.folder / "judge", side=side)
-        pocket, scores = self._finished(), {}
-        for name, subjects in {"focus": world.focus, "core": world.core}.items():
-            asked = evaluate.questions(self.sprites, QUESTIONS, subjects)
-            sheet = self.folder / f"evaluation-{name}.png"
-            for kind, images in self._answers(pocket, asked, sheet).items():
-                scores[f"{name}: {kind}"] = evaluate.measure(judge, asked, images)
+        asked = evaluate.questions(self.sprites, QUESTIONS)
+        answers = self._answers(self._finished(), asked)
+        scores = {name: evaluate.measure(judge, asked, images) for name, images in answers.items()}
         evaluate.report(self.folder / "evaluation.json", scores)
 
-    def _answers(self, pocket: Pocket, asked: list[Question], sheet: Path) -> dict[str, torch.Tensor]:
+    def _answers(self, pocket: Pocket, asked: list[Question]) -> dict[str, torch.Tensor]:
         """Real pictures, the same through the VAE, and made ones, of a prompt list."""
         vae, prompts = self.vae_in_use, [q.prompt for q in asked]
         real = evaluate.pictures(self.sprites, [q.scene for q in asked], self.plan.base.side)
@@ -169,7 +163,7 @@ class Workshop:
             text_to_image.sample(pocket, vae, prompts[i : i + 50], dtype=self.dtype, seed=i)
             for i in range(0, len(prompts), 50)
         ]
-        contact_sheet(sheet, list(made[0].numpy()), prompts[:50], columns=10)
+        contact_sheet(self.folder / "evaluation.png", list(made[0].numpy()), prompts[:50], columns=10)
         return {"real": real, "real through the VAE": torch.cat(through), "made": torch.cat(made)}
 
     @functools.cached_property
@@ -187,21 +181,19 @@ class Workshop:
             module.load_state_dict(torch.load(further, weights_only=True))
         return module
 
-    def latents(self, shown: Shown) -> LatentSet:
+    def latents(self, side: int) -> LatentSet:
         """The cached latents of the plan's scenes."""
-        stage = self.plan.base
-        folder = self.folder / f"latents-{stage.side}-{shown}"
-        sizes = {"side": stage.side, "count": stage.cached}
+        folder, count = self.folder / f"latents-{side}", self.plan.base.cached
         vae = self.folded_vae
-        return cache(vae, self.sprites, folder, seed=LATENT_SEED, shown=shown, dtype=self.dtype, **sizes)
+        return cache(vae, self.sprites, folder, seed=LATENT_SEED, side=side, count=count, dtype=self.dtype)
 
     @functools.cached_property
     def _batches(self) -> Batches:
-        return Batches.of(self.latents("core"), self.plan.base, calm=self.latents("calm"))
+        return Batches.of(self.latents(self.plan.base.side), self.plan.base)
 
     @functools.cached_property
-    def _focus(self) -> Batches:
-        return Batches.of(self.latents("focus"), self.plan.base)
+    def _large(self) -> Batches:
+        return Batches.of(self.latents(self.plan.base.large_side), self.plan.base)
 
     def _pocket(self) -> Pocket:
         pocket = Pocket(self.plan.base, *self._batches.vocabularies())
@@ -210,7 +202,7 @@ class Workshop:
     def _finished(self) -> Pocket:
         """The modules of the last stage that has been run."""
         pocket = self._pocket()
-        stages = ("guided", "focus", "base")
+        stages = ("guided", "large", "base")
         self._load(pocket, next(s for s in stages if (self.folder / s / "state.pt").exists()))
         return pocket
 
@@ -241,7 +233,7 @@ STAGES: Mapping[str, Callable[[Workshop], None]] = MappingProxyType(
         "vae": Workshop.vae,
         "decoder": Workshop.decoder,
         "base": Workshop.base,
-        "focus": Workshop.focus,
+        "large": Workshop.large,
         "guided": Workshop.guided,
         "package": Workshop.package,
         "judge": Workshop.judge,

@@ -35,7 +35,6 @@ class World:
     Attributes:
         subjects: names in the drawing sets ("hot-dog"), sorted.
         core: the seen subjects that the shipped base was trained on.
-        focus: those of the core that its last part shows.
         sets: drawing sets and the words that name them in captions.
         renderings: whole-picture styles and the words that name them.
         held_out: names of subjects, sets and renderings that no training picture shows.
@@ -43,7 +42,6 @@ class World:
 
     subjects: tuple[str, ...]
     core: tuple[str, ...]
-    focus: tuple[str, ...]
     sets: Mapping[str, str]
     renderings: Mapping[str, str]
     held_out: frozenset[str]
@@ -58,7 +56,6 @@ class World:
         return cls(
             subjects=tuple(data["subjects"]),
             core=tuple(data["core"]),
-            focus=tuple(data["focus"]),
             sets=data["sets"],
             renderings=data["renderings"],
             held_out=frozenset(data["held_out"]),
