@@ -21,7 +21,7 @@ from usoflow.training.base import BaseStage, Batches, Pocket, flow_loss, guided_
 from usoflow.training.captions import Vocabulary
 from usoflow.training.latents import LatentSet
 from usoflow.training.loop import Recipe, Training
-from usoflow.training.stages import Plan
+from usoflow.training.plan import Plan
 from usoflow.training.text_to_image import sample
 
 CAPTIONS = ["a cat on a beach", "a red apple in the snow, flat style", "an owl at sunset", "a bus"]

@@ -11,7 +11,7 @@ from usoflow.errors import UsoflowError
 
 
 def train(
-    stage: Annotated[str, typer.Argument(help="render, vae, base, guided, package, or all.")],
+    stage: Annotated[str, typer.Argument(help="render, vae, decoder, base, guided, tower, ..., or all.")],
     config: Annotated[Path | None, typer.Option(help="Training file; default: the shipped one.")] = None,
     work: Annotated[Path, typer.Option(help="Folder for caches, states and sheets.")] = Path("training"),
     threads: Annotated[int, typer.Option(help="Threads of torch; 0 leaves it to torch.")] = 0,
@@ -21,7 +21,9 @@ def train(
     """Run a stage of training to its end; interrupted, it continues where it was."""
     import torch
 
-    from usoflow.training.stages import STAGES, Plan, Workshop
+    from usoflow.training.plan import Plan
+    from usoflow.training.run import STAGES
+    from usoflow.training.stages import Workshop
 
     if stage not in (*STAGES, "all"):
         raise UsoflowError("training_config", f"{stage!r} is no stage: {', '.join((*STAGES, 'all'))}.")

@@ -4,7 +4,7 @@
 logit-normal (arXiv:2403.03206); captions are dropped for some samples; both encoders learn with the
 transformer. The guidance embedding is fed the constant `GUIDANCE` and means nothing yet.
 
-`large`: the same with larger pictures, where a step costs more and shapes are known already.
+`large`: the same with larger pictures, for which every subject has more tokens.
 
 `guided`: guidance distillation (arXiv:2210.03142): the frozen base, asked with and without the caption, gives
 u + g (c - u), which the student must answer in one evaluation when g is its guidance. As with FLUX.1 [dev],
@@ -13,7 +13,7 @@ pictures are then made with cfg 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,11 +43,11 @@ class BaseStage:
 
     Attributes:
         recipe: length and speed of flow matching.
-        large: the same, with larger pictures.
+        large: the same, of its continuation with larger pictures.
         guided: length and speed of guidance distillation.
         side: of the pictures of `base`.
-        large_side: of the pictures of `large` and `guided`.
-        cached: number of scenes whose latents are cached.
+        large_side: of the pictures of `large` and of everything after it.
+        cached, large_cached: number of scenes whose latents are cached at each size.
         hidden, double, single: width and depth of the transformer.
         text_dim, text_layers: width and depth of T5.
         clip_dim, clip_layers: width and depth of CLIP-L.
@@ -64,6 +64,7 @@ class BaseStage:
     side: int = 64
     large_side: int = 128
     cached: int = 48_000
+    large_cached: int = 32_000
     hidden: int = 256
     double: int = 2
     single: int = 4
@@ -153,11 +154,22 @@ class Pocket(nn.Module):
         return self.encode(self.stage.tokenizer.t5(texts), self.stage.tokenizer.clip(texts))
 
     def velocity(
-        self, x: Tensor, sigma: Tensor, text: tuple[Tensor, Tensor], *, guidance: float, dtype: torch.dtype
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        text: tuple[Tensor, Tensor],
+        *,
+        guidance: float,
+        dtype: torch.dtype,
+        references: Sequence[Tensor] = (),
+        style: Tensor | None = None,
     ) -> Tensor:
-        """The transformer's answer, [B, 16, h, w] float32."""
+        """The transformer's answer, [B, 16, h, w]; references and style as `Flux.prepare` takes them."""
         size = (x.shape[-2], x.shape[-1])
-        inputs = self.flux.prepare(*text, size, batch=len(x), guidance=guidance, dtype=dtype)
+        inputs = self.flux.prepare(
+            *text, size, batch=len(x), guidance=guidance, references=references, method="uxo", style=style,
+            dtype=dtype,
+        )  # fmt: skip
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels are slower at lengths of a few dozen
             return self._step(x, sigma, inputs)
 

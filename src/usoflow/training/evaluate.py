@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from usoflow.training.backgrounds import BACKGROUNDS
 from usoflow.training.drawings import Sprites
 from usoflow.training.loop import Recipe, Training, swap
-from usoflow.training.scenes import Scene, compose, draw_calm_scene, draw_scene, noun, style_words
+from usoflow.training.scenes import Scene, draw_calm_scene, draw_scene, full_caption, pictures_of
 
 JUDGE_SEED = 990_001  # of the judge's scenes: no other stage draws from it
 PROMPT_SEED = 990_002  # of the prompts and of their real pictures
 GALLERY = 100
+SEEN_SIDE = 64  # pixels at which the judge looks
 WIDTHS = (24, 48, 96, 192)
 
 
@@ -45,8 +46,9 @@ class Judge(nn.Module):
         self.background = nn.Linear(2 * WIDTHS[-1], backgrounds)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, 64, 64, 3] in 0..1 -> logits of subjects and of backgrounds."""
-        x = self.features(images.permute(0, 3, 1, 2) * 2 - 1).flatten(2)  # [B, C, 16]
+        """[B, S, S, 3] in 0..1 -> logits of subjects and of backgrounds; larger pictures are shrunk."""
+        small = F.interpolate(images.permute(0, 3, 1, 2), size=SEEN_SIDE, mode="area")
+        x = self.features(small * 2 - 1).flatten(2)  # [B, C, 16]
         pooled = torch.cat([x.mean(dim=2), x.amax(dim=2)], dim=1)
         return self.subject(pooled), self.background(pooled)
 
@@ -86,12 +88,7 @@ def answers(sprites: Sprites, scenes: Sequence[Scene]) -> tuple[Tensor, Tensor]:
     return torch.tensor(subjects), torch.tensor([backgrounds.index(s.background) for s in scenes])
 
 
-def pictures(sprites: Sprites, scenes: Sequence[Scene], side: int) -> Tensor:
-    """The real pictures, [N, side, side, 3]."""
-    return torch.from_numpy(np.stack([compose(scene, sprites, side=side) for scene in scenes]))
-
-
-def train_judge(sprites: Sprites, recipe: Recipe, folder: Path, *, side: int) -> Judge:
+def train_judge(sprites: Sprites, recipe: Recipe, folder: Path) -> Judge:
     """Train the judge to the recipe's end, from wherever its folder is."""
     torch.manual_seed(recipe.seed)
     judge = Judge(len(sprites.world.core), len(BACKGROUNDS))
@@ -100,7 +97,7 @@ def train_judge(sprites: Sprites, recipe: Recipe, folder: Path, *, side: int) ->
 
     def loss_of(done: int) -> Tensor:
         scenes = [single_scene(sprites, JUDGE_SEED, done + i) for i in range(recipe.batch)]
-        subject, background = judge(pictures(sprites, scenes, side))
+        subject, background = judge(pictures_of(sprites, scenes, SEEN_SIDE))
         right = answers(sprites, scenes)
         return F.cross_entropy(subject, right[0]) + F.cross_entropy(background, right[1])
 
@@ -114,14 +111,9 @@ def questions(sprites: Sprites, count: int) -> list[Question]:
     scenes = [draw_calm_scene(sprites.world, PROMPT_SEED, i, sprites.world.core) for i in range(count)]
     pairs = zip(*answers(sprites, scenes), strict=True)
     return [
-        Question(_prompt(sprites, scene), scene, int(subject), int(background))
+        Question(full_caption(sprites.world, scene), scene, int(subject), int(background))
         for scene, (subject, background) in zip(scenes, pairs, strict=True)
     ]
-
-
-def _prompt(sprites: Sprites, scene: Scene) -> str:
-    what = f"{noun(scene.placed[0].subject)} {BACKGROUNDS[scene.background].phrase}"
-    return f"{what}, {style_words(sprites.world, scene)}"
 
 
 @torch.no_grad()

@@ -42,6 +42,11 @@ class LatentSet:
         stored: npt.NDArray[np.float16] = np.load(self.folder / "latents.npy", mmap_mode="r")
         return stored
 
+    @property
+    def side(self) -> int:
+        """Of the pictures."""
+        return 8 * int(self.latents.shape[-1])
+
     @functools.cached_property
     def captions(self) -> list[str]:
         texts: list[str] = json.loads((self.folder / "captions.json").read_text("utf-8"))

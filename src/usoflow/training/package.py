@@ -15,12 +15,19 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from usoflow.models.checkpoint import CONFIG_KEY
+from usoflow.models.style_projector import StyleProjector
 from usoflow.models.tokens import CLIP_VOCABULARY
 from usoflow.models.vae import AutoEncoder
+from usoflow.models.vision import SiglipVision
 from usoflow.training.base import PREFIXES, BaseStage, Pocket
 
 T5_ROWS = 32128
 T5_TABLE = PREFIXES["t5"] + "shared.weight"
+USO_FILES = {
+    "clip_vision": "usoflow-pocket-vision.safetensors",
+    "model_patches": "usoflow-pocket-projector.safetensors",
+    "loras": "usoflow-pocket-uso-lora.safetensors",
+}
 CLIP_TABLE = PREFIXES["clip"] + "text_model.embeddings.token_embedding.weight"
 
 
@@ -55,3 +62,20 @@ def write(path: Path, pocket: Pocket, vae: AutoEncoder) -> None:
 
 def _values(module: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone().contiguous() for name, p in module.named_parameters()}
+
+
+def write_uso(
+    folder: Path, tower: SiglipVision, projector: StyleProjector, lora: dict[str, nn.Parameter]
+) -> None:
+    """Write the vision tower, the projector and the LoRA, each in its official layout, in fp16."""
+    config = tower.config
+    declared = json.dumps({"siglip": {"heads": config.heads, "image_size": config.image_size}})
+    seen = {"vision_model." + name: value for name, value in _values(tower).items()}
+    low_rank = {name: value.detach() for name, value in lora.items()}
+    for name, values, metadata in (
+        (USO_FILES["clip_vision"], seen, {CONFIG_KEY: declared}),
+        (USO_FILES["model_patches"], _values(projector), None),
+        (USO_FILES["loras"], low_rank, None),
+    ):
+        narrow = {key: value.to(torch.float16).contiguous() for key, value in values.items()}
+        save_file(narrow, folder / name, metadata=metadata)

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from usoflow.training.backgrounds import BACKGROUNDS
 from usoflow.training.drawings import Sprites
@@ -79,7 +81,7 @@ def draw_scene(world: World, seed: int, index: int, subjects: Sequence[str] | No
     pair = rng.random() < PAIR_CHANCE
     subjects = subjects or world.seen_subjects
     names = [subjects[int(i)] for i in rng.choice(len(subjects), 2, replace=False)[: 2 if pair else 1]]
-    placed = _side_by_side(names, rng) if pair else (_alone(names[0], rng),)
+    placed = _side_by_side(names, rng) if pair else (alone(names[0], rng),)
     rendered = rng.random() < RENDERING_CHANCE
     rendering = world.seen_renderings[int(rng.integers(len(world.seen_renderings)))]
     drawing_set = world.seen_sets[int(rng.integers(len(world.seen_sets)))]
@@ -111,7 +113,7 @@ def held_out_scene(world: World, seed: int, index: int) -> Scene:
     name = world.held_out_subjects[int(rng.integers(len(world.held_out_subjects)))]
     rendering = list(world.renderings)[int(rng.integers(len(world.renderings)))]
     return Scene(
-        (_alone(name, rng),),
+        (alone(name, rng),),
         list(world.sets)[int(rng.integers(len(world.sets)))],
         rendering if rng.random() < RENDERING_CHANCE else None,
         list(BACKGROUNDS)[int(rng.integers(len(BACKGROUNDS)))],
@@ -119,7 +121,8 @@ def held_out_scene(world: World, seed: int, index: int) -> Scene:
     )
 
 
-def _alone(name: str, rng: np.random.Generator) -> Placed:
+def alone(name: str, rng: np.random.Generator) -> Placed:
+    """One subject of any size at any place, mostly upright."""
     side = float(rng.uniform(0.42, 0.92))
     room = (1 - side) / 2
     x, y = 0.5 + room * rng.uniform(-1, 1, 2) * 0.9
@@ -151,6 +154,11 @@ def compose(scene: Scene, sprites: Sprites, *, side: int) -> Picture:
     return RENDERINGS[scene.rendering](picture, rng) if scene.rendering else picture
 
 
+def pictures_of(sprites: Sprites, scenes: Sequence[Scene], side: int) -> Tensor:
+    """The pictures of scenes, float32 [N, side, side, 3] in 0..1."""
+    return torch.from_numpy(np.stack([compose(scene, sprites, side=side) for scene in scenes]))
+
+
 def _paste(picture: Picture, placed: Placed, sprites: Sprites, drawing_set: str) -> Picture:
     side = picture.shape[0]
     sprite = sprites.get(placed.subject, drawing_set, at_least=int(placed.side * side * 0.9))
@@ -175,6 +183,12 @@ def caption(world: World, scene: Scene) -> str:
     text = f"{what} {BACKGROUNDS[scene.background].phrase}"
     style = style_words(world, scene)
     return f"{text}, {style}" if style and rng.random() < STYLE_TOLD_CHANCE else text
+
+
+def full_caption(world: World, scene: Scene) -> str:
+    """Subjects, background and style, all told; not where the subjects are."""
+    what = " and ".join(noun(p.subject) for p in scene.placed)
+    return f"{what} {BACKGROUNDS[scene.background].phrase}, {style_words(world, scene)}"
 
 
 def style_words(world: World, scene: Scene) -> str:

@@ -1,14 +1,4 @@
-"""The stages of training, in order, on one work folder: what `usoflow train STAGE` runs.
-
-    render   fetch the drawings, render the sprites, write a contact sheet
-    vae      train the autoencoder, fold its latent statistics
-    decoder  train the decoder further on the encoder as it is
-    base     cache latents, train text encoders and transformer
-    large    train them further on larger pictures
-    guided   distil guidance into the transformer
-    package  write the checkpoint
-    judge    train the encoder that measures, used for nothing else
-    evaluate measure the checkpoint's modules on the fixed prompt list
+"""The stages that make the pocket base, on one work folder; `run` lists them, `uso_stages` has the others.
 
 Each stage reads what the ones before left in the folder and continues where it was interrupted.
 """
@@ -16,60 +6,29 @@ Each stage reads what the ones before left in the folder and continues where it 
 from __future__ import annotations
 
 import functools
-import tomllib
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 import torch
 
-from usoflow.errors import UsoflowError
 from usoflow.models.vae import AutoEncoder
 from usoflow.training import autoencoder, drawings, evaluate, package, text_to_image
-from usoflow.training.autoencoder import VaeStage
-from usoflow.training.base import BaseStage, Batches, Pocket, flow_loss, guided_loss
+from usoflow.training.base import Batches, Pocket, flow_loss, guided_loss
 from usoflow.training.drawings import Sprites
 from usoflow.training.evaluate import Question
 from usoflow.training.latents import LatentSet, cache
 from usoflow.training.loop import LossFunction, Recipe, Training, swap
-from usoflow.training.scenes import caption, compose, draw_scene
+from usoflow.training.plan import Plan
+from usoflow.training.scenes import caption, compose, draw_scene, pictures_of
 from usoflow.training.sheets import contact_sheet, loss_curve
 from usoflow.training.world import World
 
 LATENT_SEED = 11  # of the scenes whose latents are cached
 STATISTICS = 1024  # scenes whose latents are measured for folding
+SHEET_SIDE = 128  # pixels of a picture on a sheet
 QUESTIONS = 300  # of the evaluation
 CHECKPOINT = "usoflow-pocket.safetensors"
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """A training file: one section per stage that has settings."""
-
-    vae: VaeStage
-    base: BaseStage
-    judge: Recipe
-
-    @classmethod
-    def read(cls, path: Path | None) -> Plan:
-        """Read a TOML file; without one, the plan that made the shipped weights.
-
-        Raises:
-            UsoflowError: "training_config" naming what is wrong.
-        """
-        shipped = resources.files("usoflow.training").joinpath("configs", "pocket.toml")
-        try:
-            data = tomllib.loads((path or shipped).read_text("utf-8"))
-            vae, base = data["vae"], data["base"]
-            vae |= {"recipe": Recipe(**vae["recipe"]), "decoder": Recipe(**vae["decoder"])}
-            vae |= {"widths": tuple(vae["widths"])}
-            base |= {name: Recipe(**base[name]) for name in ("recipe", "large", "guided")}
-            return cls(VaeStage(**vae), BaseStage(**base), Recipe(**data["judge"]["recipe"]))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UsoflowError("training_config", f"{path}: {error}.") from None
 
 
 @dataclass(frozen=True)
@@ -118,49 +77,45 @@ class Workshop:
 
     def base(self) -> None:
         """Train text encoders and transformer by flow matching."""
-        pocket = self._pocket()
-        recipe = self.plan.base.recipe
-        self._run(pocket, recipe, flow_loss(pocket, recipe, self._batches, dtype=self.dtype), "base")
+        self._flow(self.pocket(), self.plan.base.recipe, "base", self._batches)
 
     def large(self) -> None:
         """Train on, with larger pictures."""
-        pocket = self._pocket()
-        self._load(pocket, "base")
-        recipe = self.plan.base.large
-        self._run(pocket, recipe, flow_loss(pocket, recipe, self._large, dtype=self.dtype), "large")
+        pocket = self.pocket()
+        self.load(pocket, "base")
+        self._flow(pocket, self.plan.base.large, "large", self._large)
 
     def guided(self) -> None:
         """Distil guidance into a copy of the trained base."""
-        teacher, pocket = self._pocket(), self._pocket()
+        teacher, pocket = self.pocket(), self.pocket()
         for module in (teacher, pocket):
-            self._load(module, "large")
+            self.load(module, "large")
         loss_of = guided_loss(pocket, teacher, self._large, dtype=self.dtype)
-        self._run(pocket, self.plan.base.guided, loss_of, "guided")
+        self._run(pocket, self.plan.base.guided, loss_of, "guided", self._large.latents.side)
 
     def package(self) -> None:
         """Write the checkpoint from the guided weights, or, before there are any, from the base's."""
-        package.write(self.checkpoint, self._finished(), self.vae_in_use)
+        package.write(self.checkpoint, self.finished(), self.vae_in_use)
 
     def judge(self) -> None:
         """Train the encoder that `evaluate` measures with."""
-        evaluate.train_judge(self.sprites, self.plan.judge, self.folder / "judge", side=self.plan.base.side)
+        evaluate.train_judge(self.sprites, self.plan.judge, self.folder / "judge")
 
     def evaluate(self) -> None:
         """Measure the last stage's pictures beside real ones; write `evaluation.json` and a sheet."""
-        side = self.plan.base.side
-        judge = evaluate.train_judge(self.sprites, self.plan.judge, self.folder / "judge", side=side)
+        judge = evaluate.train_judge(self.sprites, self.plan.judge, self.folder / "judge")
         asked = evaluate.questions(self.sprites, QUESTIONS)
-        answers = self._answers(self._finished(), asked)
+        answers = self._answers(self.finished(), asked)
         scores = {name: evaluate.measure(judge, asked, images) for name, images in answers.items()}
         evaluate.report(self.folder / "evaluation.json", scores)
 
     def _answers(self, pocket: Pocket, asked: list[Question]) -> dict[str, torch.Tensor]:
         """Real pictures, the same through the VAE, and made ones, of a prompt list."""
-        vae, prompts = self.vae_in_use, [q.prompt for q in asked]
-        real = evaluate.pictures(self.sprites, [q.scene for q in asked], self.plan.base.side)
+        vae, side, prompts = self.vae_in_use, self.plan.base.large_side, [q.prompt for q in asked]
+        real = pictures_of(self.sprites, [q.scene for q in asked], side)
         through = [autoencoder.decode(vae, autoencoder.encode(vae, part)) for part in real.split(50)]
         made = [
-            text_to_image.sample(pocket, vae, prompts[i : i + 50], dtype=self.dtype, seed=i)
+            text_to_image.sample(pocket, vae, prompts[i : i + 50], side=side, dtype=self.dtype, seed=i)
             for i in range(0, len(prompts), 50)
         ]
         contact_sheet(self.folder / "evaluation.png", list(made[0].numpy()), prompts[:50], columns=10)
@@ -181,37 +136,42 @@ class Workshop:
             module.load_state_dict(torch.load(further, weights_only=True))
         return module
 
-    def latents(self, side: int) -> LatentSet:
-        """The cached latents of the plan's scenes."""
-        folder, count = self.folder / f"latents-{side}", self.plan.base.cached
-        vae = self.folded_vae
+    def latents(self, side: int, count: int) -> LatentSet:
+        """The latents of the first scenes, cached."""
+        folder, vae = self.folder / f"latents-{side}", self.folded_vae
         return cache(vae, self.sprites, folder, seed=LATENT_SEED, side=side, count=count, dtype=self.dtype)
 
     @functools.cached_property
     def _batches(self) -> Batches:
-        return Batches.of(self.latents(self.plan.base.side), self.plan.base)
+        return Batches.of(self.latents(self.plan.base.side, self.plan.base.cached), self.plan.base)
 
     @functools.cached_property
     def _large(self) -> Batches:
-        return Batches.of(self.latents(self.plan.base.large_side), self.plan.base)
+        return Batches.of(
+            self.latents(self.plan.base.large_side, self.plan.base.large_cached), self.plan.base
+        )
 
-    def _pocket(self) -> Pocket:
+    def pocket(self) -> Pocket:
         pocket = Pocket(self.plan.base, *self._batches.vocabularies())
         return pocket.compiled() if self.compiled else pocket
 
-    def _finished(self) -> Pocket:
+    def finished(self) -> Pocket:
         """The modules of the last stage that has been run."""
-        pocket = self._pocket()
+        pocket = self.pocket()
         stages = ("guided", "large", "base")
-        self._load(pocket, next(s for s in stages if (self.folder / s / "state.pt").exists()))
+        self.load(pocket, next(s for s in stages if (self.folder / s / "state.pt").exists()))
         return pocket
 
-    def _load(self, pocket: Pocket, stage: str) -> None:
+    def load(self, pocket: Pocket, stage: str) -> None:
         """Put the averaged weights of a stage into the modules."""
         state = torch.load(self.folder / stage / "state.pt", weights_only=True)
         swap(dict(pocket.named_parameters()), state["average"])
 
-    def _run(self, pocket: Pocket, recipe: Recipe, loss_of: LossFunction, name: str) -> None:
+    def _flow(self, pocket: Pocket, recipe: Recipe, name: str, batches: Batches) -> None:
+        loss_of = flow_loss(pocket, recipe, batches, dtype=self.dtype)
+        self._run(pocket, recipe, loss_of, name, batches.latents.side)
+
+    def _run(self, pocket: Pocket, recipe: Recipe, loss_of: LossFunction, name: str, side: int) -> None:
         folder = self.folder / name
         training = Training(dict(pocket.named_parameters()), recipe, folder)
         training.resume()
@@ -219,24 +179,10 @@ class Workshop:
         def report() -> None:
             loss_curve(folder / "loss.png", *zip(*training.log, strict=True), title=name)
             trained = swap(training.parameters, training.average)
-            pictures = text_to_image.sample(pocket, self.vae_in_use, text_to_image.PROMPTS, dtype=self.dtype)
+            prompts, vae = text_to_image.PROMPTS, self.vae_in_use
+            pictures = text_to_image.sample(pocket, vae, prompts, side=side, dtype=self.dtype)
             swap(training.parameters, trained)
             sheet = folder / f"sheet-{training.done:07d}.png"
-            contact_sheet(sheet, list(pictures.numpy()), text_to_image.PROMPTS, columns=8)
+            contact_sheet(sheet, list(pictures.numpy()), prompts, columns=8, zoom=SHEET_SIDE // side)
 
         training.run(loss_of, after_save=report)
-
-
-STAGES: Mapping[str, Callable[[Workshop], None]] = MappingProxyType(
-    {
-        "render": Workshop.render,
-        "vae": Workshop.vae,
-        "decoder": Workshop.decoder,
-        "base": Workshop.base,
-        "large": Workshop.large,
-        "guided": Workshop.guided,
-        "package": Workshop.package,
-        "judge": Workshop.judge,
-        "evaluate": Workshop.evaluate,
-    }
-)

@@ -45,17 +45,17 @@ def sample(
     prompts: Sequence[str],
     *,
     dtype: torch.dtype,
-    side: int | None = None,
+    side: int,
     seed: int = 0,
     guidance: float = GUIDANCE,
     cfg: float = 1.0,
     steps: int = STEPS,
 ) -> Tensor:
-    """One picture per prompt, [N, side, side, 3] in 0..1; the side is that of training unless given.
+    """One picture per prompt, [N, side, side, 3] in 0..1.
 
     With `cfg` other than 1, the empty caption is the negative: how the base looks before distillation.
     """
-    edge = (side or pocket.stage.side) // 8
+    edge = side // 8
     levels = sigmas("simple", steps, 1.0, schedule=FluxSchedule(), sampler_name="euler")
     x = torch.randn(len(prompts), 16, edge, edge, generator=torch.Generator().manual_seed(seed))
     text, blank = pocket.encode_texts(list(prompts)), pocket.encode_texts([""])

@@ -1,0 +1,42 @@
+"""The stages of training, in order: what `usoflow train STAGE` runs.
+
+render   fetch the drawings, render the sprites, write a contact sheet
+vae      train the autoencoder, fold its latent statistics
+decoder  train the decoder further on the encoder as it is
+base     cache latents, train text encoders and transformer
+large    train them further on larger pictures
+guided   distil guidance into the transformer
+tower    train the vision tower that USO's projector reads
+reward   train the style encoder of style reward learning
+style    train the projector on the frozen base
+subject  train the LoRA beside the frozen projector
+package  write the files
+judge    train the encoder that measures, used for nothing else
+evaluate measure the base's modules on the fixed prompt list
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+from usoflow.training import uso_stages
+from usoflow.training.stages import Workshop
+
+STAGES: Mapping[str, Callable[[Workshop], None]] = MappingProxyType(
+    {
+        "render": Workshop.render,
+        "vae": Workshop.vae,
+        "decoder": Workshop.decoder,
+        "base": Workshop.base,
+        "large": Workshop.large,
+        "guided": Workshop.guided,
+        "tower": uso_stages.tower,
+        "reward": uso_stages.reward,
+        "style": uso_stages.style,
+        "subject": uso_stages.subject,
+        "package": uso_stages.package_all,
+        "judge": Workshop.judge,
+        "evaluate": Workshop.evaluate,
+    }
+)

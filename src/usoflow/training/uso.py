@@ -1,0 +1,228 @@
+"""Stages `style` and `subject`: from the frozen pocket base to Pocket USO (arXiv 2508.18966, section 3.2).
+
+`style` (style alignment): only the projector learns, so that style tokens before the text tell the base
+how to draw. `subject` (content-style disentanglement): the projector is frozen and a LoRA on the transformer
+learns to take the subject from reference tokens, whose positions lie beyond the picture's corner ("uxo").
+Both then add style reward learning (`reward`). Token order, position ids and modules are the workflow's own.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from usoflow.models.flux import Flux
+from usoflow.models.style_projector import StyleProjector, StyleProjectorConfig
+from usoflow.models.weights import Linear, LowRank
+from usoflow.sampling.schedule import FluxSchedule, sigmas
+from usoflow.training.base import GUIDANCE, Pocket, noised
+from usoflow.training.captions import Ids
+from usoflow.training.drawings import Sprites
+from usoflow.training.initial import initialise
+from usoflow.training.loop import LossFunction, Recipe
+from usoflow.training.reward import StyleReward
+from usoflow.training.scenes import pictures_of
+from usoflow.training.triplets import TripletSet, Use, draw_triplet
+
+Mix = tuple[tuple[Use, float], ...]  # shares of the uses; they add up to 1
+
+LESSON_SEED = 51
+DROPPED = 0.1  # of the prompts
+ROLLOUT_STEPS = 8
+TAUGHT_GUIDANCE = 1.0  # flow matching has no guidance: the distilled base is asked for its plain answer
+# ByteDance's names of a block's low-rank pairs, the layer of each, and whether only q, k and v change.
+DOUBLE_PAIRS = {
+    "qkv_lora1": "img_attn.qkv",
+    "proj_lora1": "img_attn.proj",
+    "qkv_lora2": "txt_attn.qkv",
+    "proj_lora2": "txt_attn.proj",
+}
+SINGLE_PAIRS = {"qkv_lora": "linear1", "proj_lora": "linear2"}
+
+
+@dataclass(frozen=True, slots=True)
+class UsoStage:
+    """What the `uso` section of a training file says.
+
+    Attributes:
+        style, subject: length and speed of the two stages.
+        lessons: triplets of each use that are encoded once.
+        style_tokens: per level of the projector.
+        rank: of the LoRA.
+        style_mix, subject_mix: how often each use is shown in each stage.
+        reward_from: part of a stage after which style reward learning begins.
+        reward_every: steps from one with a reward to the next.
+        reward_weight: of the reward in the loss.
+        reward_batch: samples of a step with a reward.
+    """
+
+    style: Recipe
+    subject: Recipe
+    lessons: int = 12_000
+    style_tokens: int = 8
+    rank: int = 32
+    style_mix: Mix = (("style", 0.9), ("text", 0.1))
+    subject_mix: Mix = (
+        ("subject", 0.45), ("both", 0.35), ("style", 0.15), ("text", 0.05),
+    )  # fmt: skip
+    reward_from: float = 0.75
+    reward_every: int = 4
+    reward_weight: float = 0.1
+    reward_batch: int = 8
+
+
+def new_projector(stage: UsoStage, patches: int, vision_dim: int, hidden: int) -> StyleProjector:
+    """A projector with its first weights; its last layers begin small, so that the base begins as it was."""
+    module = StyleProjector(StyleProjectorConfig(patches, stage.style_tokens, vision_dim, hidden))
+    initialise(module, torch.Generator().manual_seed(stage.style.seed))
+    return module
+
+
+def add_lora(flux: Flux, rank: int, seed: int) -> dict[str, LowRank]:
+    """Append a trainable branch to each layer that USO's LoRA changes; by name in ByteDance's layout.
+
+    The lower matrices are normal with variance 1 / inputs, the upper ones zero (arXiv 2106.09685).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    branches: dict[str, LowRank] = {}
+    for blocks, pairs in (("double_blocks", DOUBLE_PAIRS), ("single_blocks", SINGLE_PAIRS)):
+        for number, block in enumerate(getattr(flux, blocks)):
+            for name, layer_name in pairs.items():
+                layer: Linear = block.get_submodule(layer_name)
+                rows, inputs = layer.shape
+                rows = 3 * flux.config.hidden if name == "qkv_lora" else rows
+                down = torch.randn(rank, inputs, generator=generator) / inputs**0.5
+                up = torch.zeros(rows, rank)
+                branch = LowRank(down.requires_grad_(), up.requires_grad_(), strength=1.0)
+                layer.branches.append(branch)
+                branches[f"{blocks}.{number}.processor.{name}"] = branch
+    return branches
+
+
+def lora_parameters(branches: Mapping[str, LowRank]) -> dict[str, nn.Parameter]:
+    """The branches' parameters by their names in a file."""
+    named = {f"{stem}.down.weight": branch.down for stem, branch in branches.items()}
+    return named | {f"{stem}.up.weight": branch.up for stem, branch in branches.items()}
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """Encoded triplets of every use, with the ids of their prompts."""
+
+    sets: Mapping[Use, TripletSet]
+    ids: Mapping[Use, tuple[Ids, Ids]]
+    empty: tuple[Ids, Ids]
+
+    @classmethod
+    def of(cls, sets: Mapping[Use, TripletSet], pocket: Pocket) -> Lessons:
+        """Tokenise all prompts."""
+        tokenizer = pocket.stage.tokenizer
+        empty = (tokenizer.t5([""]), tokenizer.clip([""]))
+        return cls(sets, {use: found.ids(tokenizer) for use, found in sets.items()}, empty)
+
+    def choose(self, mix: Mix, rng: np.random.Generator, count: int) -> Batch:
+        """A batch of one use; a tenth of the prompts is dropped."""
+        uses, weights = zip(*mix, strict=True)
+        use = uses[int(rng.choice(len(uses), p=weights))]
+        indices = rng.integers(len(self.sets[use].prompts), size=count)
+        drop = rng.random(count)[:, None] < DROPPED
+        t5, clip = (
+            np.where(drop, none, ids[indices]) for none, ids in zip(self.empty, self.ids[use], strict=True)
+        )
+        return Batch(use, indices, (t5, clip))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Lessons of one use: which, and the ids of their prompts for T5 and CLIP."""
+
+    use: Use
+    indices: npt.NDArray[np.int64]
+    ids: tuple[Ids, Ids]
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """The networks of a stage, the lessons, and how the model is asked."""
+
+    pocket: Pocket
+    projector: StyleProjector
+    lessons: Lessons
+    stage: UsoStage
+    dtype: torch.dtype
+
+    def velocity(self, batch: Batch, x: Tensor, sigma: Tensor, *, guidance: float) -> Tensor:
+        """The transformer's answer to a batch, with the content and style that its use has; float32."""
+        lessons = self.lessons.sets[batch.use]
+        with torch.no_grad():
+            text = self.pocket.encode(*batch.ids)
+        style = self.projector(lessons.states(batch.indices)) if batch.use in ("style", "both") else None
+        content = [lessons.rows("content", batch.indices)] if batch.use in ("subject", "both") else []
+        answer = self.pocket.velocity(
+            x, sigma, text, guidance=guidance, dtype=self.dtype, references=content, style=style
+        )
+        return answer.float()
+
+    def flow_loss(self, mix: Mix, recipe: Recipe) -> LossFunction:
+        """Flow matching on a mix of uses, one use per batch."""
+
+        def loss_of(done: int) -> Tensor:
+            batch = self.lessons.choose(mix, np.random.default_rng((recipe.seed, done)), recipe.batch)
+            x = self.lessons.sets[batch.use].rows("target", batch.indices)
+            generator = torch.Generator().manual_seed((recipe.seed << 32) + done)
+            sigma, x_s, noise = noised(x, self.pocket.stage, generator)
+            got = self.velocity(batch, x_s, sigma, guidance=TAUGHT_GUIDANCE)
+            return (got - (noise - x)).pow(2).mean()
+
+        return loss_of
+
+    def reward_loss(self, mix: Mix, recipe: Recipe, reward: StyleReward, sprites: Sprites) -> LossFunction:
+        """Style reward of pictures begun without and finished with gradients, as a loss."""
+
+        def loss_of(done: int) -> Tensor:
+            rng = np.random.default_rng((recipe.seed, done, 1))
+            styled = tuple((use, share) for use, share in mix if use in ("style", "both"))
+            total = sum(share for _, share in styled)
+            batch = self.lessons.choose(
+                tuple((use, share / total) for use, share in styled), rng, self.stage.reward_batch
+            )
+            x, sigma = self._rollout(batch, rng)
+            v = self.velocity(batch, x, sigma, guidance=GUIDANCE)
+            world, seed = sprites.world, LESSON_SEED
+            scenes = [draw_triplet(world, seed, int(i), batch.use).style for i in batch.indices]
+            return reward.loss(
+                x - sigma[:, None, None, None] * v, pictures_of(sprites, scenes, 8 * x.shape[-1])
+            )
+
+        return loss_of
+
+    @torch.no_grad()
+    def _rollout(self, batch: Batch, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """From noise to a random level of the sampling schedule: (x, sigma [B])."""
+        levels = sigmas("simple", ROLLOUT_STEPS, 1.0, schedule=FluxSchedule(), sampler_name="euler")
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        shape = self.lessons.sets[batch.use].rows("target", batch.indices).shape
+        x = torch.randn(shape, generator=generator)
+        stop = int(rng.integers(1, ROLLOUT_STEPS))
+        for level, following in itertools.pairwise(levels[: stop + 1]):
+            v = self.velocity(batch, x, level.expand(len(x)), guidance=GUIDANCE)
+            x = x + (following - level) * v
+        return x, levels[stop].expand(len(x))
+
+    def loss(self, mix: Mix, recipe: Recipe, reward: StyleReward, sprites: Sprites) -> LossFunction:
+        """Flow matching and, from the stage's part on and now and then, the reward beside it."""
+        flow, rewarded = self.flow_loss(mix, recipe), self.reward_loss(mix, recipe, reward, sprites)
+
+        def loss_of(done: int) -> Tensor:
+            turn = done // recipe.batch % self.stage.reward_every == 0
+            if not turn or done < self.stage.reward_from * recipe.samples:
+                return flow(done)
+            return flow(done) + self.stage.reward_weight * rewarded(done)
+
+        return loss_of

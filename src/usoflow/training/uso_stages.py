@@ -1,0 +1,115 @@
+"""The stages that make Pocket USO from the pocket base, on the same work folder.
+
+Each reads what the ones before left there and continues where it was interrupted.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from usoflow.models.style_projector import StyleProjector
+from usoflow.models.vision import SiglipVision
+from usoflow.models.weights import LowRank
+from usoflow.training import package
+from usoflow.training.base import Pocket
+from usoflow.training.loop import LossFunction, Recipe, Training, swap
+from usoflow.training.reward import StyleEncoder, StyleReward, train_style_encoder
+from usoflow.training.stages import Workshop
+from usoflow.training.tower import train_tower
+from usoflow.training.triplets import USES, Encoders, cache_triplets
+from usoflow.training.uso import LESSON_SEED, Lessons, Mix, Teaching, add_lora, lora_parameters, new_projector
+
+
+def tower(workshop: Workshop) -> None:
+    """Train the vision tower."""
+    _tower(workshop)
+
+
+def reward(workshop: Workshop) -> None:
+    """Train the style encoder of style reward learning."""
+    _reward(workshop)
+
+
+def style(workshop: Workshop) -> None:
+    """Style alignment: train the projector on the frozen base."""
+    teaching = _teaching(workshop)
+    parameters = dict(teaching.projector.requires_grad_(True).named_parameters())
+    _run(workshop, teaching, parameters, teaching.stage.style, teaching.stage.style_mix, "style")
+
+
+def subject(workshop: Workshop) -> None:
+    """Content-style disentanglement: train the LoRA beside the frozen projector."""
+    teaching = _teaching(workshop)
+    _load(workshop.folder / "style", dict(teaching.projector.named_parameters()))
+    recipe, mix = teaching.stage.subject, teaching.stage.subject_mix
+    branches = add_lora(teaching.pocket.flux, teaching.stage.rank, recipe.seed)
+    _run(workshop, teaching, lora_parameters(branches), recipe, mix, "subject")
+
+
+def package_all(workshop: Workshop) -> None:
+    """Write the checkpoint and, once they are trained, the files of USO."""
+    workshop.package()
+    if (workshop.folder / "subject" / "state.pt").exists():
+        projector, branches = trained(workshop, workshop.finished())
+        package.write_uso(workshop.folder, _tower(workshop), projector, lora_parameters(branches))
+
+
+def trained(workshop: Workshop, pocket: Pocket) -> tuple[StyleProjector, dict[str, LowRank]]:
+    """The trained projector, and the trained LoRA, attached to `pocket`."""
+    stage = workshop.plan.uso
+    projector = _projector(workshop)
+    _load(workshop.folder / "style", dict(projector.named_parameters()))
+    branches = add_lora(pocket.flux, stage.rank, stage.subject.seed)
+    _load(workshop.folder / "subject", lora_parameters(branches))
+    return projector, branches
+
+
+def _teaching(workshop: Workshop) -> Teaching:
+    pocket = workshop.finished().requires_grad_(False)
+    encoders = Encoders(
+        workshop.vae_in_use, _tower(workshop), workshop.sprites, workshop.plan.base.large_side
+    )
+    count, folder = workshop.plan.uso.lessons, workshop.folder
+    sets = {
+        use: cache_triplets(encoders, folder / f"lessons-{use}", use=use, seed=LESSON_SEED, count=count)
+        for use in USES
+    }
+    projector = _projector(workshop).requires_grad_(False)
+    return Teaching(pocket, projector, Lessons.of(sets, pocket), workshop.plan.uso, workshop.dtype)
+
+
+def _run(
+    workshop: Workshop,
+    teaching: Teaching,
+    parameters: dict[str, nn.Parameter],
+    recipe: Recipe,
+    mix: Mix,
+    name: str,
+) -> None:
+    rewarding = StyleReward(_reward(workshop), workshop.vae_in_use.requires_grad_(False))
+    loss_of: LossFunction = teaching.loss(mix, recipe, rewarding, workshop.sprites)
+    training = Training(parameters, recipe, workshop.folder / name)
+    training.resume()
+    training.run(loss_of, after_save=lambda: None)
+
+
+def _load(folder: Path, parameters: dict[str, nn.Parameter]) -> None:
+    state = torch.load(folder / "state.pt", weights_only=True)
+    swap(parameters, state["average"])
+
+
+def _tower(workshop: Workshop) -> SiglipVision:
+    return train_tower(workshop.sprites, workshop.plan.tower, workshop.folder / "tower")
+
+
+def _projector(workshop: Workshop) -> StyleProjector:
+    plan = workshop.plan
+    return new_projector(plan.uso, plan.tower.grid**2, plan.tower.dim, plan.base.hidden)
+
+
+def _reward(workshop: Workshop) -> StyleEncoder:
+    side = workshop.plan.base.large_side
+    return train_style_encoder(workshop.sprites, workshop.plan.reward, workshop.folder / "reward", side=side)
