@@ -163,7 +163,10 @@ def test_package_loads_and_computes_as_the_trained_modules(batches: Batches, tmp
 
 def test_samples_follow_from_the_seed(batches: Batches) -> None:
     pocket, vae = pocket_of(batches), autoencoder.new_autoencoder(VAE)
-    pictures = [sample(pocket, vae, CAPTIONS[:2], dtype=torch.float32, seed=s, steps=2) for s in (1, 1, 2)]
+    pictures = [
+        sample(pocket, vae, CAPTIONS[:2], side=32, dtype=torch.float32, seed=seed, steps=2)
+        for seed in (1, 1, 2)
+    ]
     assert pictures[0].shape == (2, 32, 32, 3)
     assert torch.equal(pictures[0], pictures[1])
     assert not torch.equal(pictures[0], pictures[2])

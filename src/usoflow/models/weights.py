@@ -61,7 +61,7 @@ class LowRank(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Add the branch's part for x [..., in] to the layer's output y [..., out], in place."""
         inner = F.linear(x, widened(self.down, x)) * self.strength  # [..., rank]
-        y[..., self.rows] += F.linear(inner, widened(self.up, x))
+        y[..., self.rows].add_(F.linear(inner, widened(self.up, x)))
         return y
 
 

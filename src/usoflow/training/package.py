@@ -61,7 +61,9 @@ def write(path: Path, pocket: Pocket, vae: AutoEncoder) -> None:
 
 
 def _values(module: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().clone().contiguous() for name, p in module.named_parameters()}
+    """The module's own weights; the branches of a LoRA in training have a file of their own."""
+    named = module.named_parameters()
+    return {name: p.detach().clone().contiguous() for name, p in named if ".branches." not in name}
 
 
 def write_uso(

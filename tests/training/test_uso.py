@@ -1,0 +1,205 @@
+"""Pocket USO's training: lessons say what they show, each stage trains its own part, files load as usual."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from usoflow.models.checkpoint import TensorFile
+from usoflow.models.library import load_flux, load_projector, load_siglip
+from usoflow.models.lora import attach
+from usoflow.models.style_projector import LEVELS
+from usoflow.models.vision import SiglipVision
+from usoflow.models.weights import Linear
+from usoflow.training import autoencoder, package
+from usoflow.training.autoencoder import VaeStage
+from usoflow.training.base import BaseStage, Pocket
+from usoflow.training.captions import CaptionTokenizer, Vocabulary
+from usoflow.training.drawings import SPRITE_SIDES, Sprites
+from usoflow.training.initial import initialise
+from usoflow.training.loop import Recipe, Training
+from usoflow.training.reward import StyleEncoder, StyleReward
+from usoflow.training.scenes import full_caption
+from usoflow.training.tower import Contrast, TowerStage, batch_captions, loss_function
+from usoflow.training.triplets import USES, Encoders, cache_triplets, draw_triplet, style_states
+from usoflow.training.uso import Lessons, Teaching, UsoStage, add_lora, lora_parameters, new_projector
+from usoflow.training.world import World
+
+WORLD = World.load()
+RECIPE = Recipe(samples=400, batch=4, rate=3e-3, warmup=0, save_every=1000)
+TOWER = TowerStage(RECIPE, dim=32, mlp_dim=32)
+STAGE = UsoStage(RECIPE, RECIPE, lessons=8, style_tokens=2, rank=4, reward_batch=2)
+SIZES = {"hidden": 64, "double": 1, "single": 1, "text_dim": 32, "text_layers": 1, "clip_dim": 32}
+
+
+@pytest.fixture(scope="module")
+def sprites(tmp_path_factory: pytest.TempPathFactory) -> Sprites:
+    """Discs of one colour per subject and set: the drawings themselves are not part of the repository."""
+    folder = tmp_path_factory.mktemp("sprites")
+    rng = np.random.default_rng(0)
+    colours = rng.integers(0, 255, (len(WORLD.subjects), len(WORLD.sets), 1, 1, 3)).astype(np.uint8)
+    for side in SPRITE_SIDES:
+        row = np.arange(side) - (side - 1) / 2
+        disc = (row[:, None] ** 2 + row**2 < (side / 2.2) ** 2).astype(np.uint8)[..., None]
+        shape = (len(WORLD.subjects), len(WORLD.sets), side, side, 4)
+        stored = np.lib.format.open_memmap(
+            folder / f"sprites-{side}.npy", mode="w+", dtype=np.uint8, shape=shape
+        )
+        stored[..., :3], stored[..., 3:] = colours * disc, 255 * disc
+    return Sprites(WORLD, folder)
+
+
+@pytest.fixture(scope="module")
+def teaching(sprites: Sprites, tmp_path_factory: pytest.TempPathFactory) -> Teaching:
+    folder = tmp_path_factory.mktemp("lessons")
+    vae = autoencoder.new_autoencoder(VaeStage(RECIPE, RECIPE, widths=(8, 8, 8, 16)))
+    tower = contrast_of(sprites).tower
+    encoders = Encoders(vae, tower, sprites, side=64)
+    sets = {use: cache_triplets(encoders, folder / use, use=use, seed=51, count=8) for use in USES}
+    texts = [text for found in sets.values() for text in (*found.prompts, "")]
+    tokenizer = CaptionTokenizer(24, 32)
+    words = Vocabulary.of(tokenizer.t5(texts)), Vocabulary.of(tokenizer.clip(texts))
+    pocket = Pocket(BaseStage(RECIPE, RECIPE, RECIPE, **SIZES), *words)
+    initialise(pocket.flux, torch.Generator().manual_seed(0))  # as if trained: its gates are open
+    pocket.requires_grad_(False)
+    projector = new_projector(STAGE, TOWER.grid**2, TOWER.dim, 64)
+    return Teaching(pocket, projector, Lessons.of(sets, pocket), STAGE, torch.float32)
+
+
+def contrast_of(sprites: Sprites) -> Contrast:
+    captions = batch_captions(sprites, 40)
+    return Contrast(TOWER, Vocabulary.of(CaptionTokenizer(TOWER.text_length, 16).t5(captions)))
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_lesson_shows_what_its_use_says(use: str) -> None:
+    held_out = WORLD.held_out
+    for index in range(200):
+        lesson = draw_triplet(WORLD, 3, index, use)  # type: ignore[arg-type]
+        subject, source = (
+            lesson.target.placed[0].subject,
+            lesson.content if use == "subject" else lesson.style,
+        )
+        assert subject == lesson.content.placed[0].subject != lesson.style.placed[0].subject
+        assert lesson.target.drawing_set == source.drawing_set
+        assert lesson.target.rendering == source.rendering
+        for scene in (lesson.content, lesson.style, lesson.target):
+            assert not {scene.placed[0].subject, scene.drawing_set, scene.rendering} & held_out
+        if use in ("style", "text"):
+            assert subject in WORLD.core
+        if lesson.prompt:
+            assert full_caption(WORLD, lesson.target).startswith(lesson.prompt + ",")
+
+
+def test_layouts_are_kept_and_shifted() -> None:
+    lessons = [draw_triplet(WORLD, 3, i, "both") for i in range(400)]
+    kept = [lesson.target.placed == lesson.content.placed for lesson in lessons]
+    assert 0.2 < np.mean(kept) < 0.4
+    assert all(lesson.prompt or same for lesson, same in zip(lessons, kept, strict=True))
+
+
+def test_encoded_lessons_are_the_scenes(teaching: Teaching, sprites: Sprites) -> None:
+    lessons = teaching.lessons.sets["both"]
+    assert lessons.rows("content", np.arange(8)).shape == (8, 16, 8, 8)
+    states = lessons.states(np.arange(3))
+    assert tuple(states) == tuple(LEVELS.values())
+    assert all(state.shape == (3, 64, TOWER.dim) for state in states.values())
+    assert lessons.prompts == [draw_triplet(WORLD, 51, i, "both").prompt for i in range(8)]
+
+
+def test_contrast_pulls_a_batch_together(sprites: Sprites, tmp_path: Path) -> None:
+    contrast = contrast_of(sprites)
+    training = Training(dict(contrast.named_parameters()), RECIPE, tmp_path)
+    first = loss_function(contrast, sprites, RECIPE)
+    losses = [training.step(lambda _: first(0)) for _ in range(30)]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_style_alignment_trains_the_projector_alone(teaching: Teaching, tmp_path: Path) -> None:
+    before = {name: p.clone() for name, p in teaching.pocket.named_parameters()}
+    flow = teaching.flow_loss((("style", 1.0),), RECIPE)
+    training = Training(dict(teaching.projector.named_parameters()), RECIPE, tmp_path)
+    losses = [training.step(lambda _: flow(0)) for _ in range(40)]
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(before[name], p) for name, p in teaching.pocket.named_parameters())
+
+
+def test_lora_begins_as_nothing_and_its_file_computes_the_same(teaching: Teaching, tmp_path: Path) -> None:
+    flow = teaching.flow_loss((("subject", 0.5), ("both", 0.5)), RECIPE)
+    before = flow(0).item()
+    branches = add_lora(teaching.pocket.flux, STAGE.rank, seed=1)
+    assert flow(0).item() == pytest.approx(before, rel=1e-5)
+    training = Training(lora_parameters(branches), RECIPE, tmp_path / "state")
+    losses = [training.step(lambda _: flow(0)) for _ in range(40)]
+    assert losses[-1] < losses[0]
+
+    tower = written(teaching, tmp_path, lora_parameters(branches))
+    plain = load_flux(TensorFile.open(tower / "base.safetensors").components()["flux"])
+    lora = TensorFile.open(tower / package.USO_FILES["loras"]).components()["uso_lora"]
+    attach(plain, lora, 1.0)
+    lesson = teaching.lessons.sets["subject"]
+    x, content = (lesson.rows(name, np.arange(1)) for name in ("target", "content"))
+    text = teaching.pocket.encode_texts(["a cat"])
+    asked = {"guidance": 1.0, "references": [content], "method": "uxo"}
+    got = plain(x, torch.tensor([0.5]), plain.prepare(*text, (8, 8), **asked))
+    wanted = teaching.pocket.velocity(
+        x, torch.tensor([0.5]), text, guidance=1.0, dtype=torch.float32, references=[content]
+    )
+    assert torch.allclose(got, wanted, atol=2e-2)
+    assert not torch.allclose(got, plain(x, torch.tensor([0.5]), plain.prepare(*text, (8, 8))), atol=2e-2)
+    for layer in teaching.pocket.flux.modules():  # the fixture is shared
+        if isinstance(layer, Linear):
+            layer.branches = torch.nn.ModuleList()
+
+
+def written(teaching: Teaching, folder: Path, lora: dict[str, torch.nn.Parameter]) -> Path:
+    """Write all files; the base as a checkpoint of its own."""
+    vae = autoencoder.new_autoencoder(VaeStage(RECIPE, RECIPE, widths=(8, 8, 8, 16)))
+    package.write(folder / "base.safetensors", teaching.pocket, vae)
+    package.write_uso(folder, new_tower(), teaching.projector, lora)
+    return folder
+
+
+def new_tower() -> SiglipVision:
+    return Contrast(TOWER, Vocabulary((0, 1))).tower
+
+
+def test_files_load_and_compute_as_the_modules(teaching: Teaching, tmp_path: Path) -> None:
+    written(teaching, tmp_path, {})
+    tower = new_tower()
+    pictures = torch.rand(2, 64, 64, 3, generator=torch.Generator().manual_seed(0))
+    wanted = style_states(tower, pictures)
+    parts = [TensorFile.open(tmp_path / name).components() for name in package.USO_FILES.values()][:2]
+    vision, projector = load_siglip(parts[0]["siglip"]), load_projector(parts[1]["uso_projector"])
+    got = style_states(vision, pictures)
+    assert torch.allclose(got, wanted, atol=2e-2)
+    states = dict(zip(LEVELS.values(), wanted.unbind(1), strict=True))
+    assert torch.allclose(projector(states), teaching.projector(states), atol=2e-2)
+    assert "vision_model.embeddings.patch_embedding.weight" in load_file(
+        tmp_path / package.USO_FILES["clip_vision"]
+    )
+
+
+def test_reward_is_least_for_the_style_picture_itself_and_flows_back(
+    teaching: Teaching, sprites: Sprites
+) -> None:
+    torch.manual_seed(0)
+    vae = autoencoder.new_autoencoder(VaeStage(RECIPE, RECIPE, widths=(8, 8, 8, 16))).requires_grad_(False)
+    reward = StyleReward(StyleEncoder(2, 3).requires_grad_(False), vae)
+    latents = torch.randn(2, 16, 8, 8, requires_grad=True)
+    with torch.no_grad():
+        own = (vae.decoder(latents / 0.3611 + 0.1159).permute(0, 2, 3, 1) + 1).div(2).clamp(0, 1)
+    assert reward.loss(latents, own).item() == pytest.approx(0.0, abs=1e-5)
+    loss = reward.loss(latents, torch.rand(2, 64, 64, 3))
+    loss.backward()
+    assert latents.grad is not None
+    assert latents.grad.abs().sum() > 0
+
+    rewarded = teaching.reward_loss((("both", 1.0),), RECIPE, reward, sprites)
+    teaching.projector.zero_grad()
+    rewarded(0).backward()
+    assert all(p.grad is not None for p in teaching.projector.parameters())
