@@ -28,6 +28,7 @@ from usoflow.training.initial import initialise
 from usoflow.training.loop import LossFunction, Recipe
 from usoflow.training.reward import StyleReward
 from usoflow.training.scenes import pictures_of
+from usoflow.training.text_to_image import STEPS
 from usoflow.training.triplets import TripletSet, Use, draw_triplet
 
 Mix = tuple[tuple[Use, float], ...]  # shares of the uses; they add up to 1
@@ -126,6 +127,11 @@ class Lessons:
         empty = (tokenizer.t5([""]), tokenizer.clip([""]))
         return cls(sets, {use: found.ids(tokenizer) for use, found in sets.items()}, empty)
 
+    def first(self, use: Use, count: int) -> Batch:
+        """The first lessons of a use, prompts as they are."""
+        t5, clip = self.ids[use]
+        return Batch(use, np.arange(count), (t5[:count], clip[:count]))
+
     def choose(self, mix: Mix, rng: np.random.Generator, count: int) -> Batch:
         """A batch of one use; a tenth of the prompts is dropped."""
         uses, weights = zip(*mix, strict=True)
@@ -185,35 +191,38 @@ class Teaching:
     def reward_loss(self, mix: Mix, recipe: Recipe, reward: StyleReward, sprites: Sprites) -> LossFunction:
         """Style reward of pictures begun without and finished with gradients, as a loss."""
 
+        styled = tuple((use, share) for use, share in mix if use in ("style", "both"))
+        total = sum(share for _, share in styled)
+        shares = tuple((use, share / total) for use, share in styled)
+
         def loss_of(done: int) -> Tensor:
             rng = np.random.default_rng((recipe.seed, done, 1))
-            styled = tuple((use, share) for use, share in mix if use in ("style", "both"))
-            total = sum(share for _, share in styled)
-            batch = self.lessons.choose(
-                tuple((use, share / total) for use, share in styled), rng, self.stage.reward_batch
-            )
+            batch = self.lessons.choose(shares, rng, self.stage.reward_batch)
             x, sigma = self._rollout(batch, rng)
-            v = self.velocity(batch, x, sigma, guidance=GUIDANCE)
-            world, seed = sprites.world, LESSON_SEED
-            scenes = [draw_triplet(world, seed, int(i), batch.use).style for i in batch.indices]
-            return reward.loss(
-                x - sigma[:, None, None, None] * v, pictures_of(sprites, scenes, 8 * x.shape[-1])
-            )
+            clean = x - sigma * self.velocity(batch, x, sigma.expand(len(x)), guidance=GUIDANCE)
+            lessons = [draw_triplet(sprites.world, LESSON_SEED, int(i), batch.use) for i in batch.indices]
+            return reward.loss(clean, pictures_of(sprites, [t.style for t in lessons], 8 * x.shape[-1]))
 
         return loss_of
 
-    @torch.no_grad()
     def _rollout(self, batch: Batch, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """From noise to a random level of the sampling schedule: (x, sigma [B])."""
-        levels = sigmas("simple", ROLLOUT_STEPS, 1.0, schedule=FluxSchedule(), sampler_name="euler")
-        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        shape = self.lessons.sets[batch.use].rows("target", batch.indices).shape
-        x = torch.randn(shape, generator=generator)
+        """From noise to a random level of a short schedule: x and the level."""
         stop = int(rng.integers(1, ROLLOUT_STEPS))
-        for level, following in itertools.pairwise(levels[: stop + 1]):
+        levels = _levels(ROLLOUT_STEPS)[: stop + 1]
+        return self._denoise(batch, levels, int(rng.integers(2**62))), levels[-1]
+
+    def sample(self, batch: Batch, *, seed: int) -> Tensor:
+        """What a workflow makes of the lessons' conditions, in 20 steps: latents in the model's scale."""
+        return self._denoise(batch, _levels(STEPS), seed)
+
+    @torch.no_grad()
+    def _denoise(self, batch: Batch, levels: Tensor, seed: int) -> Tensor:
+        shape = self.lessons.sets[batch.use].rows("target", batch.indices).shape
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        for level, following in itertools.pairwise(levels):
             v = self.velocity(batch, x, level.expand(len(x)), guidance=GUIDANCE)
             x = x + (following - level) * v
-        return x, levels[stop].expand(len(x))
+        return x
 
     def loss(self, mix: Mix, recipe: Recipe, reward: StyleReward, sprites: Sprites) -> LossFunction:
         """Flow matching and, from the stage's part on and now and then, the reward beside it."""
@@ -226,3 +235,7 @@ class Teaching:
             return flow(done) + self.stage.reward_weight * rewarded(done)
 
         return loss_of
+
+
+def _levels(steps: int) -> Tensor:
+    return sigmas("simple", steps, 1.0, schedule=FluxSchedule(), sampler_name="euler")

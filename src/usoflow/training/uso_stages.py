@@ -11,16 +11,21 @@ import torch
 from torch import nn
 
 from usoflow.models.style_projector import StyleProjector
+from usoflow.models.vae import LatentFormat
 from usoflow.models.vision import SiglipVision
 from usoflow.models.weights import LowRank
-from usoflow.training import package
+from usoflow.training import autoencoder, package
 from usoflow.training.base import Pocket
 from usoflow.training.loop import LossFunction, Recipe, Training, swap
 from usoflow.training.reward import StyleEncoder, StyleReward, train_style_encoder
+from usoflow.training.scenes import pictures_of
+from usoflow.training.sheets import contact_sheet, loss_curve
 from usoflow.training.stages import Workshop
 from usoflow.training.tower import train_tower
-from usoflow.training.triplets import USES, Encoders, cache_triplets
+from usoflow.training.triplets import USES, Encoders, Use, cache_triplets, draw_triplet
 from usoflow.training.uso import LESSON_SEED, Lessons, Mix, Teaching, add_lora, lora_parameters, new_projector
+
+SHOWN = 12  # lessons on a sheet
 
 
 def tower(workshop: Workshop) -> None:
@@ -93,7 +98,29 @@ def _run(
     loss_of: LossFunction = teaching.loss(mix, recipe, rewarding, workshop.sprites)
     training = Training(parameters, recipe, workshop.folder / name)
     training.resume()
-    training.run(loss_of, after_save=lambda: None)
+
+    def report() -> None:
+        loss_curve(training.folder / "loss.png", *zip(*training.log, strict=True), title=name)
+        before = swap(training.parameters, training.average)
+        for use, _ in mix:
+            sheet = training.folder / f"sheet-{training.done:07d}-{use}.png"
+            write_sheet(sheet, teaching, workshop, use)
+        swap(training.parameters, before)
+
+    training.run(loss_of, after_save=report)
+
+
+def write_sheet(path: Path, teaching: Teaching, workshop: Workshop, use: Use) -> None:
+    """Four pictures for each of the first lessons of a use: content, style, target, and what is made."""
+    sprites, side = workshop.sprites, workshop.plan.base.large_side
+    made = teaching.sample(teaching.lessons.first(use, SHOWN), seed=0)
+    drawn = autoencoder.decode(workshop.vae_in_use, LatentFormat().from_model(made))
+    lessons = [draw_triplet(sprites.world, LESSON_SEED, i, use) for i in range(SHOWN)]
+    scenes = [scene for t in lessons for scene in (t.content, t.style, t.target)]
+    real = pictures_of(sprites, scenes, side).unflatten(0, (SHOWN, 3))
+    rows = torch.cat([real, drawn[:, None]], dim=1).flatten(0, 1)
+    labels = [text for t in lessons for text in ("content", "style", t.prompt or "(no prompt)", "made")]
+    contact_sheet(path, list(rows.numpy()), labels, columns=12, zoom=1)
 
 
 def _load(folder: Path, parameters: dict[str, nn.Parameter]) -> None:
