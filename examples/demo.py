@@ -53,9 +53,9 @@ def pocket() -> None:
     """Text to image with the trained pocket model, all prompts on models that are loaded once."""
     workflow = usoflow.Workflow.load(HERE / "pocket.json")
     print(
-        f"Text to image with the pocket model ({HERE / 'pocket.json'}, 64x64, 20 steps; docs/pocket.md says"
+        f"Text to image with the pocket model ({HERE / 'pocket.json'}, 128x128, 20 steps; docs/pocket.md says"
     )
-    print("what this first, short training can and cannot do):")
+    print("what it can and cannot do):")
     pictures = []
     with usoflow.Engine(models=POCKET, output=OUT) as engine:
         for prompt in PROMPTS:

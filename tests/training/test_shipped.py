@@ -26,12 +26,12 @@ def parts() -> dict[str, Component]:
 
 
 def picture(parts: dict[str, Component], prompt: str) -> torch.Tensor:
-    """A 64x64 picture in 8 steps of euler, [64, 64, 3]."""
+    """A picture of the trained size in 8 steps of euler, [128, 128, 3]."""
     clip, t5, flux = load_clip(parts["clip_l"]), load_t5(parts["t5"]), load_flux(parts["flux"])
     tokenizers = Tokenizers(ClipTokenizer(clip.config.positions), T5Tokenizer(t5.config.min_length))
     text = encode_prompt(prompt, clip, t5, tokenizers)
-    inputs = flux.prepare(text.context, text.pooled, (8, 8))
-    x = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+    inputs = flux.prepare(text.context, text.pooled, (16, 16))
+    x = torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
     levels = sigmas("simple", 8, 1.0, schedule=FluxSchedule())
     with torch.no_grad():
         for level, following in itertools.pairwise(levels):
@@ -48,13 +48,13 @@ def test_background_and_subject_follow_the_prompt(parts: dict[str, Component]) -
     apple = picture(parts, "a red apple on a white background, flat style")
     cactus = picture(parts, "a cactus on a black background, flat style")
     corners = [
-        torch.cat([p[:6, :6].flatten(0, 1), p[:6, -6:].flatten(0, 1)]).mean(dim=0) for p in (apple, cactus)
+        torch.cat([p[:12, :12].flatten(0, 1), p[:12, -12:].flatten(0, 1)]).mean(dim=0) for p in (apple, cactus)
     ]
     assert corners[0].min() > 0.8
     assert corners[1].max() < 0.2
-    red, green, blue = apple[24:40, 24:40].mean(dim=(0, 1))
+    red, green, blue = apple[48:80, 48:80].mean(dim=(0, 1))
     assert red > green + 0.3
     assert red > blue + 0.3
-    red, green, blue = cactus[24:40, 24:40].mean(dim=(0, 1))
+    red, green, blue = cactus[48:80, 48:80].mean(dim=(0, 1))
     assert green > red + 0.1
     assert green > blue + 0.1
