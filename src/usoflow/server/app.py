@@ -26,7 +26,7 @@ from usoflow.service.process import WorkerProcess
 from usoflow.service.supervisor import Event, Running, Supervisor
 from usoflow.service.worker import WorkerSettings
 
-RETRY_AFTER = 5  # seconds, while the queue is full
+RETRY_AFTER = 5  # seconds, while the queue is full or the server restarts
 
 
 def create_app(settings: ServerSettings, *, device: str = "auto", dtype: str = "auto") -> FastAPI:
@@ -39,11 +39,9 @@ def create_app(settings: ServerSettings, *, device: str = "auto", dtype: str = "
     picture.provide(examples)
     settings = settings.with_inputs(examples)
     lock = hold(settings.state / "lock")  # until this process ends
-    worker = WorkerSettings(settings.folders, settings.jobs_file, device, dtype)
+    worker = WorkerSettings(settings.folders, settings.jobs_file, device, dtype, settings.custom_nodes)
     engine = WorkerProcess(worker, inherited=[lock])
-    store = JobStore(settings.jobs_file)
-    engine.start()
-    return assemble(settings, store, engine)
+    return assemble(settings, JobStore(settings.jobs_file), engine)
 
 
 def assemble(settings: ServerSettings, store: JobStore, engine: Engine) -> FastAPI:
@@ -89,8 +87,9 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 def _answer_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, UsoflowError)
-    headers = {"Retry-After": str(RETRY_AFTER)} if error.code == "queue_full" else None
-    return JSONResponse(error_body(error), STATUS.get(error.code, 400), headers)
+    status = STATUS.get(error.code, 400)
+    headers = {"Retry-After": str(RETRY_AFTER)} if status in (429, 503) else None
+    return JSONResponse(error_body(error), status, headers)
 
 
 def _answer_invalid(request: Request, error: Exception) -> JSONResponse:

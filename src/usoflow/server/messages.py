@@ -8,7 +8,7 @@ from typing import Any
 from usoflow.server.hub import Outgoing
 from usoflow.service.engine import Cached, Finished, Progress, Started
 from usoflow.service.jobs import Job, State, now
-from usoflow.service.supervisor import Event, Running, shown
+from usoflow.service.supervisor import Event, Running
 
 
 def messages_of(running: Running, event: Event) -> Iterator[Outgoing]:
@@ -30,9 +30,9 @@ def messages_of(running: Running, event: Event) -> Iterator[Outgoing]:
             yield from _progress(running, event)
         case Finished(node=node):
             yield progress_state(running)
-            if event.images is not None:
+            if event.shown is not None:
                 yield Outgoing(
-                    "executed", {**about, "node": node, "display_node": node, "output": shown(event)}
+                    "executed", {**about, "node": node, "display_node": node, "output": event.shown}
                 )
 
 

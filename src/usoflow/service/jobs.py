@@ -355,7 +355,7 @@ class JobStore:
 
 
 def _file_names(outputs: Mapping[str, Any]) -> set[str]:
-    return {image["filename"] for shown in outputs.values() for image in shown["images"]}
+    return {image["filename"] for shown in outputs.values() for image in shown.get("images", ())}
 
 
 def now() -> int:

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from usoflow.errors import UsoflowError
+from usoflow.schema.specs import NodeSchema
+from usoflow.schema.wire import from_json
 from usoflow.service.engine import (
     Cancel,
     Command,
@@ -61,7 +63,7 @@ class WorkerProcess:
         self._inherited = tuple(inherited)
         self._lock = threading.Lock()  # guards the process and its stdin
         self._child: _Child | None = None
-        self._system: Mapping[str, Any] = {}
+        self._ready = Ready({})
         self._stopped = False
 
     @property
@@ -70,8 +72,8 @@ class WorkerProcess:
         return self._child.process.pid if self._child else None
 
     def start(self) -> None:
-        """Start the child if there is none; it loads its libraries while the server does other things."""
-        with self._lock:
+        """See `Engine.start`: the child loads its libraries while the server does other things."""
+        with suppress(UsoflowError), self._lock:  # the server is stopping already
             self._living()
 
     def run(self, run: Run, listen: Callable[[Report], None]) -> Outcome:
@@ -101,7 +103,15 @@ class WorkerProcess:
 
     def system(self) -> Mapping[str, Any]:
         """See `Engine.system`; empty until the first child has loaded its libraries."""
-        return self._system
+        return self._ready.system
+
+    def nodes(self) -> Sequence[NodeSchema]:
+        """See `Engine.nodes`; those of the child before, if this one died while it loaded them."""
+        with suppress(UsoflowError):  # the server is stopping
+            with self._lock:
+                child = self._living()
+            child.loaded.wait()
+        return [from_json(record) for record in self._ready.nodes]
 
     def stop(self) -> None:
         """See `Engine.stop`. No other child is started."""
@@ -125,7 +135,7 @@ class WorkerProcess:
         return self._child
 
     def _note(self, ready: Ready) -> None:
-        self._system = ready.system
+        self._ready = ready
 
 
 class _Child:
@@ -141,6 +151,7 @@ class _Child:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self._stdin = self.process.stdin
+        self.loaded = threading.Event()  # it is ready, or has ended before it was
         self.messages: queue.SimpleQueue[Report | Outcome | None] = queue.SimpleQueue()
         threading.Thread(target=self._read, args=(self.process.stdout, note), daemon=True).start()
 
@@ -169,10 +180,12 @@ class _Child:
                 message: Message = decode(line)
                 if isinstance(message, Ready):
                     note(message)
+                    self.loaded.set()
                 elif not isinstance(message, Run | Cancel | Free):
                     self.messages.put(message)
         with suppress(OSError):  # a command that it did not take
             self._stdin.close()
+        self.loaded.set()
         self.messages.put(None)
 
 
