@@ -16,6 +16,7 @@ from usoflow.server import picture, socket, ui
 from usoflow.server.context import STATUS, Server, ServerSettings, error_body
 from usoflow.server.guard import Guard
 from usoflow.server.hub import Hub
+from usoflow.server.log import LogBuffer
 from usoflow.server.messages import messages_of
 from usoflow.server.routes import catalogue, jobs, pictures, prompt, system, user
 from usoflow.server.ui import Templates
@@ -71,7 +72,9 @@ def _server(settings: ServerSettings, store: JobStore, engine: Engine) -> Server
                 hub.publish_soon(message, running.job.client)
 
     supervisor = Supervisor(store, engine, listen, preview=settings.preview)
-    server = Server(settings, store, engine, nodes, hub, supervisor, Templates(nodes))
+    server = Server(
+        settings, store, engine, nodes, hub, supervisor, Templates(nodes), LogBuffer(hub.log_soon)
+    )
     return server
 
 
@@ -79,9 +82,10 @@ def _server(settings: ServerSettings, store: JobStore, engine: Engine) -> Server
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     server: Server = app.state.server
     server.hub.open()
-    server.supervisor.start()
-    yield
-    await run_in_threadpool(server.supervisor.stop)
+    with server.log.attached():
+        server.supervisor.start()
+        yield
+        await run_in_threadpool(server.supervisor.stop)
     server.store.close()
 
 

@@ -13,6 +13,7 @@ from starlette.requests import HTTPConnection
 from usoflow.errors import UsoflowError
 from usoflow.schema.node import Node, NodeRegistry
 from usoflow.server.hub import Hub
+from usoflow.server.log import LogBuffer
 from usoflow.service.engine import Engine
 from usoflow.service.jobs import WAITING, JobStore
 from usoflow.service.supervisor import Supervisor
@@ -85,6 +86,7 @@ class Server:
     hub: Hub
     supervisor: Supervisor
     templates: Templates
+    log: LogBuffer
 
     @property
     def folders(self) -> Folders:

@@ -6,6 +6,7 @@ the other end of the pipe).
 
 from __future__ import annotations
 
+import logging
 import queue
 import re
 import signal
@@ -36,6 +37,8 @@ from usoflow.service.engine import (
 )
 from usoflow.service.engine import Cancelled as CancelledRun
 from usoflow.service.worker import WorkerSettings
+
+logger = logging.getLogger(__name__)
 
 WORKER: Sequence[str] = (sys.executable, "-m", "usoflow.service.worker")
 ATTEMPTS = 2  # a worker that died while it was idle is noticed when the next job is given to it
@@ -146,14 +149,16 @@ class _Child:
     ) -> None:
         self._kills_before = _memory_kills()
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=inherited
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, pass_fds=inherited
         )
         assert self.process.stdin is not None
         assert self.process.stdout is not None
+        assert self.process.stderr is not None
         self._stdin = self.process.stdin
         self.loaded = threading.Event()  # it is ready, or has ended before it was
         self.messages: queue.SimpleQueue[Report | Outcome | None] = queue.SimpleQueue()
         threading.Thread(target=self._read, args=(self.process.stdout, note), daemon=True).start()
+        threading.Thread(target=_log, args=(self.process.stderr,), daemon=True).start()
 
     def send(self, command: Command) -> None:
         """Write a command; that a dead process does not take it shows in `messages`."""
@@ -187,6 +192,13 @@ class _Child:
             self._stdin.close()
         self.loaded.set()
         self.messages.put(None)
+
+
+def _log(stderr: IO[bytes]) -> None:
+    """What the worker, its libraries and custom nodes print, line by line."""
+    with stderr:
+        for line in stderr:
+            logger.info("%s", line.decode(errors="replace").rstrip())
 
 
 def _memory_kills() -> int:
