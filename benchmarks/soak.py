@@ -2,10 +2,10 @@
 
     python benchmarks/soak.py --models DIR --minutes 30
 
-Prints the resident memory of server and worker (at the start, at the end, and its slope by least squares), the
-sockets and file descriptors that are left, and the events that the listener missed: each job must tell of its
-start, of the last step of its sampler, of its output and of its end. Steps before the last may be replaced by
-newer ones; how many were is told too.
+Prints the resident memory of server and worker (at the start, at the end, and its slope by least squares),
+the sockets and file descriptors that are left, and the events that the listener missed: each job must tell of
+its start, of the last step of its sampler, of its output and of its end. Steps before the last may be
+replaced by newer ones; how many were is told too.
 """
 
 from __future__ import annotations
@@ -131,8 +131,9 @@ def soak(port: int, pid: int, minutes: float) -> dict[str, Any]:
     for client in stalled:
         client.close()
     return {
-        "minutes": minutes, "jobs": jobs, "events missed": missed, "steps replaced": replaced, "sockets at start": before,
-        "files at start": files, **after, **{name: found.summary() for name, found in memory.items()},
+        "minutes": minutes, "jobs": jobs, "events missed": missed, "steps replaced": replaced,
+        "sockets at start": before, "files at start": files, **after,
+        **{name: found.summary() for name, found in memory.items()},
     }  # fmt: skip
 
 
