@@ -69,13 +69,14 @@ def _end(job: Job) -> tuple[str, dict[str, Any]]:
 
 
 def _progress(running: Running, event: Progress) -> Iterator[Outgoing]:
+    """A picture comes after the step that it shows: comfy-script takes its job from that."""
     yield progress_state(running)
     job, node = running.job, event.node
+    data = {"value": event.step, "max": event.steps, "prompt_id": job.id, "node": node}
+    yield Outgoing("progress", data, key=("progress", job.id))
     if event.preview:
         about = {**_identity(node), "prompt_id": job.id, "image_type": "image/jpeg"}
         yield Outgoing("preview", about, image=event.preview, key=("preview", job.id))
-    data = {"value": event.step, "max": event.steps, "prompt_id": job.id, "node": node}
-    yield Outgoing("progress", data, key=("progress", job.id))
 
 
 def _node_state(running: Running, progress: Progress) -> dict[str, Any]:
