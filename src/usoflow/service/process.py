@@ -139,6 +139,9 @@ class WorkerProcess:
 
     def _note(self, ready: Ready) -> None:
         self._ready = ready
+        logger.info(
+            "The worker is ready: %s, torch %s", ready.system["name"], ready.system["pytorch_version"]
+        )
 
 
 class _Child:

@@ -116,8 +116,10 @@ class Supervisor:
             self._thread.join()
 
     def _work(self) -> None:
-        while not self.stopping:
+        while True:
             self._wake.clear()
+            if self.stopping:  # looked at after `clear`, so that no wake of `refuse` is missed
+                return
             job = self._store.start_next()
             if job is None:
                 self._wake.wait()
@@ -132,15 +134,10 @@ class Supervisor:
         if outcome is None:
             self._store.requeue(job.id)
             return
-        state = State.COMPLETED
-        error = None
-        if isinstance(outcome, Cancelled):
-            state, error = State.CANCELLED, _place(running)
-        elif isinstance(outcome, Failed):
-            state, error = State.FAILED, _failure(running, outcome)
-            logger.warning("Job %s failed: %s", job.id, outcome.detail)
+        state, error = _end(running, outcome)
         self._store.finish(job.id, state, error)
         running.job = self._store.get(job.id) or job
+        logger.info("Job %s %s after %.1f s", job.id, state, _seconds(running.job))
         self._listen(running, state)
 
     def _outcome(self, running: Running) -> Outcome | None:
@@ -161,6 +158,21 @@ class Supervisor:
         elif isinstance(report, Finished) and report.shown is not None:
             self._store.note_output(running.job.id, report.node, report.shown)
         self._listen(running, report)
+
+
+def _end(running: Running, outcome: Outcome) -> tuple[State, dict[str, Any] | None]:
+    """The state that a job ends in, and why."""
+    if isinstance(outcome, Cancelled):
+        return State.CANCELLED, _place(running)
+    if isinstance(outcome, Failed):
+        logger.warning("Job %s failed: %s", running.job.id, outcome.detail)
+        return State.FAILED, _failure(running, outcome)
+    return State.COMPLETED, None
+
+
+def _seconds(job: Job) -> float:
+    """How long a job ran."""
+    return ((job.ended or 0) - (job.started or 0)) / 1000
 
 
 def _place(running: Running) -> dict[str, Any]:
