@@ -225,7 +225,7 @@ def test_the_tutorial(editor: Editor, small_models: Path) -> None:
     editor.open_template()
     assert editor.toasts() == []
     assert editor.page.locator("[role=dialog]").count() == 0  # nothing is missing
-    editor.screenshot("1 template")
+    editor.screenshot("1-template")
     with editor.page.expect_file_chooser() as chooser:
         editor.click(editor.page.evaluate(WIDGET, [47, "upload"]))
     chooser.value.set_files(small_models.parent / "input" / "subject.png")
@@ -240,11 +240,11 @@ def test_the_tutorial(editor: Editor, small_models: Path) -> None:
     name = job["outputs"]["9"]["images"][0]["filename"]
     editor.page.get_by_test_id("queue-overlay-toggle").click()
     editor.page.get_by_text(name).first.wait_for()  # the queue's history
-    editor.screenshot("2 queue")
+    editor.screenshot("2-queue")
     editor.page.get_by_text("Assets", exact=True).first.click()
     editor.page.wait_for_selector(f"img[src*='{name}']")
     editor.page.wait_for_load_state("networkidle")
-    editor.screenshot("3 history")
+    editor.screenshot("3-history")
 
 
 def test_the_first_visit_offers_the_templates(server: RealServer, editor: Editor) -> None:
@@ -258,7 +258,7 @@ def test_the_first_visit_offers_the_templates(server: RealServer, editor: Editor
     editor.page.wait_for_load_state("networkidle")
     shown = card.locator("img").first.evaluate("image => image.complete && image.naturalWidth")
     assert shown == THUMBNAIL
-    editor.screenshot("0 first visit")
+    editor.screenshot("0-first-visit")
 
 
 def test_four_variations_by_ctrl_b(editor: Editor) -> None:
@@ -285,7 +285,7 @@ def test_four_variations_by_ctrl_b(editor: Editor) -> None:
     assert editor.toasts() == []
     editor.page.evaluate(GROUP, [112, "Style Reference"])
     editor.page.wait_for_timeout(500)
-    editor.screenshot("4 groups")
+    editor.screenshot("4-groups")
 
 
 def test_a_picture_dragged_in_is_its_workflow(editor: Editor) -> None:
@@ -322,7 +322,7 @@ def test_the_tutorials_own_picture_dragged_in(
     editor.page.wait_for_timeout(1000)
     assert editor.page.evaluate("app.graph.nodes.length") == len(wanted["nodes"])
     editor.small()
-    editor.screenshot(f"5 {name}")
+    editor.screenshot(f"5-{name}")
     job = editor.run()
     assert job["status"] == "completed"
     assert editor.toasts() == []
@@ -335,7 +335,7 @@ def test_an_error_is_shown_at_its_node(editor: Editor) -> None:
     editor.page.wait_for_function("app.lastNodeErrors && Object.keys(app.lastNodeErrors).length > 0")
     assert list(editor.page.evaluate("app.lastNodeErrors")) == ["47"]
     assert editor.page.evaluate("app.graph.nodes.filter(n => n.has_errors).map(n => String(n.id))") == ["47"]
-    editor.screenshot("6 validation")
+    editor.screenshot("6-validation")
     refused = ("400 (Bad Request)", "PromptExecutionError")  # the editor reports what it was told
     editor.complaints = [line for line in editor.complaints if not any(word in line for word in refused)]
 
@@ -346,7 +346,7 @@ def test_cancel_and_a_killed_worker(editor: Editor) -> None:
     job = editor.submit()
     until(lambda: "112:31" in editor.nodes[job] or editor.page.wait_for_timeout(50))
     editor.page.wait_for_timeout(1000)
-    editor.screenshot("7 running")
+    editor.screenshot("7-running")
     editor.page.get_by_role("button", name="Cancel current run").click()
     assert editor.server.ended(job)["status"] == "cancelled"
     assert editor.toasts() == []
@@ -361,7 +361,7 @@ def test_cancel_and_a_killed_worker(editor: Editor) -> None:
     editor.page.wait_for_timeout(1000)
     assert "The worker process ended" in editor.page.evaluate("document.body.innerText")
     editor.page.get_by_text("Console", exact=True).first.click()
-    editor.page.get_by_text(f"Job {job} failed").first.wait_for()
-    editor.screenshot("8 killed")
+    editor.page.get_by_text(f"Job {job} failed after").first.wait_for()
+    editor.screenshot("8-killed")
     editor.small(steps=2)
     assert editor.run()["status"] == "completed"

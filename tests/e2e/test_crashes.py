@@ -20,6 +20,7 @@ from PIL import Image
 
 from e2e.real_server import RealServer, until
 from small import text_to_image, with_inputs
+from usoflow.service.supervisor import GRACE
 
 
 @pytest.fixture
@@ -153,28 +154,52 @@ def test_kill_9_at_random_moments(server: RealServer, jobs: int, kills: int) -> 
         assert killer.worker_kills > 0
 
 
-@pytest.mark.parametrize("end", ["kill", pytest.param("stop", marks=pytest.mark.full)])
-def test_the_interrupted_job_runs_again_with_the_same_seed(server: RealServer, end: str) -> None:
-    """Killed while it samples, or told to stop: the picture is that of an undisturbed run."""
+def test_the_interrupted_job_runs_again_with_the_same_seed(server: RealServer) -> None:
+    """Killed while it samples: the picture is that of an undisturbed run."""
     server.start()
     server.ended(server.submit(prompt(1)))  # the worker is there now
-    steps = 400 if end == "kill" else 10_000  # more than a stopping server waits for
-    job = server.submit(with_inputs(prompt(7, steps), "save", filename_prefix="disturbed"))
-    until(lambda: server.get(f"/jobs/{job}")["status"] == "in_progress")
-    time.sleep(0.2)
-    getattr(server, end)()
+    job = started(server, with_inputs(prompt(7, 400), "save", filename_prefix="disturbed"))
+    server.kill()
     server.start()
     assert server.get(f"/jobs/{job}")["status"] in ("pending", "in_progress")
-    if end == "stop":
-        httpx.post(f"{server.url}/jobs/{job}/cancel")
-        assert server.ended(job)["status"] == "cancelled"
-        return
     assert server.ended(job)["status"] == "completed"
     httpx.post(f"{server.url}/free", json={"free_memory": True})  # nothing is taken from the cache
-    server.ended(server.submit(with_inputs(prompt(7, steps), "save", filename_prefix="undisturbed")))
-    first, second = (Image.open(server.place / "output" / f"{name}_00001_.png") for name in
-                     ("disturbed", "undisturbed"))  # fmt: skip
-    assert first.tobytes() == second.tobytes()
+    server.ended(server.submit(with_inputs(prompt(7, 400), "save", filename_prefix="undisturbed")))
+    pixels = {}
+    for name in ("disturbed", "undisturbed"):
+        with Image.open(server.place / "output" / f"{name}_00001_.png") as picture:
+            pixels[name] = picture.tobytes()
+    assert pixels["disturbed"] == pixels["undisturbed"]
+
+
+def started(server: RealServer, graph: dict[str, Any]) -> str:
+    """A job that samples."""
+    job = server.submit(graph)
+    until(lambda: server.get(f"/jobs/{job}")["status"] == "in_progress")
+    time.sleep(0.2)
+    return job
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("steps", "states"), [(300, {"completed"}), (100_000, {"pending", "in_progress"})])
+def test_told_to_stop(server: RealServer, steps: int, states: set[str]) -> None:
+    """Not ready at once, no more jobs; what runs is done in the time that there is, or else runs again."""
+    assert GRACE < 10
+    server.start()
+    server.ended(server.submit(prompt(1)))
+    job = started(server, prompt(7, steps))
+    assert server.process
+    server.process.terminate()
+    until(lambda: not server.answers(), period=0)
+    if steps > 10_000:  # the other one may have ended by now, and the server with it
+        assert httpx.get(f"{server.url}/health/ready").status_code == 503
+        assert httpx.get(f"{server.url}/health/live").status_code == 200
+        refused = httpx.post(f"{server.url}/prompt", json={"prompt": prompt(8)})
+        assert (refused.status_code, refused.json()["error"]["type"]) == (503, "server_stopping")
+    assert server.process.wait(30) in (0, -signal.SIGTERM)
+    server.start()
+    assert server.get(f"/jobs/{job}")["status"] in states
+    assert len(server.get("/jobs")["jobs"]) == 2
 
 
 @pytest.mark.full

@@ -137,7 +137,8 @@ class Supervisor:
         state, error = _end(running, outcome)
         self._store.finish(job.id, state, error)
         running.job = self._store.get(job.id) or job
-        logger.info("Job %s %s after %.1f s", job.id, state, _seconds(running.job))
+        reason = f": {outcome.detail}" if isinstance(outcome, Failed) else "."
+        logger.info("Job %s %s after %.1f s%s", job.id, state, _seconds(running.job), reason)
         self._listen(running, state)
 
     def _outcome(self, running: Running) -> Outcome | None:
@@ -165,7 +166,6 @@ def _end(running: Running, outcome: Outcome) -> tuple[State, dict[str, Any] | No
     if isinstance(outcome, Cancelled):
         return State.CANCELLED, _place(running)
     if isinstance(outcome, Failed):
-        logger.warning("Job %s failed: %s", running.job.id, outcome.detail)
         return State.FAILED, _failure(running, outcome)
     return State.COMPLETED, None
 
