@@ -6,6 +6,7 @@ Needs Debian's chromium. Screenshots stay in `out/screenshots`.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import struct
 from collections import defaultdict
@@ -116,8 +117,9 @@ class Editor:
         self.page.wait_for_function("app.graph.nodes.length >= 8", timeout=30_000)
 
     def toasts(self) -> list[str]:
-        """What pops up."""
-        return list(self.page.locator(".p-toast-message").all_inner_texts())
+        """What pops up, but for how the job goes on."""
+        texts = self.page.locator("[role=alert], [role=status]").all_inner_texts()
+        return [text for text in texts if text.strip() and not re.match(r"Job |Notification", text.strip())]
 
     def small(self, steps: int = 2) -> None:
         """Set sizes and steps that the models do quickly."""
@@ -335,6 +337,7 @@ def test_an_error_is_shown_at_its_node(editor: Editor) -> None:
     editor.page.wait_for_function("app.lastNodeErrors && Object.keys(app.lastNodeErrors).length > 0")
     assert list(editor.page.evaluate("app.lastNodeErrors")) == ["47"]
     assert editor.page.evaluate("app.graph.nodes.filter(n => n.has_errors).map(n => String(n.id))") == ["47"]
+    assert any("Input image couldn't be loaded" in toast for toast in editor.toasts())
     editor.screenshot("6-validation")
     refused = ("400 (Bad Request)", "PromptExecutionError")  # the editor reports what it was told
     editor.complaints = [line for line in editor.complaints if not any(word in line for word in refused)]
@@ -349,7 +352,8 @@ def test_cancel_and_a_killed_worker(editor: Editor) -> None:
     editor.screenshot("7-running")
     editor.page.get_by_role("button", name="Cancel current run").click()
     assert editor.server.ended(job)["status"] == "cancelled"
-    assert editor.toasts() == []
+    editor.page.get_by_text("Execution has been interrupted").first.wait_for()
+    assert all("interrupted" in toast for toast in editor.toasts())
     editor.page.evaluate(SEED, 77)
     job = editor.submit()
     until(lambda: "112:31" in editor.nodes[job] or editor.page.wait_for_timeout(50))
