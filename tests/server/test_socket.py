@@ -139,6 +139,11 @@ def test_a_stalled_client_costs_bounded_memory_and_is_let_go() -> None:
         assert first is not None
         assert second is not None
         assert (first.data["value"], second.data["status"]["exec_info"]["queue_remaining"]) == (99_999, 2)
+        hub.publish(Outgoing("progress", {"value": 1}, key=("progress", "job")), "a")
+        hub.publish(Outgoing("executing", {"node": "2"}), "a")
+        hub.publish(Outgoing("progress", {"value": 2}, key=("progress", "job")), "a")
+        in_order = [await stalled.next(), await stalled.next()]
+        assert [message.type for message in in_order if message] == ["executing", "progress"]
         for number in range(MAX_WAITING + 1):
             hub.publish(Outgoing("executed", {"node": str(number)}), "a")
         assert await stalled.next() is None

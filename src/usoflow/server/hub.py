@@ -55,9 +55,11 @@ class Client:
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
 
     def put(self, message: Outgoing) -> None:
-        """Queue a message."""
+        """Queue a message behind all others, also where it replaces an older one: order is that of events."""
         self._count += 1
-        self._waiting[message.key or (str(self._count),)] = message
+        key = message.key or (str(self._count),)
+        self._waiting.pop(key, None)
+        self._waiting[key] = message
         self.overflowed = len(self._waiting) > MAX_WAITING
         self._wake.set()
 
