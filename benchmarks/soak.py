@@ -153,6 +153,7 @@ def main() -> None:
             [sys.executable, "-m", "usoflow", "serve", "--models", arguments.models, "--output", folder,
              "--port", str(port), "--no-ui"],
             env={**os.environ, "USOFLOW_STATE": folder, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         try:
             time.sleep(5)
