@@ -181,7 +181,7 @@ def started(server: RealServer, graph: dict[str, Any]) -> str:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("steps", "states"), [(300, {"completed"}), (100_000, {"pending", "in_progress"})])
+@pytest.mark.parametrize(("steps", "states"), [(50, {"completed"}), (10_000, {"pending", "in_progress"})])
 def test_told_to_stop(server: RealServer, steps: int, states: set[str]) -> None:
     """Not ready at once, no more jobs; what runs is done in the time that there is, or else runs again."""
     assert GRACE < 10
@@ -191,7 +191,7 @@ def test_told_to_stop(server: RealServer, steps: int, states: set[str]) -> None:
     assert server.process
     server.process.terminate()
     until(lambda: not server.answers(), period=0)
-    if steps > 10_000:  # the other one may have ended by now, and the server with it
+    if steps == 10_000:  # the other one may have ended by now, and the server with it
         assert httpx.get(f"{server.url}/health/ready").status_code == 503
         assert httpx.get(f"{server.url}/health/live").status_code == 200
         refused = httpx.post(f"{server.url}/prompt", json={"prompt": prompt(8)})
