@@ -65,6 +65,10 @@ GROUP = """([id, title]) => {
   return app.canvas.ds.convertOffsetToCanvas([x, y]).concat(
     app.canvas.ds.convertOffsetToCanvas([x + width, y + height]))
 }"""
+LORAS = """() => {
+  const nodes = [...app.graph.subgraphs.values()].flatMap(graph => graph.nodes)
+  return nodes.find(node => node.type === 'LoraLoaderModelOnly').widgets[0].options.values
+}"""
 SELECT = """([ids, inside]) => {
   app.canvas.setGraph(inside ? app.graph.getNodeById(inside).subgraph : app.graph)
   app.canvas.selectNodes(ids.map(id => app.canvas.graph.getNodeById(id)))
@@ -328,6 +332,19 @@ def test_the_tutorials_own_picture_dragged_in(
     job = editor.run()
     assert job["status"] == "completed"
     assert editor.toasts() == []
+
+
+def test_a_model_dropped_in_is_there_after_r(editor: Editor, small_models: Path) -> None:
+    editor.open_template()
+    assert "new.safetensors" not in editor.page.evaluate(LORAS)
+    added = small_models / "loras" / "new.safetensors"
+    shutil.copy(next((small_models / "loras").iterdir()), added)
+    try:
+        editor.page.evaluate("app.canvas.canvas.focus()")
+        editor.page.keyboard.press("r")
+        editor.page.wait_for_function(f"({LORAS})().includes('new.safetensors')")
+    finally:
+        added.unlink()
 
 
 def test_an_error_is_shown_at_its_node(editor: Editor) -> None:
