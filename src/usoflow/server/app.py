@@ -12,7 +12,7 @@ from starlette.concurrency import run_in_threadpool
 
 from usoflow.errors import UsoflowError
 from usoflow.nodes import registry
-from usoflow.server import picture, socket, ui
+from usoflow.server import socket, ui
 from usoflow.server.context import STATUS, Server, ServerSettings, error_body
 from usoflow.server.guard import Guard
 from usoflow.server.hub import Hub
@@ -36,9 +36,7 @@ def create_app(settings: ServerSettings, *, device: str = "auto", dtype: str = "
     Raises:
         UsoflowError: `state_in_use`, `state_unusable`.
     """
-    examples = settings.state / "examples"
-    picture.provide(examples)
-    settings = settings.with_inputs(examples)
+    settings = settings.with_inputs(settings.examples)
     lock = hold(settings.state / "lock")  # until this process ends
     worker = WorkerSettings(settings.folders, settings.jobs_file, device, dtype, settings.custom_nodes)
     engine = WorkerProcess(worker, inherited=[lock])

@@ -66,6 +66,11 @@ class ServerSettings:
         return self.state / "jobs.sqlite"
 
     @property
+    def examples(self) -> Path:
+        """Pictures that templates expect."""
+        return self.state / "examples"
+
+    @property
     def user_folder(self) -> Path:
         """Saved workflows."""
         return self.state / "user"

@@ -15,6 +15,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from usoflow.server.context import Server
+from usoflow.server.picture import provide
 
 SOCKET_MESSAGE: Final = 2**16  # bytes that a client may send at once on /ws
 GRACE: Final = 2  # seconds that open requests get at the end; the job in progress has had its own
@@ -39,9 +40,14 @@ class _Server(uvicorn.Server):
         self._server = server
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, and only then start the worker, whose libraries take both a core and seconds to load."""
+        """Listen, and only then do what takes longer."""
         await super().startup(sockets)
-        threading.Thread(target=self._server.engine.start, daemon=True).start()
+        threading.Thread(target=self._prepare, daemon=True).start()
+
+    def _prepare(self) -> None:
+        """Draw the example once; start the worker, whose libraries take a core and seconds to load."""
+        provide(self._server.settings.examples)
+        self._server.engine.start()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called by the signal."""
