@@ -45,7 +45,7 @@ def server(models: Path) -> Iterator[tuple[str, float]]:
             [sys.executable, "-m", "usoflow", "serve", "--models", models, "--output", folder,
              "--port", str(port)],
             env={**os.environ, "USOFLOW_STATE": folder, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         address = f"127.0.0.1:{port}"
         while not _answers(address):

@@ -2,8 +2,10 @@
 
     python benchmarks/soak.py --models DIR --minutes 30
 
-Prints the resident memory of the server (at the start, at the end, and what a job adds), the sockets that
-are left, and the events that the listener missed: each job must tell of its start, its output and its end.
+Prints the resident memory of server and worker (at the start, at the end, and its slope by least squares),
+the sockets and file descriptors that are left, and the events that the listener missed: each job must tell of
+its start, of the last step of its sampler, of its output and of its end. Steps before the last may be
+replaced by newer ones; how many were is told too.
 """
 
 from __future__ import annotations
@@ -13,11 +15,13 @@ import json
 import os
 import re
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +30,45 @@ from websockets.sync.client import ClientConnection, connect
 from server import post, prompt
 
 STALLED = 50
-WARM_UP = 20  # jobs before memory is first looked at
-EXPECTED = frozenset({"execution_start", "executed", "execution_success"})
+WARM_UP = 200  # jobs before memory is first looked at
+STEPS = 4
+PERIOD = 5  # seconds between looks at memory
+EXPECTED = frozenset({"execution_start", f"progress {STEPS}", "executed", "execution_success"})
 
 
-def resident(pid: int) -> float:
-    """MiB of memory that a process holds."""
-    status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
-    match = re.search(r"^VmRSS:\s+(\d+) kB", status, re.MULTILINE)
-    return int(match.group(1)) / 1024 if match else 0.0
+@dataclass
+class Memory:
+    """MiB that a process holds, over time; a worker that was replaced would show as a step."""
+
+    pid: int
+    times: list[float] = field(default_factory=list)
+    sizes: list[float] = field(default_factory=list)
+
+    def sample(self) -> None:
+        """Look now."""
+        status = Path(f"/proc/{self.pid}/status").read_text(encoding="ascii")
+        match = re.search(r"^VmRSS:\s+(\d+) kB", status, re.MULTILINE)
+        self.times.append(time.monotonic())
+        self.sizes.append(int(match.group(1)) / 1024 if match else 0.0)
+
+    def summary(self) -> dict[str, float]:
+        """First, last, and the slope."""
+        slope = statistics.linear_regression(self.times, self.sizes).slope * 3600
+        return {
+            "MiB at start": round(self.sizes[0], 1), "MiB at end": round(self.sizes[-1], 1),
+            "MiB an hour": round(slope, 2), "samples": len(self.sizes),
+        }  # fmt: skip
+
+
+def worker_of(pid: int) -> int:
+    """The one child of the server."""
+    children = (path.read_text().split() for path in Path(f"/proc/{pid}/task").glob("*/children"))
+    return int(next(found for found in children if found)[0])
+
+
+def descriptors(pid: int) -> int:
+    """How many files and sockets a process has open."""
+    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
 
 
 def stall(port: int) -> socket.socket:
@@ -53,39 +87,53 @@ def stall(port: int) -> socket.socket:
     return client
 
 
-def one_job(address: str, listener: ClientConnection, seed: int) -> set[str]:
-    """Run a job; which of the messages that matter were missed."""
-    post(address, {"prompt": prompt(seed, 4), "client_id": "soak"})
+def one_job(address: str, listener: ClientConnection, seed: int) -> tuple[int, int]:
+    """Run a job; how many of its events were missed, and how many steps were replaced by newer ones."""
+    post(address, {"prompt": prompt(seed, STEPS), "client_id": "soak"})
+    steps = {f"progress {step}" for step in range(1, STEPS)}
     seen: set[str] = set()
     while "execution_success" not in seen:
         message = listener.recv(timeout=120)
         if isinstance(message, str):
-            seen.add(json.loads(message)["type"])
-    return set(EXPECTED) - seen
+            event = json.loads(message)
+            step = f" {event['data']['value']}" if event["type"] == "progress" else ""
+            seen.add(event["type"] + step)
+    return len(EXPECTED - seen), len(steps - seen)
+
+
+def sockets(address: str) -> int:
+    """How many WebSocket connections the server has."""
+    with urllib.request.urlopen(f"http://{address}/metrics") as answer:
+        match = re.search(r"^usoflow_sockets (\S+)$", answer.read().decode(), re.MULTILINE)
+    return int(float(match.group(1))) if match else -1
 
 
 def soak(port: int, pid: int, minutes: float) -> dict[str, Any]:
     """Run jobs for some minutes."""
     address = f"127.0.0.1:{port}"
     stalled = [stall(port) for _ in range(STALLED)]
-    jobs, missed, first = 0, 0, 0.0
+    before, jobs, next_sample = sockets(address), 0, 0.0
+    missed = replaced = 0
     with connect(f"ws://{address}/ws?clientId=soak") as listener:
         end = time.monotonic() + minutes * 60
-        while time.monotonic() < end or jobs <= WARM_UP:
-            missed += len(one_job(address, listener, jobs))
+        while time.monotonic() < end:
+            lost, skipped = one_job(address, listener, jobs)
+            missed, replaced = missed + lost, replaced + skipped
             jobs += 1
             if jobs == WARM_UP:
-                first = resident(pid)
-    with urllib.request.urlopen(f"http://{address}/metrics") as answer:
-        metrics = answer.read().decode()
-    last = resident(pid)
+                memory = {"server": Memory(pid), "worker": Memory(worker_of(pid))}
+                files = descriptors(pid)
+            if jobs >= WARM_UP and time.monotonic() > next_sample:
+                next_sample = time.monotonic() + PERIOD
+                for process in memory.values():
+                    process.sample()
+        after = {"sockets at end": sockets(address), "files at end": descriptors(pid)}
     for client in stalled:
         client.close()
-    sockets = re.search(r"^usoflow_sockets (\S+)$", metrics, re.MULTILINE)
     return {
-        "jobs": jobs, "events missed": missed, "MiB at start": round(first, 1), "MiB at end": round(last, 1),
-        "KiB a job": round((last - first) * 1024 / (jobs - WARM_UP), 2),
-        "sockets left": float(sockets.group(1)) if sockets else None,
+        "minutes": minutes, "jobs": jobs, "events missed": missed, "steps replaced": replaced,
+        "sockets at start": before, "files at start": files, **after,
+        **{name: found.summary() for name, found in memory.items()},
     }  # fmt: skip
 
 
@@ -105,6 +153,7 @@ def main() -> None:
             [sys.executable, "-m", "usoflow", "serve", "--models", arguments.models, "--output", folder,
              "--port", str(port), "--no-ui"],
             env={**os.environ, "USOFLOW_STATE": folder, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         try:
             time.sleep(5)

@@ -97,6 +97,16 @@ CATALOGUE: Mapping[str, ErrorKind] = MappingProxyType(
         "node_failed": ErrorKind(
             "A node of the workflow failed.", "This is a defect of usoflow: please report it.", EXIT_RUN
         ),
+        "custom_node_failed": ErrorKind(
+            "A custom node failed.",
+            "Look into its file in the folder of --custom-nodes, or ask its author.",
+            EXIT_RUN,
+        ),
+        "values_refused": ErrorKind(
+            "A custom node does not take the values that it is given (VALIDATE_INPUTS).",
+            "Change the inputs of this node.",
+            EXIT_WORKFLOW,
+        ),
         "out_of_memory": ErrorKind(
             "There is not enough memory for this run.",
             "Use a smaller size or batch, or a checkpoint in fp8.",
@@ -145,6 +155,9 @@ CATALOGUE: Mapping[str, ErrorKind] = MappingProxyType(
             "The server cannot listen there.", "Choose another --port or --listen.", EXIT_USAGE
         ),
         "queue_full": ErrorKind("The queue takes no more jobs.", "Wait until some are done.", EXIT_RUN),
+        "server_stopping": ErrorKind(
+            "The server takes no more jobs.", "Send it again when the server has started again.", EXIT_RUN
+        ),
         "job_exists": ErrorKind("There is a job of this id.", "Choose another prompt_id.", EXIT_USAGE),
         # --- model files ----------------------------------------------------------------------------
         "model_missing": ErrorKind(

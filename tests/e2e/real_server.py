@@ -65,6 +65,10 @@ class RealServer:
         """The JSON at a path."""
         return httpx.get(self.url + path, timeout=PATIENCE).json()
 
+    def set(self, setting: str, value: Any) -> None:
+        """Change a setting of the editor."""
+        httpx.post(f"{self.url}/settings/{setting}", json=value).raise_for_status()
+
     def submit(self, prompt: Mapping[str, Any], **more: Any) -> str:
         """Send a prompt; the id of the job."""
         answer = httpx.post(f"{self.url}/prompt", json={"prompt": prompt, **more}, timeout=PATIENCE)
@@ -117,9 +121,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def until(condition: Callable[[], object], seconds: float = PATIENCE) -> None:
+def until(condition: Callable[[], object], seconds: float = PATIENCE, period: float = 0.05) -> None:
     """Ask again and again."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.05)
+        time.sleep(period)

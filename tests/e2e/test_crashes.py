@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import random
 import signal
+import sqlite3
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ from PIL import Image
 
 from e2e.real_server import RealServer, until
 from small import text_to_image, with_inputs
+from usoflow.service.supervisor import GRACE
 
 
 @pytest.fixture
@@ -32,11 +37,11 @@ def prompt(number: int, steps: int = 1) -> dict[str, Any]:
     return with_inputs(text_to_image(), "sampler", seed=number, steps=steps)
 
 
-def submit_at_last(server: RealServer, number: int) -> None:
+def submit_at_last(server: RealServer, number: int, steps: int = 1) -> None:
     """Send a job again and again, under one id, until the server says that it has it."""
 
     def accepted() -> bool:
-        body = {"prompt": prompt(number), "prompt_id": f"job-{number}"}
+        body = {"prompt": prompt(number, steps), "prompt_id": f"job-{number}"}
         try:
             return httpx.post(f"{server.url}/prompt", json=body, timeout=30).status_code in (200, 409)
         except httpx.HTTPError:
@@ -69,53 +74,132 @@ def check(server: RealServer, jobs: int, worker_kills: int) -> None:
         Image.open(server.place / "output" / name).load()
 
 
+def state_at_death(server: RealServer) -> tuple[str, str] | None:
+    """State and outputs of the job that was in progress when the server was killed."""
+    with contextlib.closing(sqlite3.connect(server.place / "state" / "jobs.sqlite")) as connection:
+        query = "SELECT id, outputs FROM jobs WHERE state = 'in_progress'"
+        found: tuple[str, str] | None = connection.execute(query).fetchone()
+    return found
+
+
+@dataclass
+class Killer:
+    """Kills server or worker at moments of a kind, and counts what was hit."""
+
+    server: RealServer
+    chance: random.Random
+    worker_kills: int = 0
+    hits: Counter[str] = field(default_factory=Counter)
+
+    def strike(self, moment: str, number: int) -> None:
+        """Submit a job and kill at this moment of its life; then everything is started again."""
+        before = self._files()
+        submit_at_last(self.server, number, steps=60 if moment == "sampling" else 1)
+        if moment == "sampling":
+            job = f"job-{number}"
+            until(lambda: self.server.get(f"/jobs/{job}")["status"] != "pending", 300)
+            time.sleep(self.chance.uniform(0, 0.1))
+        elif moment == "renamed":  # the picture has its name, but the table does not know of it
+            until(lambda: self._files() - before, 300, period=0)
+        else:
+            time.sleep(self.chance.uniform(0, 3))
+        if moment == "any" and self.chance.random() < 0.6:
+            self.worker_kills += self.server.kill_worker()
+            return
+        self.server.kill()
+        self._note(moment, before)
+        if moment == "start":
+            self.server.start(wait=False)
+            time.sleep(self.chance.uniform(0, 2))
+            self.server.kill()
+            self.hits["start"] += 1
+        self.server.start(wait=False)
+
+    def _note(self, moment: str, before: set[str]) -> None:
+        dying = state_at_death(self.server)
+        if dying is None:
+            return
+        if moment == "sampling":
+            self.hits["sampling"] += 1
+        elif dying[1] == "{}" and self._files() - before:
+            self.hits["renamed"] += 1
+
+    def _files(self) -> set[str]:
+        folder = self.server.place / "output"
+        return {name for name in os.listdir(folder) if name.endswith(".png")} if folder.is_dir() else set()
+
+
+MOMENTS = ("any", "sampling", "renamed", "start")
+
+
 @pytest.mark.parametrize(
-    ("jobs", "kills"), [(12, 3), pytest.param(200, 24, marks=pytest.mark.full)], ids=["short", "long"]
+    ("jobs", "kills"), [(12, 4), pytest.param(200, 40, marks=pytest.mark.full)], ids=["short", "long"]
 )
 def test_kill_9_at_random_moments(server: RealServer, jobs: int, kills: int) -> None:
-    """Alternately the server (sometimes while it starts) and the worker (sometimes while it does)."""
-    chance = random.Random(jobs)
+    """While it waits, samples, writes down what it has done, and starts; worker and server."""
+    killer = Killer(server, random.Random(jobs))
     server.start()
-    worker_kills = 0
+    struck = 0
     for number in range(jobs):
-        submit_at_last(server, number)
         if number % (jobs // kills) == 0:
-            time.sleep(chance.uniform(0, 3))
-            if chance.random() < 0.4:
-                worker_kills += server.kill_worker()
-                continue
-            server.kill()
-            if chance.random() < 0.3:  # again, during the start
-                server.start(wait=False)
-                time.sleep(chance.uniform(0, 2))
-                server.kill()
-            server.start(wait=False)
+            killer.strike(MOMENTS[struck % len(MOMENTS)], number)
+            struck += 1
+        else:
+            submit_at_last(server, number)
     until(server.answers)
-    check(server, jobs, worker_kills)
+    check(server, jobs, killer.worker_kills)
+    print("killed:", dict(killer.hits), "worker:", killer.worker_kills)
+    if kills > len(MOMENTS):  # enough of each for chance not to decide
+        assert set(killer.hits) == {"sampling", "renamed", "start"}
+        assert killer.worker_kills > 0
 
 
-@pytest.mark.parametrize("end", ["kill", pytest.param("stop", marks=pytest.mark.full)])
-def test_the_interrupted_job_runs_again_with_the_same_seed(server: RealServer, end: str) -> None:
-    """Killed while it samples, or told to stop: the picture is that of an undisturbed run."""
+def test_the_interrupted_job_runs_again_with_the_same_seed(server: RealServer) -> None:
+    """Killed while it samples: the picture is that of an undisturbed run."""
     server.start()
     server.ended(server.submit(prompt(1)))  # the worker is there now
-    steps = 400 if end == "kill" else 10_000  # more than a stopping server waits for
-    job = server.submit(with_inputs(prompt(7, steps), "save", filename_prefix="disturbed"))
-    until(lambda: server.get(f"/jobs/{job}")["status"] == "in_progress")
-    time.sleep(0.2)
-    getattr(server, end)()
+    job = started(server, with_inputs(prompt(7, 400), "save", filename_prefix="disturbed"))
+    server.kill()
     server.start()
     assert server.get(f"/jobs/{job}")["status"] in ("pending", "in_progress")
-    if end == "stop":
-        httpx.post(f"{server.url}/jobs/{job}/cancel")
-        assert server.ended(job)["status"] == "cancelled"
-        return
     assert server.ended(job)["status"] == "completed"
     httpx.post(f"{server.url}/free", json={"free_memory": True})  # nothing is taken from the cache
-    server.ended(server.submit(with_inputs(prompt(7, steps), "save", filename_prefix="undisturbed")))
-    first, second = (Image.open(server.place / "output" / f"{name}_00001_.png") for name in
-                     ("disturbed", "undisturbed"))  # fmt: skip
-    assert first.tobytes() == second.tobytes()
+    server.ended(server.submit(with_inputs(prompt(7, 400), "save", filename_prefix="undisturbed")))
+    pixels = {}
+    for name in ("disturbed", "undisturbed"):
+        with Image.open(server.place / "output" / f"{name}_00001_.png") as picture:
+            pixels[name] = picture.tobytes()
+    assert pixels["disturbed"] == pixels["undisturbed"]
+
+
+def started(server: RealServer, graph: dict[str, Any]) -> str:
+    """A job that samples."""
+    job = server.submit(graph)
+    until(lambda: server.get(f"/jobs/{job}")["status"] == "in_progress")
+    time.sleep(0.2)
+    return job
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("steps", "states"), [(50, {"completed"}), (10_000, {"pending", "in_progress"})])
+def test_told_to_stop(server: RealServer, steps: int, states: set[str]) -> None:
+    """Not ready at once, no more jobs; what runs is done in the time that there is, or else runs again."""
+    assert GRACE < 10
+    server.start()
+    server.ended(server.submit(prompt(1)))
+    job = started(server, prompt(7, steps))
+    assert server.process
+    server.process.terminate()
+    until(lambda: not server.answers(), period=0)
+    if steps == 10_000:  # the other one may have ended by now, and the server with it
+        assert httpx.get(f"{server.url}/health/ready").status_code == 503
+        assert httpx.get(f"{server.url}/health/live").status_code == 200
+        refused = httpx.post(f"{server.url}/prompt", json={"prompt": prompt(8)})
+        assert (refused.status_code, refused.json()["error"]["type"]) == (503, "server_stopping")
+    assert server.process.wait(30) in (0, -signal.SIGTERM)
+    server.start()
+    assert server.get(f"/jobs/{job}")["status"] in states
+    assert len(server.get("/jobs")["jobs"]) == 2
 
 
 @pytest.mark.full

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from small import text_to_image
-from usoflow.nodes.context import SavedImage
+from usoflow.nodes.context import SavedImage, Shown
+from usoflow.schema.specs import NodeSchema
 from usoflow.server.app import assemble
 from usoflow.server.context import Limits, ServerSettings
 from usoflow.service.engine import (
@@ -57,7 +58,7 @@ class Actor:
         listen(Progress("sampler", 2, 2))
         listen(Finished("sampler", 0.1, 1, None))
         listen(Started("save", "SaveImage"))
-        listen(Finished("save", 0.1, 1, (SavedImage(f"{prefix}_00001_.png", "", "output"),)))
+        listen(Finished("save", 0.1, 1, shown(f"{prefix}_00001_.png")))
         return Done()
 
     def cancel(self, job: str) -> None:
@@ -69,8 +70,19 @@ class Actor:
     def system(self) -> Mapping[str, Any]:
         return {"name": "cpu", "type": "cpu", "index": None, "pytorch_version": "2"}
 
+    def start(self) -> None:
+        pass
+
+    def nodes(self) -> Sequence[NodeSchema]:
+        return ()
+
     def stop(self) -> None:
         pass
+
+
+def shown(name: str) -> dict[str, Any]:
+    """A picture in the output folder, as an output node tells of it."""
+    return Shown((SavedImage(name, "", "output"),)).record()
 
 
 Serve = Callable[..., TestClient]

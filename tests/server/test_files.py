@@ -130,37 +130,6 @@ def test_encoded_names_neither(client: TestClient, place: Path, name: str) -> No
     assert client.get(f"/api/userdata/{name}").status_code in (400, 404)
 
 
-def test_symbolic_links_lead_nowhere(client: TestClient, place: Path) -> None:
-    (place / "secret.png").write_bytes(picture())
-    (place / "output" / "link.png").symlink_to(place / "secret.png")
-    (place / "output" / "folder").symlink_to(place)
-    (place / "output" / "circle").symlink_to(place / "output" / "circle")
-    for parameters in (
-        {"filename": "link.png"},
-        {"filename": "secret.png", "subfolder": "folder"},
-        {"filename": "circle"},
-    ):
-        assert client.get("/view", params=parameters).status_code in (400, 404)
-
-
-def test_nothing_active_is_served(client: TestClient, place: Path) -> None:
-    """Stored XSS through /view: whatever lies in the output folder, under whatever name."""
-    for name, data in {
-        "a.html": b"<script>alert(1)</script>",
-        "a.svg": b"<svg xmlns='http://www.w3.org/2000/svg' onload='alert(1)'/>",
-        "a.js": b"alert(1)",
-        "page.png": b"<script>alert(1)</script>",
-    }.items():
-        (place / "output" / name).write_bytes(data)
-        headers = client.get(f"/view?filename={name}").headers
-        assert headers["content-type"] == "application/octet-stream"
-        assert headers["content-disposition"].startswith("attachment")
-        assert headers["X-Content-Type-Options"] == "nosniff"
-        assert headers["Content-Security-Policy"] == "default-src 'none'; sandbox"
-    (place / "output" / "picture.html").write_bytes(picture())
-    assert client.get("/view?filename=picture.html").headers["content-type"] == "image/png"
-
-
 def test_preview_and_channel(client: TestClient, place: Path) -> None:
     (place / "output" / "a.png").write_bytes(picture(mode="RGBA", colour=(200, 100, 50, 128)))
     small = client.get("/view?filename=a.png&preview=webp;90")
@@ -219,25 +188,3 @@ def test_workflows_are_kept(client: TestClient) -> None:
     assert client.delete("/api/userdata/workflows%2Fdeep%2Fb.json").status_code == 404
     assert client.get("/api/userdata?dir=nonsense").status_code == 404
     assert client.get("/api/userdata").status_code == 400
-
-
-def test_a_saved_page_is_only_data(client: TestClient) -> None:
-    client.post("/userdata/x.html", content=b"<script>alert(1)</script>")
-    headers = client.get("/userdata/x.html").headers
-    assert headers["content-type"] == "application/octet-stream"
-    assert "sandbox" in headers["Content-Security-Policy"]
-
-
-def test_settings_are_values_whatever_they_are(client: TestClient) -> None:
-    """No line break in a value or key becomes another setting."""
-    assert client.get("/api/settings").json() == {}
-    assert client.post("/api/settings/Comfy.A", content=b'"x\\r\\nComfy.B = 1"').status_code == 200
-    assert client.post("/api/settings", json={"C\r\nD": [1], "Comfy.E": None}).status_code == 200
-    assert client.get("/api/settings").json() == {
-        "Comfy.A": "x\r\nComfy.B = 1",
-        "C\r\nD": [1],
-        "Comfy.E": None,
-    }
-    assert client.get("/api/settings/Comfy.A").json() == "x\r\nComfy.B = 1"
-    assert client.get("/api/settings/none").json() is None
-    assert client.post("/api/settings", json=[1]).status_code == 400

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import struct
 from typing import Any
 
@@ -138,6 +139,11 @@ def test_a_stalled_client_costs_bounded_memory_and_is_let_go() -> None:
         assert first is not None
         assert second is not None
         assert (first.data["value"], second.data["status"]["exec_info"]["queue_remaining"]) == (99_999, 2)
+        hub.publish(Outgoing("progress", {"value": 1}, key=("progress", "job")), "a")
+        hub.publish(Outgoing("executing", {"node": "2"}), "a")
+        hub.publish(Outgoing("progress", {"value": 2}, key=("progress", "job")), "a")
+        in_order = [await stalled.next(), await stalled.next()]
+        assert [message.type for message in in_order if message] == ["executing", "progress"]
         for number in range(MAX_WAITING + 1):
             hub.publish(Outgoing("executed", {"node": str(number)}), "a")
         assert await stalled.next() is None
@@ -146,3 +152,22 @@ def test_a_stalled_client_costs_bounded_memory_and_is_let_go() -> None:
         assert len(hub) == 1
 
     asyncio.run(play())
+
+
+def test_the_log_goes_to_who_wants_it(client: TestClient) -> None:
+    logger = logging.getLogger("usoflow.test")
+    with client.websocket_connect(f"{SOCKET}?clientId=me") as socket:
+        socket.receive_json()
+        logger.warning("before %s", 1)
+        body = {"enabled": True, "clientId": "me"}
+        assert client.patch("/internal/logs/subscribe", json=body).status_code == 200
+        logger.warning("now\n%s", 2)
+        message = socket.receive_json()
+        assert (message["type"], message["data"]["entries"][0]["m"]) == ("logs", "now\n2\n")
+        client.patch("/internal/logs/subscribe", json=body | {"enabled": False})
+        logger.warning("after")
+        client.post("/queue", json={"delete": []})
+        assert socket.receive_json()["type"] == "status"
+    entries = client.get("/internal/logs/raw").json()["entries"]
+    assert [entry["m"] for entry in entries] == ["before 1\n", "now\n2\n", "after\n"]
+    assert client.get("/internal/logs").json() == "before 1\nnow\n2\nafter\n"

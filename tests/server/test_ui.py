@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -41,10 +42,24 @@ def test_the_template_keeps_what_is_edited(client: TestClient) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["none.json", "index.none.json", f"{USO}-1.webp", "..%2F__init__.py", "index.py"]
+    "name", ["none.json", "index.none.json", "none-1.webp", "-1.webp", "..%2F__init__.py", "index.py"]
 )
 def test_other_files_are_not_there(client: TestClient, name: str) -> None:
     assert client.get(f"/templates/{name}").status_code == 404
+
+
+def test_templates_have_thumbnails(client: TestClient) -> None:
+    first, second = (client.get(f"/templates/{USO}-{number}.webp") for number in (1, 2))
+    assert first.headers["content-type"] == "image/webp"
+    assert first.content != second.content  # the browser fades from one to the other
+    with Image.open(io.BytesIO(first.content)) as thumbnail:
+        assert thumbnail.size == (picture.THUMBNAIL, picture.THUMBNAIL)
+
+
+def test_only_templates_of_our_models_are_offered(client: TestClient) -> None:
+    index = client.get("/templates/index.json").json()
+    models = [entry["models"] for category in index for entry in category["templates"]]
+    assert all(any("FLUX" in model for model in names) for names in models)
 
 
 def test_the_picture_is_drawn_once(tmp_path: Path) -> None:

@@ -59,8 +59,8 @@ def test_a_job_becomes_a_picture(engine: WorkerProcess, place: Path) -> None:
     reports: list[Report] = []
     assert engine.run(Run("picture", prompt, ("save",), None), reports.append) == Done()
     assert engine.system()["type"] == "cpu"
-    saved = [report.images for report in reports if isinstance(report, Finished) and report.images]
-    assert [image.filename for image in saved[0]] == ["out_00001_.png"]
+    saved = [report.shown for report in reports if isinstance(report, Finished) and report.shown]
+    assert [image["filename"] for image in saved[0]["images"]] == ["out_00001_.png"]
     with Image.open(place / "output" / "out_00001_.png") as picture:
         assert picture.size == (64, 64)
     steps = [(r.node, r.step, r.steps) for r in reports if isinstance(r, Progress)]

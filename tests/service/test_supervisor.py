@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
 
 from usoflow.errors import UsoflowError
-from usoflow.nodes.context import SavedImage
+from usoflow.nodes.context import SavedImage, Shown
+from usoflow.schema.specs import NodeSchema
 from usoflow.service.engine import (
     Cached,
     Cancelled,
@@ -28,6 +29,7 @@ from usoflow.service.engine import (
 from usoflow.service.jobs import Job, JobStore, Request, State
 from usoflow.service.supervisor import Event, Running, Supervisor
 
+SHOWN = Shown((SavedImage("a.png", "", "output"),)).record()
 Play = Callable[[Run, Callable[[Report], None]], Outcome]
 
 
@@ -51,6 +53,12 @@ class Scripted:
     def system(self) -> Mapping[str, Any]:
         return {}
 
+    def start(self) -> None:
+        pass
+
+    def nodes(self) -> Sequence[NodeSchema]:
+        return ()
+
     def stop(self) -> None:
         self.stopped.set()
 
@@ -59,7 +67,7 @@ def good(run: Run, listen: Callable[[Report], None]) -> Outcome:
     listen(Cached(("1",)))
     listen(Started("9", "SaveImage"))
     listen(Progress("9", 1, 2))
-    listen(Finished("9", 0.1, 1, (SavedImage("a.png", "", "output"),)))
+    listen(Finished("9", 0.1, 1, SHOWN))
     return Done()
 
 
@@ -176,7 +184,7 @@ def test_a_job_that_does_not_finish_in_time_runs_again(store: JobStore, start: S
 
 
 def test_every_message_survives_the_pipe() -> None:
-    images = (SavedImage("ä\n.png", "sub", "temp"),)
+    images = Shown((SavedImage("ä\n.png", "sub", "temp"),), {"text": ["1"]}).record()
     for message in (
         Run("1", {"9": {"inputs": {"a": [1, "\n"]}}}, ("9",), {"nodes": []}), Cached(("1", "2")),
         Progress("3", 1, 2, b"\xff\xd8\n"), Finished("9", 0.5, 7, images), Finished("9", 0.5, 7, None),

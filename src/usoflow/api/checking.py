@@ -8,6 +8,7 @@ from typing import Any
 
 from usoflow.api.workflow import Workflow
 from usoflow.errors import UsoflowError
+from usoflow.schema.node import NodeRegistry
 from usoflow.schema.validation import ValidationResult, validate
 from usoflow.settings import Folders
 from usoflow.workflow.prompt import Prompt
@@ -30,19 +31,18 @@ class Job:
     warnings: tuple[str, ...]
 
 
-def check(workflow: Workflow, folders: Folders) -> Job:
+def check(workflow: Workflow, folders: Folders, nodes: NodeRegistry) -> Job:
     """Validate a workflow against the nodes and files that there are. Imports no torch.
 
     Raises:
         UsoflowError: `prompt_invalid` or `model_missing`, with every reason and its remedy.
     """
     from usoflow.catalogue import missing_file_remedy
-    from usoflow.nodes import registry
 
     def remedy(folder: str, name: str) -> str:
         return missing_file_remedy(folder, name, folders)
 
-    checked = validate(workflow.to_prompt(), registry(), folders, remedy=remedy)
+    checked = validate(workflow.to_prompt(), nodes, folders, remedy=remedy)
     if checked.error is not None:
         raise _error(checked)
     left_out = tuple(f"left out: {line}" for line in _lines(checked))

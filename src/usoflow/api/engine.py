@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from usoflow.execution.executor import Executor, RunResult
     from usoflow.execution.progress import Cancellation, Event, NodeFinished
+    from usoflow.schema.node import NodeRegistry
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class Engine:
         output: where pictures are written; default USOFLOW_OUTPUT, else `output` here.
         device: "auto", "cpu", "cuda" or "mps".
         dtype: of the transformer: "auto", "bf16", "fp16" or "fp32".
+        custom_nodes: folder of your own nodes, as ComfyUI's `custom_nodes`; their code is run.
     """
 
     def __init__(
@@ -83,9 +85,11 @@ class Engine:
         output: str | Path | None = None,
         device: str = "auto",
         dtype: str = "auto",
+        custom_nodes: str | Path | None = None,
     ) -> None:
         self._models, self._inputs, self._output = _path(models), _path(inputs), _path(output)
         self._device, self._dtype = device, dtype
+        self._custom_nodes = _path(custom_nodes)
         self._executor: Executor | None = None
         self._temp: tempfile.TemporaryDirectory[str] | None = None
 
@@ -104,14 +108,26 @@ class Engine:
             self._temp.cleanup()
         self._executor = self._temp = None
 
+    @cached_property
+    def nodes(self) -> NodeRegistry:
+        """The node types that there are.
+
+        Raises:
+            UsoflowError: `file_not_found` if the folder of custom nodes is not there.
+        """
+        from usoflow.nodes import registry
+        from usoflow.nodes.custom_folder import with_custom
+
+        return with_custom(registry(), self._custom_nodes)
+
     def check(self, workflow: Workflow | str | Path) -> Job:
         """Whether a workflow (or a file with one) can be run. Imports no torch.
 
         Raises:
             UsoflowError: what is wrong with it or missing, and what to do about it.
         """
-        workflow = workflow if isinstance(workflow, Workflow) else Workflow.load(workflow)
-        return check(workflow, self._folders(workflow))
+        workflow = workflow if isinstance(workflow, Workflow) else Workflow.load(workflow, nodes=self.nodes)
+        return check(workflow, self._folders(workflow), self.nodes)
 
     def start(self) -> None:
         """Choose the device and get ready to load models; otherwise the first run does.
@@ -124,10 +140,9 @@ class Engine:
         from usoflow.execution.executor import Executor
         from usoflow.models.library import ModelLibrary
         from usoflow.models.placement import Placement
-        from usoflow.nodes import registry
 
         placement = Placement.choose(self._device, self._dtype)
-        self._executor = Executor(registry(), ModelLibrary(placement))
+        self._executor = Executor(self.nodes, ModelLibrary(placement))
 
     def run(
         self,

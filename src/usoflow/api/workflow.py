@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from usoflow.errors import UsoflowError
+from usoflow.schema.node import NodeRegistry
 from usoflow.workflow.prompt import Prompt
 
 
@@ -34,8 +35,10 @@ class Workflow:
     changed: bool = False
 
     @classmethod
-    def load(cls, file: str | Path) -> Self:
+    def load(cls, file: str | Path, *, nodes: NodeRegistry | None = None) -> Self:
         """Read a workflow or prompt JSON, a picture that carries one, or "template:NAME".
+
+        `nodes` are the node types that there are, where there are more than usoflow's own (`Engine.nodes`).
 
         Raises:
             UsoflowError: `file_not_found`, `template_unknown`, `not_a_workflow`, `workflow_invalid`,
@@ -44,7 +47,7 @@ class Workflow:
         from usoflow.nodes import registry
         from usoflow.workflow.loading import TEMPLATE, load
 
-        loaded = load(file, registry())
+        loaded = load(file, nodes or registry())
         source = None if str(file).startswith(TEMPLATE) else Path(file)
         return cls(loaded.prompt, loaded.workflow, source=source, warnings=loaded.warnings)
 

@@ -57,6 +57,9 @@ def run(
     models: Annotated[
         Path | None, typer.Option(help="A ComfyUI folder or its models folder; else USOFLOW_MODELS.")
     ] = None,
+    custom_nodes: Annotated[
+        Path | None, typer.Option(help="Folder of your own nodes, as ComfyUI's custom_nodes.")
+    ] = None,
     device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.auto,
     dtype: Annotated[Dtype, typer.Option(help="Number format of the transformer.")] = Dtype.auto,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, and no progress.")] = False,
@@ -65,7 +68,15 @@ def run(
     from usoflow.api.engine import Engine
     from usoflow.api.workflow import Workflow
 
-    workflow = Workflow.load(file)
+    engine = Engine(
+        models=models,
+        inputs=inputs,
+        output=output,
+        device=device.value,
+        dtype=dtype.value,
+        custom_nodes=custom_nodes,
+    )
+    workflow = Workflow.load(file, nodes=engine.nodes)
     for item in images or []:
         node, equals, path = item.partition("=")
         if not equals:
@@ -74,7 +85,6 @@ def run(
     for assignment in assignments or []:
         workflow = workflow.assign(assignment)
     workflow = workflow if seed is None else workflow.with_seed(seed)
-    engine = Engine(models=models, inputs=inputs, output=output, device=device.value, dtype=dtype.value)
     result = execute(engine, engine.check(workflow), quiet=as_json)
     print(json.dumps(report.as_record(result)) if as_json else report.as_text(result))
 

@@ -17,8 +17,6 @@ from usoflow.errors import UsoflowError
 
 STATE_VARIABLE = "USOFLOW_STATE"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-SOCKET_MESSAGE = 2**16  # bytes that a client may send at once on /ws
-GRACE = 2  # seconds that open requests get at the end; the job in progress has its own
 
 
 def serve(
@@ -36,15 +34,19 @@ def serve(
     ] = None,
     preview: Annotated[bool, typer.Option(help="Show pictures while they are made.")] = True,
     ui: Annotated[bool, typer.Option(help="Serve the editor, and open it in a browser.")] = True,
+    custom_nodes: Annotated[
+        Path | None, typer.Option(help="Folder of your own nodes, as ComfyUI's custom_nodes.")
+    ] = None,
     device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.auto,
     dtype: Annotated[Dtype, typer.Option(help="Number format of the transformer.")] = Dtype.auto,
 ) -> None:
     """Serve the editor and ComfyUI's API."""
     import platformdirs
-    import uvicorn
 
+    from usoflow.nodes.custom_folder import check_folder
     from usoflow.server.app import create_app
     from usoflow.server.context import ServerSettings
+    from usoflow.server.serving import serve as serve_app
     from usoflow.settings import find_folders
 
     if listen not in LOOPBACK and token is None:
@@ -58,6 +60,7 @@ def serve(
         token=token,
         ui=ui,
         preview=preview,
+        custom_nodes=check_folder(custom_nodes) if custom_nodes else None,
     )
     bound = _bound(listen, port)
     app = create_app(settings, device=device.value, dtype=dtype.value)
@@ -65,15 +68,7 @@ def serve(
     print(f"usoflow: {address}", flush=True)
     if ui:
         _open_browser(address)
-    config = uvicorn.Config(
-        app,
-        log_level="warning",
-        access_log=False,
-        ws_max_size=SOCKET_MESSAGE,
-        timeout_graceful_shutdown=GRACE,
-        server_header=False,
-    )
-    uvicorn.Server(config).run(sockets=[bound])
+    serve_app(app, bound)
 
 
 def _bound(listen: str, port: int) -> socket.socket:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from usoflow.errors import UsoflowError
-from usoflow.execution.cache import OutputCache, Outputs, keys
+from usoflow.execution.cache import OutputCache, Outputs, constants, keys
 from usoflow.execution.memory import PeakMemory
 from usoflow.execution.progress import (
     Cancellation,
@@ -23,9 +23,11 @@ from usoflow.execution.progress import (
 )
 from usoflow.models.library import ModelLibrary
 from usoflow.nodes.context import NodeContext, Reserve, Shown, unreserved
+from usoflow.nodes.custom import is_custom
 from usoflow.schema.node import NodeRegistry
+from usoflow.schema.specs import NodeSchema
 from usoflow.settings import Folders
-from usoflow.workflow.prompt import Prompt, link_of
+from usoflow.workflow.prompt import Prompt, link_of, unwrapped
 
 
 class NodeError(UsoflowError):
@@ -114,6 +116,7 @@ class _Run:
         start = time.perf_counter()
         cache = self.executor.cache
         reachable = list(in_order(self.prompt, targets))
+        self._ask_nodes(reachable)
         key_of = keys(self.prompt, reachable, self.executor.registry, self.folders)
         known = {n: outputs for n in reachable if (outputs := cache.get(key_of[n])) is not None}
         needed = list(in_order(self.prompt, targets, stop_at=known))
@@ -125,8 +128,23 @@ class _Run:
                 cache.put(key_of[node_id], self.outputs[node_id])
         finally:
             cache.keep_only(set(key_of.values()))
-        shown = {t: self.outputs[t][0] for t in targets if self.outputs[t]}
+        shown = {t: found for t in targets if (found := _shown(self.outputs[t]))}
         return RunResult(shown, self.finished, cached, time.perf_counter() - start)
+
+    def _ask_nodes(self, node_ids: Sequence[str]) -> None:
+        """Whether custom nodes take their values; before any is run."""
+        for node_id in node_ids:
+            node = self.prompt.nodes[node_id]
+            entry = self.executor.registry[node.class_type]
+            try:
+                refused = entry.refusal and entry.refusal(constants(node, entry.schema))
+            except Exception as error:
+                raise self._at(node_id, "custom_node_failed", f"VALIDATE_INPUTS: {error!r}") from error
+            if refused:
+                raise self._at(node_id, "values_refused", refused)
+
+    def _schema(self, node_id: str) -> NodeSchema:
+        return self.executor.registry[self.prompt.nodes[node_id].class_type].schema
 
     def _run_node(self, node_id: str) -> Outputs:
         node = self.prompt.nodes[node_id]
@@ -143,9 +161,10 @@ class _Run:
         except Exception as error:
             if _is_out_of_memory(error):
                 raise self._at(node_id, "out_of_memory", str(error) or "Memory ran out.") from error
-            raise self._at(node_id, "node_failed", f"{type(error).__name__}: {error}") from error
-        shown = outputs[0] if outputs and isinstance(outputs[0], Shown) else None
-        record = NodeFinished(node_id, node.class_type, time.perf_counter() - start, peak.bytes(), shown)
+            code = "custom_node_failed" if is_custom(self._schema(node_id)) else "node_failed"
+            raise self._at(node_id, code, f"{type(error).__name__}: {error}") from error
+        seconds = time.perf_counter() - start
+        record = NodeFinished(node_id, node.class_type, seconds, peak.bytes(), _shown(outputs))
         self.finished.append(record)
         self.listen(record)
         return outputs
@@ -159,13 +178,15 @@ class _Run:
             inputs["context"] = self._context(node_id)
         with torch.inference_mode():
             result = entry(**inputs)
+        if isinstance(result, Shown):
+            return (*result.outputs, result)
         return result if isinstance(result, tuple) else (result,)
 
     def _value(self, value: Any) -> Any:
         if link := link_of(value):
             origin, slot = link
             return self.outputs[origin][slot]
-        return value["__value__"] if isinstance(value, dict) and "__value__" in value else value
+        return unwrapped(value)
 
     def _context(self, node_id: str) -> NodeContext:
         def report(step: int, steps: int, latent: Tensor | None = None) -> None:
@@ -178,6 +199,7 @@ class _Run:
             report=report,
             prompt=self.prompt.to_json(),
             workflow=self.workflow,
+            node=node_id,
             reserve=self.reserve,
         )
 
@@ -206,6 +228,12 @@ def in_order(
         stack.append((node_id, True))
         links = [link for value in prompt.nodes[node_id].inputs.values() if (link := link_of(value))]
         stack += [(origin, False) for origin, _ in reversed(links) if origin not in done]
+
+
+def _shown(outputs: Outputs) -> Shown | None:
+    """What a node shows: it stands behind its outputs."""
+    last = outputs[-1] if outputs else None
+    return last if isinstance(last, Shown) else None
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -39,6 +39,7 @@ class NodeContext:
         report: tells progress.
         prompt: the whole prompt, to be written into pictures.
         workflow: the UI graph it came from, if any, likewise.
+        node: the id of the node that is run.
         reserve: is told the final path of each picture before anything is written.
     """
 
@@ -47,6 +48,7 @@ class NodeContext:
     report: Report
     prompt: Mapping[str, Any]
     workflow: Mapping[str, Any] | None = None
+    node: str = ""
     reserve: Reserve = unreserved
 
 
@@ -61,6 +63,16 @@ class SavedImage:
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """What an output node has to show: ComfyUI's `ui` record."""
+    """What an output node has to show: ComfyUI's `ui` record.
+
+    Custom nodes may show `other` things, as JSON, and have `outputs` besides.
+    """
 
     images: tuple[SavedImage, ...] = ()
+    other: Mapping[str, Any] = field(default_factory=dict)
+    outputs: tuple[Any, ...] = ()
+
+    def record(self) -> dict[str, Any]:
+        """As JSON."""
+        images = [asdict(image) for image in self.images]
+        return {"images": images, **self.other} if images or not self.other else dict(self.other)

@@ -45,7 +45,7 @@ def save_image(
 @node("PreviewImage", category="image", display_name="Preview Image", output_node=True, hidden=_HIDDEN)
 def preview_image(images: Image, *, context: NodeContext) -> Shown:
     """Shows pictures without keeping them."""
-    digest = hashlib.sha256(images.numpy().tobytes()).hexdigest()[:16]
+    digest = hashlib.sha256(images.cpu().numpy().tobytes()).hexdigest()[:16]
     prefix = f"preview_{digest}"
     return _write(images, context.folders.temp, "temp", prefix, context, compression=_PREVIEW_COMPRESSION)
 

@@ -42,10 +42,18 @@ CONTEXT = "context"
 
 @dataclass(frozen=True)
 class Node(Generic[P, R]):
-    """A function with its schema; calling it calls the function."""
+    """A function with its schema; calling it calls the function.
+
+    Attributes:
+        changed: of the inputs that are values: what tells of outputs kept from an earlier run whether they
+            still hold. None for nodes whose outputs follow from their inputs.
+        refusal: of the inputs that are values: what is wrong with them, or None.
+    """
 
     schema: NodeSchema
     function: Callable[P, R]
+    changed: Callable[[Mapping[str, Any]], str] | None = None
+    refusal: Callable[[Mapping[str, Any]], str | None] | None = None
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         return self.function(*args, **kwargs)
@@ -116,7 +124,7 @@ def node(
             inputs=tuple(_input(p, hints[p.name]) for p in parameters.values() if p.name != CONTEXT),
             outputs=() if output_node else _outputs(hints["return"], output_names),
             output_node=output_node,
-            hidden=hidden,
+            hidden={name: name.upper() for name in hidden},
             takes_context=CONTEXT in parameters,
             experimental=experimental,
             deprecated=deprecated,

@@ -52,14 +52,14 @@ def render(schema: NodeSchema, files: FileLister) -> dict[str, Any]:
 
 def render_input(spec: InputSpec, files: FileLister) -> list[Any]:
     """One input as `[type or options, settings]`."""
-    settings = _settings(spec)
+    settings = _settings(spec) | dict(spec.settings)
     if spec.tooltip:
         settings["tooltip"] = spec.tooltip
     offered = options(spec, files)
     return [spec.kind.type if offered is None else offered, settings]
 
 
-def options(spec: InputSpec, files: FileLister) -> list[str] | None:
+def options(spec: InputSpec, files: FileLister) -> list[Any] | None:
     """What a combo offers now; None for other kinds."""
     match spec.kind:
         case Choice(options=fixed):
@@ -77,7 +77,7 @@ def _sections(schema: NodeSchema, files: FileLister) -> dict[str, dict[str, Any]
         section = "required" if spec.required else "optional"
         sections.setdefault(section, {})[spec.name] = render_input(spec, files)
     if schema.hidden:
-        sections["hidden"] = {name: name.upper() for name in schema.hidden}
+        sections["hidden"] = dict(schema.hidden)
     return sections
 
 

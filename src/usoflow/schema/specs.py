@@ -6,8 +6,8 @@ checked by `validation.py`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 ANY_TYPE: Final = "*"  # a socket that takes every type
@@ -66,9 +66,12 @@ class Boolean:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One of `options`; `accepted` values are legal too but not offered (older names, say)."""
+    """One of `options`; `accepted` values are legal too but not offered (older names, say).
 
-    options: tuple[str, ...]
+    Options are texts; those of custom nodes may be numbers or booleans too.
+    """
+
+    options: tuple[Any, ...]
     accepted: tuple[str, ...] = ()
     type: str = "COMBO"
 
@@ -106,13 +109,19 @@ class Optional:
 
 @dataclass(frozen=True, slots=True)
 class InputSpec:
-    """One input. `default` is None where there is none."""
+    """One input. `default` is None where there is none.
+
+    `settings` are what a custom node says of it, shown to the editor as they are. With `checked` False the
+    node itself finds out whether a value is one of those offered and in its range.
+    """
 
     name: str
     kind: Kind
     default: Any = None
     required: bool = True
     tooltip: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    checked: bool = True
 
     @property
     def is_widget(self) -> bool:
@@ -132,7 +141,7 @@ class OutputSpec:
 class NodeSchema:
     """Everything that an editor, a validator or a converter must know about a node type.
 
-    `hidden` names values that the executor supplies and no link can ("prompt", "extra_pnginfo");
+    `hidden` names values that the executor supplies and no link can, and which ("prompt": "PROMPT");
     `takes_context` says that the function has a keyword-only `context` parameter.
     """
 
@@ -143,7 +152,7 @@ class NodeSchema:
     display_name: str | None = None
     description: str = ""
     output_node: bool = False
-    hidden: tuple[str, ...] = ()
+    hidden: Mapping[str, str] = field(default_factory=dict)
     takes_context: bool = False
     experimental: bool = False
     deprecated: bool = False

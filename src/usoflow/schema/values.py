@@ -50,7 +50,7 @@ def check_value(
         converted = _convert(spec, value)
     except (ValueError, TypeError, OverflowError) as reason:
         return value, [_not_convertible(spec, value, reason, files)]
-    return converted, _check_range(spec, converted, files)
+    return converted, _check_range(spec, converted, files) if spec.checked else []
 
 
 def bad_link(spec: InputSpec, value: Any, files: FileLister) -> Json:
@@ -124,6 +124,8 @@ def _check_range(spec: InputSpec, value: Any, files: FileLister) -> list[Json]:
 
 
 def _check_option(spec: InputSpec, value: Any, files: FileLister, remedy: Remedy | None) -> list[Json]:
+    if not spec.checked:
+        return []
     offered = options(spec, files) or []
     accepted = spec.kind.accepted if isinstance(spec.kind, Choice) else ()
     if value in offered or value in accepted:

@@ -12,10 +12,11 @@ from starlette.concurrency import run_in_threadpool
 
 from usoflow.errors import UsoflowError
 from usoflow.nodes import registry
-from usoflow.server import picture, socket, ui
+from usoflow.server import socket, ui
 from usoflow.server.context import STATUS, Server, ServerSettings, error_body
 from usoflow.server.guard import Guard
 from usoflow.server.hub import Hub
+from usoflow.server.log import LogBuffer
 from usoflow.server.messages import messages_of
 from usoflow.server.routes import catalogue, jobs, pictures, prompt, system, user
 from usoflow.server.ui import Templates
@@ -26,7 +27,7 @@ from usoflow.service.process import WorkerProcess
 from usoflow.service.supervisor import Event, Running, Supervisor
 from usoflow.service.worker import WorkerSettings
 
-RETRY_AFTER = 5  # seconds, while the queue is full
+RETRY_AFTER = 5  # seconds, while the queue is full or the server restarts
 
 
 def create_app(settings: ServerSettings, *, device: str = "auto", dtype: str = "auto") -> FastAPI:
@@ -35,15 +36,11 @@ def create_app(settings: ServerSettings, *, device: str = "auto", dtype: str = "
     Raises:
         UsoflowError: `state_in_use`, `state_unusable`.
     """
-    examples = settings.state / "examples"
-    picture.provide(examples)
-    settings = settings.with_inputs(examples)
+    settings = settings.with_inputs(settings.examples)
     lock = hold(settings.state / "lock")  # until this process ends
-    worker = WorkerSettings(settings.folders, settings.jobs_file, device, dtype)
+    worker = WorkerSettings(settings.folders, settings.jobs_file, device, dtype, settings.custom_nodes)
     engine = WorkerProcess(worker, inherited=[lock])
-    store = JobStore(settings.jobs_file)
-    engine.start()
-    return assemble(settings, store, engine)
+    return assemble(settings, JobStore(settings.jobs_file), engine)
 
 
 def assemble(settings: ServerSettings, store: JobStore, engine: Engine) -> FastAPI:
@@ -73,7 +70,9 @@ def _server(settings: ServerSettings, store: JobStore, engine: Engine) -> Server
                 hub.publish_soon(message, running.job.client)
 
     supervisor = Supervisor(store, engine, listen, preview=settings.preview)
-    server = Server(settings, store, engine, nodes, hub, supervisor, Templates(nodes))
+    server = Server(
+        settings, store, engine, nodes, hub, supervisor, Templates(nodes), LogBuffer(hub.log_soon)
+    )
     return server
 
 
@@ -81,16 +80,18 @@ def _server(settings: ServerSettings, store: JobStore, engine: Engine) -> Server
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     server: Server = app.state.server
     server.hub.open()
-    server.supervisor.start()
-    yield
-    await run_in_threadpool(server.supervisor.stop)
+    with server.log.attached():
+        server.supervisor.start()
+        yield
+        await run_in_threadpool(server.supervisor.stop)
     server.store.close()
 
 
 def _answer_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, UsoflowError)
-    headers = {"Retry-After": str(RETRY_AFTER)} if error.code == "queue_full" else None
-    return JSONResponse(error_body(error), STATUS.get(error.code, 400), headers)
+    status = STATUS.get(error.code, 400)
+    headers = {"Retry-After": str(RETRY_AFTER)} if status in (429, 503) else None
+    return JSONResponse(error_body(error), status, headers)
 
 
 def _answer_invalid(request: Request, error: Exception) -> JSONResponse:

@@ -11,8 +11,9 @@ from fastapi import Depends
 from starlette.requests import HTTPConnection
 
 from usoflow.errors import UsoflowError
-from usoflow.schema.node import NodeRegistry
+from usoflow.schema.node import Node, NodeRegistry
 from usoflow.server.hub import Hub
+from usoflow.server.log import LogBuffer
 from usoflow.service.engine import Engine
 from usoflow.service.jobs import WAITING, JobStore
 from usoflow.service.supervisor import Supervisor
@@ -46,6 +47,7 @@ class ServerSettings:
         token: what clients must know; needed beyond loopback.
         ui: whether the official editor is served.
         preview: whether pictures are sent while they are sampled.
+        custom_nodes: folder of the user's own nodes.
     """
 
     folders: Folders
@@ -55,12 +57,18 @@ class ServerSettings:
     token: str | None = None
     ui: bool = True
     preview: bool = True
+    custom_nodes: Path | None = None
     limits: Limits = field(default_factory=Limits)
 
     @property
     def jobs_file(self) -> Path:
         """The database."""
         return self.state / "jobs.sqlite"
+
+    @property
+    def examples(self) -> Path:
+        """Pictures that templates expect."""
+        return self.state / "examples"
 
     @property
     def user_folder(self) -> Path:
@@ -79,19 +87,32 @@ class Server:
     settings: ServerSettings
     store: JobStore
     engine: Engine
-    registry: NodeRegistry
+    own_nodes: NodeRegistry
     hub: Hub
     supervisor: Supervisor
     templates: Templates
+    log: LogBuffer
 
     @property
     def folders(self) -> Folders:
         """Where files are."""
         return self.settings.folders
 
+    @property
+    def registry(self) -> NodeRegistry:
+        """Every node type; waits for a worker that is loading custom ones."""
+        if self.settings.custom_nodes is None:
+            return self.own_nodes
+        custom = [Node(schema, _runs_elsewhere) for schema in self.engine.nodes()]
+        return NodeRegistry([*self.own_nodes.values(), *custom])
+
     def queue_changed(self) -> None:
         """Tell everybody how many jobs wait."""
         self.hub.status(self.store.count(WAITING))
+
+
+def _runs_elsewhere(*_: object, **__: object) -> None:
+    raise AssertionError("custom nodes run in the worker")
 
 
 def _server(connection: HTTPConnection) -> Server:
@@ -106,6 +127,7 @@ Json = dict[str, Any]
 # Error codes that are not simply "400 Bad Request".
 STATUS: Mapping[str, int] = {
     "queue_full": 429,
+    "server_stopping": 503,
     "body_too_large": 413,
     "job_exists": 409,
     "file_exists": 409,

@@ -44,19 +44,22 @@ class Outgoing:
 
 @dataclass(eq=False)
 class Client:
-    """One connection. `sid` is its name, which survives reconnecting."""
+    """One connection. `sid` is its name, which survives reconnecting; `logs` says that it wants the log."""
 
     sid: str
     metadata: bool = False
+    logs: bool = False
     overflowed: bool = False
     _waiting: dict[Key, Outgoing] = field(default_factory=dict)
     _count: int = 0
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
 
     def put(self, message: Outgoing) -> None:
-        """Queue a message."""
+        """Queue a message behind all others, also where it replaces an older one: order is that of events."""
         self._count += 1
-        self._waiting[message.key or (str(self._count),)] = message
+        key = message.key or (str(self._count),)
+        self._waiting.pop(key, None)
+        self._waiting[key] = message
         self.overflowed = len(self._waiting) > MAX_WAITING
         self._wake.set()
 
@@ -102,6 +105,22 @@ class Hub:
         """`publish`, from any thread."""
         if self._loop and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self.publish, message, to)
+
+    def log_soon(self, entry: Mapping[str, str]) -> None:
+        """A line of the log to those who want it; from any thread."""
+        if self._loop and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._log, Outgoing("logs", {"entries": [entry]}))
+
+    def _log(self, message: Outgoing) -> None:
+        for client in self._clients:
+            if client.logs:
+                client.put(message)
+
+    def want_logs(self, sid: str, wanted: bool) -> None:
+        """Send the log to a client's connections, or no more."""
+        for client in self._clients:
+            if client.sid == sid:
+                client.logs = wanted
 
     def status(self, remaining: int) -> None:
         """Tell all how many jobs wait or run; from any thread."""

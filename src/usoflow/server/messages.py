@@ -8,7 +8,7 @@ from typing import Any
 from usoflow.server.hub import Outgoing
 from usoflow.service.engine import Cached, Finished, Progress, Started
 from usoflow.service.jobs import Job, State, now
-from usoflow.service.supervisor import Event, Running, shown
+from usoflow.service.supervisor import Event, Running
 
 
 def messages_of(running: Running, event: Event) -> Iterator[Outgoing]:
@@ -30,9 +30,9 @@ def messages_of(running: Running, event: Event) -> Iterator[Outgoing]:
             yield from _progress(running, event)
         case Finished(node=node):
             yield progress_state(running)
-            if event.images is not None:
+            if event.shown is not None:
                 yield Outgoing(
-                    "executed", {**about, "node": node, "display_node": node, "output": shown(event)}
+                    "executed", {**about, "node": node, "display_node": node, "output": event.shown}
                 )
 
 
@@ -69,13 +69,14 @@ def _end(job: Job) -> tuple[str, dict[str, Any]]:
 
 
 def _progress(running: Running, event: Progress) -> Iterator[Outgoing]:
+    """A picture comes after the step that it shows: comfy-script takes its job from that."""
     yield progress_state(running)
     job, node = running.job, event.node
+    data = {"value": event.step, "max": event.steps, "prompt_id": job.id, "node": node}
+    yield Outgoing("progress", data, key=("progress", job.id))
     if event.preview:
         about = {**_identity(node), "prompt_id": job.id, "image_type": "image/jpeg"}
         yield Outgoing("preview", about, image=event.preview, key=("preview", job.id))
-    data = {"value": event.step, "max": event.steps, "prompt_id": job.id, "node": node}
-    yield Outgoing("progress", data, key=("progress", job.id))
 
 
 def _node_state(running: Running, progress: Progress) -> dict[str, Any]:

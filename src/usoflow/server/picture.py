@@ -1,7 +1,9 @@
-"""The input picture of the USO template, drawn by us under the name that the template expects."""
+"""Pictures drawn by us: the input of the USO template under the name that it expects, and thumbnails."""
 
 from __future__ import annotations
 
+import io
+import zlib
 from pathlib import Path
 from typing import Final
 
@@ -11,7 +13,11 @@ NAME: Final = "flux1_dev_uso_reference_image_gen_input_image.png"
 SIZE: Final = 768
 _SCALE: Final = 2  # drawn larger, for smooth edges
 
+THUMBNAIL: Final = 384
+
 _SKY, _BODY, _DARK, _GLOW, _CHEEK = "#f4e9d8", "#3a86a8", "#24323f", "#ffd166", "#ef6f6c"
+
+_SHADES: Final = ((0, 45, 88), (190, 45, 45))  # of sky and body: degrees from the name's, saturation, light
 
 
 def provide(folder: Path) -> None:
@@ -22,9 +28,18 @@ def provide(folder: Path) -> None:
         draw().save(path)
 
 
-def draw() -> Image.Image:
+def thumbnail(name: str) -> bytes:
+    """A WebP for the template browser: the robot, in colours that follow from the name."""
+    turn = zlib.crc32(name.encode())
+    sky, body = (f"hsl({(turn + part) % 360}, {s}%, {light}%)" for part, s, light in _SHADES)
+    buffer = io.BytesIO()
+    draw(sky, body).resize((THUMBNAIL, THUMBNAIL)).save(buffer, "WEBP", quality=80)
+    return buffer.getvalue()
+
+
+def draw(sky: str = _SKY, body: str = _BODY) -> Image.Image:
     """A small robot that waves."""
-    picture = Image.new("RGB", (SIZE * _SCALE, SIZE * _SCALE), _SKY)
+    picture = Image.new("RGB", (SIZE * _SCALE, SIZE * _SCALE), sky)
     pen = ImageDraw.Draw(picture)
 
     def box(*sides: int) -> tuple[int, ...]:
@@ -37,11 +52,11 @@ def draw() -> Image.Image:
     pen.ellipse(box(582, 270, 662, 350), fill=_GLOW)
     pen.line(box(250, 450, 180, 560), fill=_DARK, width=44 * _SCALE)
     pen.ellipse(box(142, 530, 222, 610), fill=_GLOW)
-    pen.rounded_rectangle(box(245, 400, 525, 630), 70 * _SCALE, fill=_BODY)  # body
+    pen.rounded_rectangle(box(245, 400, 525, 630), 70 * _SCALE, fill=body)  # body
     pen.ellipse(box(345, 470, 425, 550), fill=_GLOW)
     pen.line(box(385, 150, 385, 90), fill=_DARK, width=12 * _SCALE)  # aerial
     pen.ellipse(box(362, 55, 408, 101), fill=_CHEEK)
-    pen.rounded_rectangle(box(210, 140, 560, 420), 110 * _SCALE, fill=_BODY)  # head
+    pen.rounded_rectangle(box(210, 140, 560, 420), 110 * _SCALE, fill=body)  # head
     pen.rounded_rectangle(box(250, 185, 520, 375), 80 * _SCALE, fill=_DARK)  # face
     for left in (300, 420):
         pen.ellipse(box(left, 230, left + 52, 290), fill=_GLOW)

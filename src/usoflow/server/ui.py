@@ -1,7 +1,8 @@
 """The official editor, unmodified, from its own package; and the templates that its browser offers.
 
-Templates whose nodes usoflow lacks are not offered, USO's come first. `sourceRevision` is left out: the
-editor would fetch example pictures from another host (`picture.py` draws ours).
+Templates whose nodes usoflow lacks, or that are for models other than FLUX, are not offered; USO comes first.
+`sourceRevision` is left out: the editor would fetch example pictures from another host (`picture.py` draws
+ours, and the thumbnails, which are no part of the package).
 """
 
 from __future__ import annotations
@@ -19,11 +20,14 @@ from starlette.staticfiles import StaticFiles
 
 from usoflow.errors import UsoflowError
 from usoflow.schema.node import NodeRegistry
+from usoflow.server import picture
 from usoflow.server.context import Json, ServerOf
 from usoflow.workflow.loading import TEMPLATE_PACKAGE, template
 
 EDITOR: Final = "comfyui_frontend_package"
+FAMILY: Final = "FLUX"  # how the names of models begin that usoflow runs
 OURS: Final = "uso"  # part of the names of the templates that come first
+THUMBNAIL: Final = ".webp"
 EDITOR_ONLY: Final = frozenset(
     {"Note", "MarkdownNote", "Reroute", "PrimitiveNode"}
 )  # nodes that no prompt has
@@ -49,12 +53,14 @@ class Templates:
         return sorted(filled, key=lambda category: not _has_ours(category["templates"]))
 
     def _usable(self, entries: list[Json]) -> list[Json]:
-        usable = [_without_source(entry) for entry in entries if self._can_run(entry["name"])]
+        usable = [_without_source(entry) for entry in entries if self._can_run(entry)]
         return sorted(usable, key=lambda entry: not _is_ours(entry["name"]))
 
-    def _can_run(self, name: str) -> bool:
+    def _can_run(self, entry: Json) -> bool:
+        if not any(model.upper().startswith(FAMILY) for model in entry.get("models", ())):
+            return False
         try:
-            types = set(_node_types(template(name)))
+            types = set(_node_types(template(entry["name"])))
         except UsoflowError:  # of a form that we do not read
             return False
         return types <= self._registry.keys() | EDITOR_ONLY
@@ -65,12 +71,13 @@ router = APIRouter(tags=["editor"])
 
 @router.get("/templates/{name}")
 def template_file(server: ServerOf, name: str) -> Response:
-    """An index (`index.json`, `index.fr.json`) or a template."""
+    """An index (`index.json`, `index.fr.json`), a template, or its thumbnail."""
+    if name.endswith(THUMBNAIL):
+        template(re.sub(r"-\d+$", "", name.removesuffix(THUMBNAIL)))  # there must be one
+        return Response(picture.thumbnail(name), media_type="image/webp")
     stem = name.removesuffix(".json")
     if stem == name:
-        raise UsoflowError(
-            "template_unknown", f"There is no {name!r}: pictures of templates are not installed."
-        )
+        raise UsoflowError("template_unknown", f"There is no {name!r}.")
     if stem == "index_logo":
         return JSONResponse(_read(name))
     if re.fullmatch(r"index(\.[\w-]+)?", stem):

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from usoflow.errors import UsoflowError
-from usoflow.nodes.context import SavedImage
+from usoflow.schema.specs import NodeSchema
 
 # --- server to worker --------------------------------------------------------------------------------------
 
@@ -45,9 +45,13 @@ class Free:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """The worker takes jobs; `system` describes its device as /system_stats does."""
+    """The worker takes jobs; `system` describes its device as /system_stats does.
+
+    `nodes` are the schemas of custom nodes, which it alone loads, as `schema.wire` writes them.
+    """
 
     system: Mapping[str, Any]
+    nodes: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +81,12 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A node is done; `images` are what an output node has to show, None for other nodes."""
+    """A node is done; `shown` is what an output node has to show, ComfyUI's `ui` record."""
 
     node: str
     seconds: float
     peak_bytes: int
-    images: tuple[SavedImage, ...] | None
+    shown: Mapping[str, Any] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +125,9 @@ _MESSAGES: Mapping[str, type[Message]] = {
 class Engine(Protocol):
     """Runs one job at a time. All methods may be called from any thread, `run` from one at a time."""
 
+    def start(self) -> None:
+        """Get ready for the first job."""
+
     def run(self, run: Run, listen: Callable[[Report], None]) -> Outcome:
         """Run a job to its end. Raises UsoflowError `worker_died` if the process ends before the job."""
 
@@ -132,6 +139,9 @@ class Engine(Protocol):
 
     def system(self) -> Mapping[str, Any]:
         """What is known of the device that computes."""
+
+    def nodes(self) -> Sequence[NodeSchema]:
+        """Custom nodes; waits for a process that is just starting."""
 
     def stop(self) -> None:
         """End the process, whatever it is doing."""
@@ -153,8 +163,6 @@ def decode(line: bytes) -> Message:
         values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in record.items()}
         if kind is Progress:
             values["preview"] = base64.b64decode(values["preview"])
-        if kind is Finished and values["images"] is not None:
-            values["images"] = tuple(SavedImage(**image) for image in values["images"])
         return kind(**values)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsoflowError("worker_died", f"The worker wrote what cannot be read: {error!r}.") from None

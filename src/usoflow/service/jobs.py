@@ -57,10 +57,8 @@ MIGRATIONS: Sequence[str] = (
 _COLUMNS = "id, state, number, client, workflow, created, started, ended, cached, outputs, error"
 _JOBS = f"SELECT {_COLUMNS} FROM jobs"
 _NEXT = "SELECT id FROM jobs WHERE state = 'pending' ORDER BY number, row LIMIT 1"
-_PRUNE = """
-    DELETE FROM jobs WHERE state IN ('completed', 'failed', 'cancelled') AND row NOT IN (
-        SELECT row FROM jobs WHERE state IN ('completed', 'failed', 'cancelled') ORDER BY row DESC LIMIT ?)
-"""
+# `+state` keeps SQLite from its index, by which it would sort all final jobs: by row it stops at the limit.
+_OLDEST = "SELECT row FROM jobs WHERE +state IN ('completed', 'failed', 'cancelled') ORDER BY row LIMIT ?"
 
 
 class State(StrEnum):
@@ -216,8 +214,9 @@ class JobStore:
         """Jobs in some states by time of acceptance; `limit` -1 is all."""
         order = "DESC" if newest_first else "ASC"
         began = "AND started IS NOT NULL" if started_only else ""
+        state = "state" if set(states) <= set(WAITING) else "+state"  # as for _OLDEST
         return self._select(
-            f"{_JOBS} WHERE state IN {_marks(states)} {began} ORDER BY row {order} LIMIT ? OFFSET ?",
+            f"{_JOBS} WHERE {state} IN {_marks(states)} {began} ORDER BY row {order} LIMIT ? OFFSET ?",
             (*states, limit, offset),
         )
 
@@ -274,7 +273,8 @@ class JobStore:
                 return False
             reported = _file_names(self._get(job_id).outputs)
             self._drop(path for path in self._files(job_id) if path.name not in reported)
-            run(_PRUNE, (MAX_HISTORY,))
+            if (too_many := self.count(FINAL) - MAX_HISTORY) > 0:
+                run(f"DELETE FROM jobs WHERE row IN ({_OLDEST})", (too_many,))
             return True
 
     def requeue(self, job_id: str) -> None:
@@ -355,7 +355,7 @@ class JobStore:
 
 
 def _file_names(outputs: Mapping[str, Any]) -> set[str]:
-    return {image["filename"] for shown in outputs.values() for image in shown["images"]}
+    return {image["filename"] for shown in outputs.values() for image in shown.get("images", ())}
 
 
 def now() -> int:

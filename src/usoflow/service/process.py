@@ -6,6 +6,7 @@ the other end of the pipe).
 
 from __future__ import annotations
 
+import logging
 import queue
 import re
 import signal
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from usoflow.errors import UsoflowError
+from usoflow.schema.specs import NodeSchema
+from usoflow.schema.wire import from_json
 from usoflow.service.engine import (
     Cancel,
     Command,
@@ -34,6 +37,8 @@ from usoflow.service.engine import (
 )
 from usoflow.service.engine import Cancelled as CancelledRun
 from usoflow.service.worker import WorkerSettings
+
+logger = logging.getLogger(__name__)
 
 WORKER: Sequence[str] = (sys.executable, "-m", "usoflow.service.worker")
 ATTEMPTS = 2  # a worker that died while it was idle is noticed when the next job is given to it
@@ -61,7 +66,7 @@ class WorkerProcess:
         self._inherited = tuple(inherited)
         self._lock = threading.Lock()  # guards the process and its stdin
         self._child: _Child | None = None
-        self._system: Mapping[str, Any] = {}
+        self._ready = Ready({})
         self._stopped = False
 
     @property
@@ -70,8 +75,8 @@ class WorkerProcess:
         return self._child.process.pid if self._child else None
 
     def start(self) -> None:
-        """Start the child if there is none; it loads its libraries while the server does other things."""
-        with self._lock:
+        """See `Engine.start`: the child loads its libraries while the server does other things."""
+        with suppress(UsoflowError), self._lock:  # the server is stopping already
             self._living()
 
     def run(self, run: Run, listen: Callable[[Report], None]) -> Outcome:
@@ -101,7 +106,15 @@ class WorkerProcess:
 
     def system(self) -> Mapping[str, Any]:
         """See `Engine.system`; empty until the first child has loaded its libraries."""
-        return self._system
+        return self._ready.system
+
+    def nodes(self) -> Sequence[NodeSchema]:
+        """See `Engine.nodes`; those of the child before, if this one died while it loaded them."""
+        with suppress(UsoflowError):  # the server is stopping
+            with self._lock:
+                child = self._living()
+            child.loaded.wait()
+        return [from_json(record) for record in self._ready.nodes]
 
     def stop(self) -> None:
         """See `Engine.stop`. No other child is started."""
@@ -125,7 +138,10 @@ class WorkerProcess:
         return self._child
 
     def _note(self, ready: Ready) -> None:
-        self._system = ready.system
+        self._ready = ready
+        logger.info(
+            "The worker is ready: %s, torch %s", ready.system["name"], ready.system["pytorch_version"]
+        )
 
 
 class _Child:
@@ -136,13 +152,16 @@ class _Child:
     ) -> None:
         self._kills_before = _memory_kills()
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=inherited
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, pass_fds=inherited
         )
         assert self.process.stdin is not None
         assert self.process.stdout is not None
+        assert self.process.stderr is not None
         self._stdin = self.process.stdin
+        self.loaded = threading.Event()  # it is ready, or has ended before it was
         self.messages: queue.SimpleQueue[Report | Outcome | None] = queue.SimpleQueue()
         threading.Thread(target=self._read, args=(self.process.stdout, note), daemon=True).start()
+        threading.Thread(target=_log, args=(self.process.stderr,), daemon=True).start()
 
     def send(self, command: Command) -> None:
         """Write a command; that a dead process does not take it shows in `messages`."""
@@ -169,11 +188,20 @@ class _Child:
                 message: Message = decode(line)
                 if isinstance(message, Ready):
                     note(message)
+                    self.loaded.set()
                 elif not isinstance(message, Run | Cancel | Free):
                     self.messages.put(message)
         with suppress(OSError):  # a command that it did not take
             self._stdin.close()
+        self.loaded.set()
         self.messages.put(None)
+
+
+def _log(stderr: IO[bytes]) -> None:
+    """What the worker, its libraries and custom nodes print, line by line."""
+    with stderr:
+        for line in stderr:
+            logger.info("%s", line.decode(errors="replace").rstrip())
 
 
 def _memory_kills() -> int:

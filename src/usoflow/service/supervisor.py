@@ -74,14 +74,14 @@ class Supervisor:
     def __init__(self, store: JobStore, engine: Engine, listen: Listener, *, preview: bool = True) -> None:
         self._store, self._engine, self._listen, self._preview = store, engine, listen, preview
         self._wake = threading.Event()
-        self._stopping = False
+        self.stopping = False
         self._thread = threading.Thread(target=self._work, name="supervisor", daemon=True)
         self.running: Running | None = None
 
     @property
     def alive(self) -> bool:
         """Whether jobs are taken."""
-        return self._thread.is_alive() and not self._stopping
+        return self._thread.is_alive() and not self.stopping
 
     def start(self) -> None:
         """Recover what a crash left behind, and begin."""
@@ -101,10 +101,14 @@ class Supervisor:
         self._engine.cancel(running.job.id)
         return True
 
+    def refuse(self) -> None:
+        """Take no more jobs, from this moment on."""
+        self.stopping = True
+        self._wake.set()
+
     def stop(self, grace: float = GRACE) -> None:
         """Take no more jobs; the one in progress may finish within `grace` seconds, else it is requeued."""
-        self._stopping = True
-        self._wake.set()
+        self.refuse()
         if self._thread.is_alive():
             self._thread.join(grace)
         self._engine.stop()
@@ -112,8 +116,10 @@ class Supervisor:
             self._thread.join()
 
     def _work(self) -> None:
-        while not self._stopping:
+        while True:
             self._wake.clear()
+            if self.stopping:  # looked at after `clear`, so that no wake of `refuse` is missed
+                return
             job = self._store.start_next()
             if job is None:
                 self._wake.wait()
@@ -128,15 +134,11 @@ class Supervisor:
         if outcome is None:
             self._store.requeue(job.id)
             return
-        state = State.COMPLETED
-        error = None
-        if isinstance(outcome, Cancelled):
-            state, error = State.CANCELLED, _place(running)
-        elif isinstance(outcome, Failed):
-            state, error = State.FAILED, _failure(running, outcome)
-            logger.warning("Job %s failed: %s", job.id, outcome.detail)
+        state, error = _end(running, outcome)
         self._store.finish(job.id, state, error)
         running.job = self._store.get(job.id) or job
+        reason = f": {outcome.detail}" if isinstance(outcome, Failed) else "."
+        logger.info("Job %s %s after %.1f s%s", job.id, state, _seconds(running.job), reason)
         self._listen(running, state)
 
     def _outcome(self, running: Running) -> Outcome | None:
@@ -146,7 +148,7 @@ class Supervisor:
         try:
             return self._engine.run(run, lambda report: self._note(running, report))
         except UsoflowError as error:
-            if self._stopping:
+            if self.stopping:
                 return None
             return Failed(error.code, error.detail, error.remedy)
 
@@ -154,15 +156,23 @@ class Supervisor:
         running.note(report)
         if isinstance(report, Cached):
             self._store.note_cached(running.job.id, report.nodes)
-        elif isinstance(report, Finished) and report.images is not None:
-            self._store.note_output(running.job.id, report.node, shown(report))
+        elif isinstance(report, Finished) and report.shown is not None:
+            self._store.note_output(running.job.id, report.node, report.shown)
         self._listen(running, report)
 
 
-def shown(report: Finished) -> dict[str, Any]:
-    """What an output node has to show, as ComfyUI's `ui` record."""
-    images = report.images or ()
-    return {"images": [{"filename": i.filename, "subfolder": i.subfolder, "type": i.type} for i in images]}
+def _end(running: Running, outcome: Outcome) -> tuple[State, dict[str, Any] | None]:
+    """The state that a job ends in, and why."""
+    if isinstance(outcome, Cancelled):
+        return State.CANCELLED, _place(running)
+    if isinstance(outcome, Failed):
+        return State.FAILED, _failure(running, outcome)
+    return State.COMPLETED, None
+
+
+def _seconds(job: Job) -> float:
+    """How long a job ran."""
+    return ((job.ended or 0) - (job.started or 0)) / 1000
 
 
 def _place(running: Running) -> dict[str, Any]:

@@ -22,6 +22,9 @@ from typing import IO, TYPE_CHECKING, Any
 
 from usoflow.errors import UsoflowError
 from usoflow.nodes.context import PARTIAL_SUFFIX
+from usoflow.nodes.custom_folder import with_custom
+from usoflow.schema.node import NodeRegistry
+from usoflow.schema.wire import to_json
 from usoflow.service import engine
 from usoflow.service.engine import Message, Run
 from usoflow.service.jobs import JobStore
@@ -30,7 +33,6 @@ from usoflow.settings import Folders
 if TYPE_CHECKING:
     from usoflow.execution.executor import Executor
     from usoflow.execution.progress import Cancellation, Event
-    from usoflow.schema.node import NodeRegistry
     from usoflow.service.preview import Previewer
 
 
@@ -42,6 +44,7 @@ class WorkerSettings:
     store: Path
     device: str = "auto"
     dtype: str = "auto"
+    custom_nodes: Path | None = None
 
     def to_argument(self) -> str:
         """As one command line argument."""
@@ -54,6 +57,7 @@ class WorkerSettings:
             "store": _absolute(self.store),
             "device": self.device,
             "dtype": self.dtype,
+            "custom_nodes": _absolute(self.custom_nodes) if self.custom_nodes else None,
         }
         return json.dumps(record)
 
@@ -67,7 +71,8 @@ class WorkerSettings:
             output=Path(record["output"]),
             temp=Path(record["temp"]),
         )
-        return cls(folders, Path(record["store"]), record["device"], record["dtype"])
+        custom = Path(record["custom_nodes"]) if record["custom_nodes"] else None
+        return cls(folders, Path(record["store"]), record["device"], record["dtype"], custom)
 
 
 class Pipe:
@@ -158,7 +163,7 @@ class Worker:
                 picture = self.previewer.jpeg(latent) if wanted and latent is not None else b""
                 self.send(engine.Progress(node, step, steps, picture))
             case NodeFinished(node_id=node, seconds=seconds, peak_bytes=peak, shown=shown):
-                self.send(engine.Finished(node, seconds, peak, shown.images if shown else None))
+                self.send(engine.Finished(node, seconds, peak, shown.record() if shown else None))
 
 
 def clear_abandoned(output: Path) -> None:
@@ -183,11 +188,12 @@ def serve(registry: NodeRegistry, argument: str) -> None:
     settings = WorkerSettings.from_argument(argument)
     clear_abandoned(settings.folders.output)
     try:
-        worker, system = _made(settings, registry, pipe.send)
+        every = with_custom(registry, settings.custom_nodes)
+        worker, system = _made(settings, every, pipe.send)
     except UsoflowError as error:
         pipe.send(engine.Failed(error.code, error.detail, error.remedy))
         sys.exit(error.exit_code)
-    pipe.send(engine.Ready(system))
+    pipe.send(engine.Ready(system, tuple(to_json(every[n].schema) for n in every if n not in registry)))
     while True:
         command = pipe.commands.get()
         if isinstance(command, Run):

@@ -103,6 +103,11 @@ def link_of(value: object) -> tuple[str, int] | None:
     return None
 
 
+def unwrapped(value: object) -> Any:
+    """A list that is a value stands in {"__value__": [...]}, so that it is no link."""
+    return value["__value__"] if isinstance(value, dict) and "__value__" in value else value
+
+
 def _node(key: str, data: Mapping[str, Any]) -> PromptNode:
     class_type = data.get("class_type")
     if not isinstance(class_type, str):

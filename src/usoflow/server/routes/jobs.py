@@ -81,7 +81,7 @@ def summary(job: Job) -> Json:
     images = [
         {**image, "nodeId": node, "mediaType": "images"}
         for node, shown in job.outputs.items()
-        for image in shown["images"]
+        for image in shown.get("images", ())
     ]
     record: dict[str, Any] = {
         "id": job.id,

@@ -41,6 +41,8 @@ async def submit(server: ServerOf, body: AnyBody) -> JSONResponse:
 
 
 def _submit(server: Server, body: Json) -> JSONResponse:
+    if server.supervisor.stopping:
+        raise UsoflowError("server_stopping", "The server is stopping.")
     prompt, most = body["prompt"], server.settings.limits.nodes
     if isinstance(prompt, dict) and len(prompt) > most:
         return _refusal(

@@ -1,4 +1,4 @@
-"""`/system_stats`, `/features`, health, metrics, and what usoflow has nothing to say to."""
+"""`/system_stats`, `/features`, health, metrics, the log, and what usoflow has nothing to say to."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, generate_latest
 
 from usoflow.server.context import Json, Server, ServerOf
+from usoflow.server.routes.body import ObjectBody
 from usoflow.service.jobs import State
 
 router = APIRouter(tags=["system"])
@@ -99,18 +100,19 @@ def nothing() -> Json:
 
 
 @router.get("/internal/logs")
-def log_text() -> str:
-    """The log is on the server's terminal."""
-    return "The log is on the terminal in which `usoflow serve` runs."
+def log_text(server: ServerOf) -> str:
+    """The log as a text."""
+    return "".join(entry["m"] for entry in server.log.entries)
 
 
 @router.get("/internal/logs/raw")
-def logs() -> Json:
-    """As above."""
-    return {"entries": [], "size": {"cols": 80, "rows": 24}}
+def logs(server: ServerOf) -> Json:
+    """The log line by line, for a console of this size."""
+    return {"entries": server.log.entries, "size": {"cols": 120, "rows": 40}}
 
 
 @router.patch("/internal/logs/subscribe")
-def subscribe_to_logs() -> Response:
-    """As above: there is nothing to come."""
+async def subscribe_to_logs(server: ServerOf, body: ObjectBody) -> Response:
+    """Send the log to a client's `/ws`, or no more: `{"enabled": true, "clientId": "..."}`."""
+    server.hub.want_logs(str(body.get("clientId", "")), body.get("enabled") is True)
     return Response()

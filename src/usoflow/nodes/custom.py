@@ -1,0 +1,257 @@
+"""ComfyUI's custom nodes: a V1 class (`INPUT_TYPES`, `RETURN_TYPES`, `FUNCTION`) becomes a `Node`.
+
+Self-contained classes work unchanged: what they take and give are the ecosystem's own types
+(https://docs.comfy.org/custom-nodes/backend/server_overview). `custom_folder.py` finds them in files.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from usoflow.nodes.context import NodeContext, SavedImage, Shown
+from usoflow.schema.node import AnyNode, Node
+from usoflow.schema.specs import (
+    Boolean,
+    Choice,
+    Float,
+    InputSpec,
+    Int,
+    Kind,
+    NodeSchema,
+    OutputSpec,
+    Socket,
+    Text,
+)
+
+logger = logging.getLogger(__name__)
+
+MODULE: Final = "custom_nodes"  # the editor files nodes of such modules under the name that follows
+SEEDS: Final = ("seed", "noise_seed")  # to which the editor adds a control widget unasked
+HIDDEN: Final = ("PROMPT", "EXTRA_PNGINFO", "UNIQUE_ID")
+
+
+def is_custom(schema: NodeSchema) -> bool:
+    """Whether this is not a node of usoflow."""
+    return schema.python_module.startswith(f"{MODULE}.")
+
+
+class UnusableNodeError(Exception):
+    """A class that usoflow does not run; the message says why."""
+
+
+def adapt(name: str, cls: type, *, module: str, display_name: str | None = None) -> AnyNode:
+    """A node of a V1 class.
+
+    Args:
+        name: of the node type, a key of NODE_CLASS_MAPPINGS.
+        module: of the file it comes from.
+
+    Raises:
+        UnusableNodeError: for what is no V1 class, or needs what usoflow does not have.
+    """
+    try:
+        schema = _schema(name, cls, module, display_name)
+        _check(cls)
+    except UnusableNodeError:
+        raise
+    except Exception as error:  # INPUT_TYPES is the node's own code
+        raise UnusableNodeError(f"it cannot be read: {type(error).__name__}: {error}") from error
+    validate = getattr(cls, "VALIDATE_INPUTS", None)
+    return Node(
+        schema,
+        V1Function(cls, schema),
+        changed=_changed(cls.IS_CHANGED, name) if hasattr(cls, "IS_CHANGED") else None,
+        refusal=None if validate is None else _refusal(validate),
+    )
+
+
+# --- what a class says of itself ---------------------------------------------------------------------------
+
+
+def _schema(name: str, cls: Any, module: str, display_name: str | None) -> NodeSchema:
+    types = cls.INPUT_TYPES()
+    unchecked = _own_checks(cls)
+    inputs = [
+        _input(key, entry, required=section == "required", checked=not unchecked(key))
+        for section in ("required", "optional")
+        for key, entry in types.get(section, {}).items()
+    ]
+    return NodeSchema(
+        class_type=name,
+        category=getattr(cls, "CATEGORY", "custom"),
+        display_name=display_name,
+        description=inspect.cleandoc(getattr(cls, "DESCRIPTION", "")),
+        inputs=tuple(inputs),
+        outputs=_outputs(cls),
+        output_node=bool(getattr(cls, "OUTPUT_NODE", False)),
+        hidden={key: _type(entry) for key, entry in types.get("hidden", {}).items()},
+        takes_context=True,
+        experimental=bool(getattr(cls, "EXPERIMENTAL", False)),
+        deprecated=bool(getattr(cls, "DEPRECATED", False)),
+        python_module=f"{MODULE}.{module}",
+    )
+
+
+def _check(cls: Any) -> None:
+    """Refuse what would run otherwise than its author means."""
+    if getattr(cls, "INPUT_IS_LIST", False) or any(getattr(cls, "OUTPUT_IS_LIST", ())):
+        raise UnusableNodeError("it takes or gives lists (INPUT_IS_LIST, OUTPUT_IS_LIST)")
+    if not callable(getattr(cls, getattr(cls, "FUNCTION", ""), None)):
+        raise UnusableNodeError("FUNCTION names no method of it")
+    if "input_types" in _parameters(getattr(cls, "VALIDATE_INPUTS", None)):
+        raise UnusableNodeError("VALIDATE_INPUTS asks for input_types")
+    unknown = {_type(kind) for kind in cls.INPUT_TYPES().get("hidden", {}).values()} - set(HIDDEN)
+    if unknown:
+        raise UnusableNodeError(f"it asks for hidden inputs of the kind {', '.join(sorted(unknown))}")
+
+
+def _input(name: str, entry: Any, *, required: bool, checked: bool) -> InputSpec:
+    """`("INT", {"default": 1, "min": 0})`, `(["a", "b"],)`, `("IMAGE",)`; a bare type is taken as well."""
+    parts = entry if isinstance(entry, list | tuple) else (entry,)
+    given, settings = parts[0], dict(parts[1]) if len(parts) > 1 else {}
+    kind = _kind(name, given, settings)
+    return InputSpec(
+        name=name,
+        kind=kind,
+        default=settings.get("default"),
+        required=required,
+        tooltip=str(settings.get("tooltip", "")),
+        settings=json.loads(json.dumps(settings, default=str)),
+        checked=checked,
+    )
+
+
+def _kind(name: str, given: Any, settings: Mapping[str, Any]) -> Kind:
+    if isinstance(given, list | tuple):
+        return Choice(tuple(given))
+    low, high, step = (settings.get(key) for key in ("min", "max", "step"))
+    match str(given):
+        case "COMBO":
+            return Choice(tuple(settings.get("options", ())))
+        case "INT":
+            control = bool(settings.get("control_after_generate", name in SEEDS))
+            return Int(min=low, max=high, step=step, control_after_generate=control)
+        case "FLOAT":
+            return Float(min=low, max=high, step=step)
+        case "STRING":
+            return Text()
+        case "BOOLEAN":
+            return Boolean()
+    return Socket(str(given))
+
+
+def _outputs(cls: Any) -> tuple[OutputSpec, ...]:
+    types = [_type(item) for item in cls.RETURN_TYPES]
+    names = [str(name) for name in getattr(cls, "RETURN_NAMES", ())]
+    return tuple(
+        OutputSpec(names[number] if number < len(names) else type_, type_)
+        for number, type_ in enumerate(types)
+    )
+
+
+def _type(entry: Any) -> str:
+    """A type's name; a list of options is a COMBO."""
+    first = entry[0] if isinstance(entry, tuple) and entry else entry
+    return "COMBO" if isinstance(first, list) else str(first)
+
+
+# --- what a class does -------------------------------------------------------------------------------------
+
+
+@dataclass
+class V1Function:
+    """Calls a class's FUNCTION; each node of a workflow keeps its instance from run to run, as in ComfyUI."""
+
+    cls: Any
+    schema: NodeSchema
+    _instances: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self, *, context: NodeContext, **inputs: Any) -> Any:
+        """The outputs as a tuple, or `Shown` with them."""
+        if context.node not in self._instances:
+            self._instances[context.node] = self.cls()
+        method = getattr(self._instances[context.node], self.cls.FUNCTION)
+        given = method(**inputs, **self._hidden(context))
+        if inspect.isawaitable(given):
+            raise TypeError("usoflow does not run functions that are async")
+        return self._result(given)
+
+    def _hidden(self, context: NodeContext) -> dict[str, Any]:
+        values = {
+            "PROMPT": context.prompt,
+            "EXTRA_PNGINFO": {"workflow": context.workflow} if context.workflow else None,
+            "UNIQUE_ID": context.node,
+        }
+        return {name: values[kind] for name, kind in self.schema.hidden.items()}
+
+    def _result(self, given: Any) -> Any:
+        if not isinstance(given, dict):
+            outputs = self._complete(given)
+            return Shown(outputs=outputs) if self.schema.output_node else outputs
+        if "expand" in given:
+            raise TypeError("usoflow does not run nodes that expand into others")
+        return _shown(given.get("ui", {}), self._complete(given.get("result")))
+
+    def _complete(self, given: Any) -> tuple[Any, ...]:
+        values = tuple(given) if isinstance(given, list | tuple) else ()
+        promised = len(self.schema.outputs)
+        if len(values) < promised:
+            raise TypeError(f"RETURN_TYPES promises {promised} outputs, the function gave {len(values)}")
+        return values
+
+
+def _shown(ui: Mapping[str, Any], outputs: tuple[Any, ...]) -> Shown:
+    """ComfyUI's `ui` record: pictures that are files, and whatever else an extension of the editor shows."""
+    record = json.loads(json.dumps(ui, default=str))
+    images = tuple(
+        SavedImage(str(image["filename"]), str(image.get("subfolder", "")), str(image.get("type", "output")))
+        for image in record.pop("images", ())
+    )
+    return Shown(images, record, outputs)
+
+
+def _changed(is_changed: Callable[..., Any], name: str) -> Callable[[Mapping[str, Any]], str]:
+    """What IS_CHANGED gives, as a text; a new one each time for NaN, which equals nothing."""
+
+    def changed(values: Mapping[str, Any]) -> str:
+        try:
+            given = is_changed(**values)
+            return repr(given) if given == given else uuid.uuid4().hex
+        except Exception as error:  # as in ComfyUI: the node then runs
+            logger.warning("IS_CHANGED of %s failed: %s: %s", name, type(error).__name__, error)
+            return uuid.uuid4().hex
+
+    return changed
+
+
+def _refusal(validate: Callable[..., Any]) -> Callable[[Mapping[str, Any]], str | None]:
+    """What VALIDATE_INPUTS says against the values that it asks for."""
+    wanted = _parameters(validate)
+
+    def refusal(values: Mapping[str, Any]) -> str | None:
+        answer = validate(**(values if "**" in wanted else {k: v for k, v in values.items() if k in wanted}))
+        if answer is True:
+            return None
+        return answer if isinstance(answer, str) else "the node does not take these values"
+
+    return refusal
+
+
+def _own_checks(cls: Any) -> Callable[[str], bool]:
+    """Which inputs VALIDATE_INPUTS asks for by name: their range and options are its own affair."""
+    wanted = _parameters(getattr(cls, "VALIDATE_INPUTS", None))
+    return lambda name: "**" in wanted or name in wanted
+
+
+def _parameters(function: Any) -> Sequence[str]:
+    """Names of the parameters of a bound method, "**" for any others."""
+    if function is None:
+        return ()
+    parameters = inspect.signature(function).parameters.values()
+    return ["**" if p.kind is inspect.Parameter.VAR_KEYWORD else p.name for p in parameters]

@@ -1,0 +1,191 @@
+"""V1 classes from a folder: their schemas, what they compute, what is said of those that cannot be used."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from usoflow.errors import UsoflowError
+from usoflow.execution.executor import Executor, NodeError, RunResult
+from usoflow.models.library import ModelLibrary
+from usoflow.models.placement import Placement
+from usoflow.nodes import registry
+from usoflow.nodes.custom_folder import load, with_custom
+from usoflow.schema.node import NodeRegistry
+from usoflow.schema.object_info import render
+from usoflow.schema.validation import validate
+from usoflow.schema.wire import from_json, to_json
+from usoflow.settings import find_folders
+from usoflow.workflow.prompt import Prompt
+
+EXAMPLES = Path(__file__).parents[1] / "custom_nodes"
+HEAD = """
+class Plain:
+    CATEGORY, RETURN_TYPES, FUNCTION = "test", ("INT",), "run"
+    @classmethod
+    def INPUT_TYPES(s): return {"required": {"a": ("INT", {"default": 1})}}
+    def run(self, a): return (a,)
+"""
+
+
+@pytest.fixture
+def nodes() -> NodeRegistry:
+    """Ours and the examples."""
+    return with_custom(registry(), EXAMPLES)
+
+
+class Runs:
+    """Runs prompts one after another."""
+
+    def __init__(self, nodes: NodeRegistry, root: Path) -> None:
+        self.executor = Executor(nodes, ModelLibrary(Placement.choose("cpu", "fp32")))
+        self.folders = find_folders(output=root)
+
+    def __call__(self, prompt: dict[str, Any], *targets: str) -> RunResult:
+        checked = validate(prompt, self.executor.registry, self.folders, targets=targets)
+        assert checked.error is None, checked
+        return self.executor.run(Prompt.parse(checked.prompt), targets, self.folders)
+
+
+@pytest.fixture
+def run(nodes: NodeRegistry, tmp_path: Path) -> Runs:
+    """An executor over ours and the examples."""
+    return Runs(nodes, tmp_path / "output")
+
+
+def node(class_type: str, **inputs: Any) -> dict[str, Any]:
+    """One node of a prompt."""
+    return {"class_type": class_type, "inputs": inputs}
+
+
+def test_the_editor_is_told_what_the_class_says(nodes: NodeRegistry) -> None:
+    info = render(nodes["Brightness"].schema, find_folders())
+    assert info["display_name"] == "Brightness (example)"
+    assert info["python_module"] == "custom_nodes.brightness"
+    assert (info["output"], info["output_name"]) == (["IMAGE", "FLOAT"], ["image", "mean"])
+    required = info["input"]["required"]
+    assert required["image"] == ["IMAGE", {}]
+    assert required["factor"][1]["display"] == "slider"
+    assert required["mode"] == [["multiply", "invert"], {"default": "multiply", "tooltip": "What is done."}]
+    assert list(info["input"]["optional"]) == ["count"]
+    assert info["input"]["hidden"] == {"node": "UNIQUE_ID", "prompt": "PROMPT"}
+    assert render(nodes["ShowNumber"].schema, find_folders())["output_node"] is True
+
+
+def test_schemas_survive_the_pipe(nodes: NodeRegistry) -> None:
+    for entry in nodes.values():
+        record = json.loads(json.dumps(to_json(entry.schema)))
+        again = from_json(record)
+        assert again.inputs == entry.schema.inputs
+        assert render(again, find_folders()) == render(entry.schema, find_folders())
+
+
+def test_outputs_ui_and_files(run: Runs) -> None:
+    prompt = {
+        "grey": node("EmptyImage", width=8, height=8, batch_size=1, color=0x404040),
+        "bright": node("Brightness", image=["grey", 0], factor=1.5, mode="multiply", count=2),
+        "show": node("ShowNumber", value=["bright", 1]),
+        "save": node("SaveImage", images=["bright", 0], filename_prefix="x"),
+    }
+    result = run(prompt, "show", "save")
+    assert result.shown["show"].record() == {"text": [f"{0x40 / 255 * 2.25:.3f}"]}
+    assert result.shown["save"].images[0].filename == "x_00001_.png"
+
+
+def test_an_output_node_gives_its_outputs_on(run: Runs) -> None:
+    prompt = {
+        "grey": node("EmptyImage", width=8, height=8, batch_size=1, color=0x404040),
+        "first": node("Brightness", image=["grey", 0], factor=1.0, mode="invert"),
+        "show": node("ShowNumber", value=["first", 1]),
+        "again": node("ShowNumber", value=["show", 0]),
+    }
+    assert run(prompt, "again").shown["again"].other == {"text": [f"{1 - 0x40 / 255:.3f}"]}
+
+
+@pytest.mark.parametrize(("fixed", "second"), [(False, "2.000"), (True, "1.000")])
+def test_is_changed_decides_whether_it_runs_again(run: Runs, fixed: bool, second: str) -> None:
+    prompt = {"count": node("Counter", fixed=fixed), "show": node("ShowNumber", value=["count", 0])}
+    assert run(prompt, "show").shown["show"].other == {"text": ["1.000"]}
+    assert run(prompt, "show").shown["show"].other == {"text": [second]}
+
+
+def test_validate_inputs_decides_about_the_inputs_that_it_names(run: Runs) -> None:
+    def prompt(size: int) -> dict[str, Any]:
+        grey = node("Grey", size=size, level=0.5)
+        return {"grey": grey, "preview": node("PreviewImage", images=["grey", 0])}
+
+    assert run(prompt(16), "preview").shown["preview"].images  # not in the list, but it says yes
+    with pytest.raises(NodeError, match="the size 17 is odd") as caught:
+        run(prompt(17), "preview")
+    assert (caught.value.code, caught.value.node_id) == ("values_refused", "grey")
+
+
+def test_ranges_and_options_are_checked_before_it_runs(nodes: NodeRegistry) -> None:
+    prompt = {
+        "grey": node("EmptyImage", width=8, height=8, batch_size=1, color=0),
+        "bright": node("Brightness", image=["grey", 0], factor=9.0, mode="other"),
+        "preview": node("PreviewImage", images=["bright", 0]),
+    }
+    errors = validate(prompt, nodes, find_folders()).node_errors["bright"]["errors"]
+    assert {error["type"] for error in errors} == {"value_bigger_than_max", "value_not_in_list"}
+
+
+def test_an_exception_is_its_authors(run: Runs) -> None:
+    prompt = {"bad": node("Raises"), "preview": node("PreviewImage", images=["bad", 0])}
+    with pytest.raises(NodeError, match="ValueError: what the author says") as caught:
+        run(prompt, "preview")
+    assert (caught.value.code, caught.value.node_id) == ("custom_node_failed", "bad")
+    assert "--custom-nodes" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("import no_such_library.part", "not installed: pip install no_such_library"),
+        ("from folder_paths import get_output_directory", "ComfyUI's own module 'folder_paths'"),
+        ("def (", "SyntaxError"),
+        ("1 / 0", "ZeroDivisionError"),
+        ("raise SystemExit(3)", "SystemExit"),
+        ("x = 1", "NODE_CLASS_MAPPINGS"),
+        (HEAD + "NODE_CLASS_MAPPINGS = {'KSampler': Plain}", "there is a node of this name already"),
+        (HEAD + "NODE_CLASS_MAPPINGS = {'Good': Plain}", "there is a node of this name already"),
+        ("NODE_CLASS_MAPPINGS = {'X': int}", "cannot be read"),
+        (HEAD + "class X(Plain): FUNCTION = 'none'\nNODE_CLASS_MAPPINGS = {'X': X}", "names no method"),
+        (HEAD + "class X(Plain): INPUT_IS_LIST = True\nNODE_CLASS_MAPPINGS = {'X': X}", "lists"),
+    ],
+)
+def test_a_broken_file_is_named_and_stops_no_other(tmp_path: Path, source: str, words: str) -> None:
+    (tmp_path / "a_good.py").write_text(HEAD + "NODE_CLASS_MAPPINGS = {'Good': Plain}", encoding="utf-8")
+    (tmp_path / "broken.py").write_text(source, encoding="utf-8")
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "__init__.py").write_text("from .inner import NODE_CLASS_MAPPINGS", "utf-8")
+    (tmp_path / "package" / "inner.py").write_text(HEAD + "NODE_CLASS_MAPPINGS = {'Two': Plain}", "utf-8")
+    (tmp_path / "off.py.disabled").write_text("1 / 0", encoding="utf-8")
+    (tmp_path / "__pycache__").mkdir(exist_ok=True)
+    found = load(tmp_path, registry())
+    assert [entry.schema.class_type for entry in found.nodes] == ["Good", "Two"]
+    (problem,) = found.problems
+    assert problem.startswith("broken.py: ")
+    assert words in problem
+
+
+def test_outputs_that_were_promised_must_come(tmp_path: Path) -> None:
+    text = HEAD + "class X(Plain):\n    def run(self, a): return ()\nNODE_CLASS_MAPPINGS = {'X': X}"
+    (tmp_path / "x.py").write_text(text, encoding="utf-8")
+    run = Runs(with_custom(registry(), tmp_path), tmp_path)
+    prompt = {
+        "x": node("X", a=1),
+        "image": node("EmptyImage", width=["x", 0], height=8, batch_size=1, color=0),
+        "out": node("PreviewImage", images=["image", 0]),
+    }
+    with pytest.raises(NodeError, match="RETURN_TYPES promises 1 outputs, the function gave 0"):
+        run(prompt, "out")
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UsoflowError) as caught:
+        with_custom(registry(), tmp_path / "none")
+    assert caught.value.code == "file_not_found"
