@@ -233,20 +233,25 @@ class _Flattener:
 def host_values(host: DocumentNode, subgraph: Subgraph) -> dict[str, Any]:
     """Values of the fields that a subgraph's node shows, by the name of the subgraph's input.
 
+    `proxyWidgetErrorQuarantine` is ignored: with it the editor overwrites edits on every load.
+    """
+    stored = widgets.by_name(shown_names(host, subgraph), host.values, host.named_values)
+    return {name: value for name, value in stored.items() if name and value is not None}
+
+
+def shown_names(host: DocumentNode, subgraph: Subgraph) -> list[str]:
+    """The subgraph's inputs along the values of its node; "" for a value that none leads to.
+
     They are stored in the order of the subgraph's inputs that lead to fields, or of `proxyWidgets` where the
-    file has it. `proxyWidgetErrorQuarantine` is ignored: with it the editor overwrites edits on every load.
+    file has it.
     """
     shown = _shown_fields(subgraph)
     if not host.promoted:
-        names = [name for name in subgraph.inputs if name in shown.values()]
-    else:
-        own = {name: name for name in subgraph.inputs}
-        names = [
-            own.get(field, "") if node == "-1" else shown.get((node, field), "")
-            for node, field in host.promoted
-        ]
-    stored = widgets.by_name(names, host.values, host.named_values)
-    return {name: value for name, value in stored.items() if name and value is not None}
+        return [name for name in subgraph.inputs if name in shown.values()]
+    own = {name: name for name in subgraph.inputs}
+    return [
+        own.get(field, "") if node == "-1" else shown.get((node, field), "") for node, field in host.promoted
+    ]
 
 
 def _shown_fields(subgraph: Subgraph) -> dict[tuple[str, str], str]:

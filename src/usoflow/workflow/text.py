@@ -44,6 +44,11 @@ def first_alternatives(text: str) -> tuple[str, bool]:
     return "{".join("".join(level.everything) for level in levels), chosen
 
 
+def escaped(text: str) -> str:
+    """The text, written so that `first_alternatives` gives it back."""
+    return text if first_alternatives(text)[0] == text else re.sub(r"[{|}]", r"\\\g<0>", text)
+
+
 class _Level:
     """The text between an opening brace and where we are."""
 
