@@ -130,12 +130,13 @@ class TestEmbeddedGraph:
     def test_a_change_that_no_field_can_show(self, small_models: Path, tmp_path: Path) -> None:
         """Then there is no graph inside rather than a wrong one: the editor opens the prompt."""
         picture = small_models.parent / "input/subject.png"
-        options = (*SMALL, "--image", f"47={picture}", "--set", "CLIPTextEncode.text=https://a.b")
+        link = '112:31.model=["112:30", 0]'
+        options = (*SMALL, "--image", f"47={picture}", "--set", link)
         done = raw(TEMPLATE, *options, models=small_models, output=tmp_path)
-        assert "112:6.text" in done.err
+        assert "112:31.model" in done.err
         texts = metadata.read(Path(done.out.splitlines()[0]).read_bytes())
         assert set(texts) == {"prompt"}
-        assert json.loads(texts["prompt"])["112:6"]["inputs"]["text"] == "https://a.b"
+        assert json.loads(texts["prompt"])["112:31"]["inputs"]["model"] == ["112:30", 0]
 
 
 def converted(workflow: dict[str, Any]) -> dict[str, Any]:

@@ -147,11 +147,14 @@ def test_what_no_field_can_show(field: tuple[str, str], value: Any) -> None:
     assert with_values(small(), {field: value}, registry()) is None
 
 
-def test_a_comment_cannot_be_a_prompts_text() -> None:
-    """The editor would strip it."""
-    assert with_values(template(USO), {("112:6", "text"): "see https://a.b"}, registry()) is None
+@pytest.mark.parametrize("text", ["see https://a.b", r"a \{b|c} // d"])
+def test_what_the_editor_would_resolve(text: str) -> None:
+    """It can stand in the field of a subgraph's node, which the editor leaves as it is, but in no other."""
+    assert inputs(edited(template(USO), {("112:6", "text"): text}))["112:6", "text"] == text
+    node = {"id": 1, "type": "CLIPTextEncode", "inputs": [], "widgets_values": ["a"]}
+    assert with_values({"nodes": [node], "links": []}, {("1", "text"): text}, registry()) is None
 
 
-@given(st.text("ab{|}\\ ", max_size=12))
+@given(st.text("ab{|} ", max_size=12))
 def test_escaped_text_is_read_back(text: str) -> None:
     assert first_alternatives(escaped(text)) == (text, False)

@@ -102,28 +102,30 @@ class _Place:
             raise LookupError(name)
         value = value["__value__"] if isinstance(value, dict) and "__value__" in value else value
         schema = self._registry.schema(self._node["type"])
-        if isinstance(value, str) and widgets.is_dynamic(schema, name):
-            value = text.escaped(value)
-        names = widgets.names_along(document.parse_node(self._node), schema)
-        _store(self._node, names, name, value)
+        is_dynamic = isinstance(value, str) and widgets.is_dynamic(schema, name)
+        own = text.escaped(value) if is_dynamic else value
+        _store(self._node, widgets.names_along(document.parse_node(self._node), schema), name, own)
         slot = _slot(self._node, name)
-        if slot is not None and _link(self._levels[-1], slot) is not None:
-            self._write_behind(len(self._levels) - 1, slot, value)
+        if slot is not None:
+            self._write_behind(len(self._levels) - 1, slot, value, own)
 
-    def _write_behind(self, depth: int, slot: Raw, value: Any) -> None:
-        """Into the field that a link comes from; a link from anything else is cut."""
+    def _write_behind(self, depth: int, slot: Raw, value: Any, own: Any) -> None:
+        """Into the field that a link comes from; a link from anything else is cut.
+
+        `own` is how the node's own field has it, and a primitive's.
+        """
         level = self._levels[depth]
         link = _link(level, slot)
         if link is None:
             return
         if link.origin == INPUT_NODE:
-            self._write_outside(depth, slot, link.origin_slot, value)
+            self._write_outside(depth, slot, link.origin_slot, value, own)
         elif self._is_field(level, link):
-            _find(level, link.origin)["widgets_values"][0] = value
+            _find(level, link.origin)["widgets_values"][0] = own
         else:
             _cut(level, slot)
 
-    def _write_outside(self, depth: int, slot: Raw, port: int, value: Any) -> None:
+    def _write_outside(self, depth: int, slot: Raw, port: int, value: Any, own: Any) -> None:
         """Into the field that the subgraph's node shows for a port of the subgraph."""
         host, name = self._hosts[depth - 1], self._levels[depth]["inputs"][port]["name"]
         outer = _slot(host, name)
@@ -132,7 +134,7 @@ class _Place:
             subgraph = document.parse(self._root).subgraphs[host["type"]]
             _store(host, shown_names(document.parse_node(host), subgraph), name, value)
         elif link.origin == INPUT_NODE or self._is_field(self._levels[depth - 1], link):
-            self._write_behind(depth - 1, outer, value)
+            self._write_behind(depth - 1, outer, value, own)
         else:
             _cut(self._levels[depth], slot)
 
