@@ -45,8 +45,8 @@ def page(server: RealServer) -> Iterator[Any]:
     with playwright.sync_playwright() as start:
         browser = start.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         page = browser.new_page(viewport={"width": 1600, "height": 1000})
-        page.goto(server.url)
-        page.wait_for_function("window.app && app.graph && app.graph.nodes", timeout=60_000)
+        page.goto(f"{server.url}/?template=flux1_dev_uso_reference_image_gen")  # else it shows a dialogue
+        page.wait_for_function("window.app && app.graph?.nodes?.length >= 8", timeout=60_000)
         yield page
         browser.close()
 

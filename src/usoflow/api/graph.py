@@ -121,6 +121,7 @@ class Graph:
         through: str,
         values: Sequence[Any],
         inputs: Mapping[str, Source] = MappingProxyType({}),
+        place: tuple[float, float] | None = None,
     ) -> None:
         """Put a new node into the link that ends at an input.
 
@@ -131,11 +132,11 @@ class Graph:
             through: the new node's input that takes what came through the link.
             values: of its fields.
             inputs: origins of its other links.
+            place: of its upper left corner; default is above the node.
         """
         source = self.origin(node, name)
-        left, top = self._node(node)["pos"]
-        place = (left, top - self._inserted() * (NODE_SIZE[1] + _GAP))
-        new = self.add(type_, {through: source, **inputs}, (self._type(source),), values, place)
+        links = {through: source, **inputs}
+        new = self.add(type_, links, (self._type(source),), values, place or self._above(node))
         self.connect((new, 0), node, name)
 
     def _slot(self, node: int, name: str) -> dict[str, Any]:
@@ -159,9 +160,11 @@ class Graph:
         found: dict[str, Any] = {item["id"]: item for item in self.data["nodes"]}[key]
         return found
 
-    def _inserted(self) -> int:
-        """How many nodes stand above, so that a new one does not cover another."""
-        return 1 + sum(1 for node in self.data["nodes"] if tuple(node["size"]) == NODE_SIZE)
+    def _above(self, node: int) -> tuple[float, float]:
+        """A place above a node and what stands there already."""
+        left, top = self._node(node)["pos"]
+        standing = sum(1 for x, y in (item["pos"] for item in self.data["nodes"]) if x == left and y < top)
+        return left, top - (standing + 1) * (NODE_SIZE[1] + _GAP)
 
     def _new_id(self, counter: str, inner: str) -> int:
         """An id that no level uses; the file's counters are moved on."""

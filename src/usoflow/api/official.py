@@ -182,7 +182,7 @@ def _insert_pictures(inner: Graph, half: _Half, request: Request, names: Mapping
     further = [(path, True) for path in request.subjects[1:]]
     further += [(path, False) for path in request.styles[len(half.styles) :]]
     for row, (path, is_subject) in enumerate(further):
-        places = [(left + column * _COLUMN, top + row * _ROW) for column in range(3)]
+        places = [(left + column * _COLUMN, top + row * _ROW) for column in range(4)]
         picture = inner.add("LoadImage", {}, ("IMAGE", "MASK"), (names[path], "image"), places[0]), 0
         if is_subject:
             size = ("area", request.subject_size)
@@ -190,13 +190,13 @@ def _insert_pictures(inner: Graph, half: _Half, request: Request, names: Mapping
             encoded = {"pixels": small, "vae": (half.checkpoint, _VAE)}
             latent = inner.add("VAEEncode", encoded, ("LATENT",), (), places[2]), 0
             inner.insert_before(
-                half.sampler, "positive", "ReferenceLatent", "conditioning", (), {"latent": latent}
+                half.sampler, "positive", "ReferenceLatent", "conditioning", (), {"latent": latent}, places[3]
             )
         else:
             tower = {"clip_vision": (half.vision, 0), "image": picture}
             seen = inner.add("CLIPVisionEncode", tower, ("CLIP_VISION_OUTPUT",), ("center",), places[1]), 0
             others = {"model_patch": (half.patch, 0), "clip_vision_output": seen}
-            inner.insert_before(half.sampler, "model", "USOStyleReference", "model", (), others)
+            inner.insert_before(half.sampler, "model", "USOStyleReference", "model", (), others, places[2])
 
 
 def _insert(inner: Graph, half: _Half, request: Request) -> None:
