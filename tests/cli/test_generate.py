@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -129,6 +131,21 @@ def test_the_graph_in_the_picture_gives_the_prompt_in_the_picture(
     texts = metadata.read(Path(record(done)["images"][0]).read_bytes())
     flattened = load_json(json.loads(texts["workflow"]), registry()).prompt.to_json()
     assert flattened == json.loads(texts["prompt"])
+
+
+def test_a_model_of_another_name(small_models: Path, small_options: list[str], tmp_path: Path) -> None:
+    """What the error of a missing file advises, works."""
+    models = tmp_path / "models"
+    shutil.copytree(small_models, models)
+    (models / "checkpoints" / "flux1-dev-fp8.safetensors").rename(models / "checkpoints" / "mine.safetensors")
+    options = [*small_options, "--models", str(models)]
+    refused = usoflow("generate", "a cat", *options)
+    assert refused.code == 4
+    (advice,) = re.findall(r"--set (\S+)=NAME", refused.err)
+    done = usoflow("generate", "a cat", *options, "--set", f"{advice}=mine.safetensors", "KSampler.cfg=1.5")
+    assert done.code == 0, done.err
+    workflow = Workflow.load(done.out.splitlines()[0])
+    assert [node.inputs["cfg"] for node in of_type(workflow, "KSampler")] == [1.5]
 
 
 def test_what_is_done_is_told_before_the_next(small_models: Path, pictures: Path, tmp_path: Path) -> None:

@@ -68,6 +68,14 @@ def generate(
         list[str] | None,
         typer.Option(metavar="OPTION=V,V,... ...", help="Try these values; writes a sheet with labels."),
     ] = None,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NODE.INPUT=VALUE ...",
+            help="Set any other input of the workflow; NODE is an id, title or type.",
+        ),
+    ] = None,
     save_workflow: Annotated[
         Path | None, typer.Option(help="Write the workflow of the first picture.")
     ] = None,
@@ -103,7 +111,7 @@ def generate(
     wanted = list(_variants(request, count, sweeps))
     engine = Engine(models=models, output=output, device=device.value, dtype=dtype.value)
     results = []
-    for result in _run(engine, wanted, save_workflow, quiet=as_json):
+    for result in _run(engine, wanted, assignments or [], save_workflow, quiet=as_json):
         results.append(result)
         if not as_json:  # at once: what is done is not lost with what fails later
             print(report.as_text(result), flush=True)
@@ -121,12 +129,19 @@ class _Wanted:
 
 
 def _run(
-    engine: Engine, wanted: Sequence[_Wanted], save_workflow: Path | None, *, quiet: bool
+    engine: Engine,
+    wanted: Sequence[_Wanted],
+    assignments: Sequence[str],
+    save_workflow: Path | None,
+    *,
+    quiet: bool,
 ) -> Iterator[Result]:
     """All of them on the same models; what can be refused is refused before the first is begun."""
     from usoflow.api.official import build
 
     workflows = [build(item.request) for item in wanted]
+    for assignment in assignments:
+        workflows = [workflow.assign(assignment) for workflow in workflows]
     jobs = [engine.check(workflow) for workflow in workflows]
     if save_workflow is not None:
         workflows[0].save(save_workflow)
