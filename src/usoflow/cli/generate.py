@@ -151,12 +151,14 @@ def _run(
 
 def _variants(request: Request, count: int, sweeps: Sequence[tuple[str, Sequence[Any]]]) -> Iterator[_Wanted]:
     """Every combination of the swept values, for each seed."""
+    from usoflow.api.sheet import SEPARATOR
+
     for values in itertools.product(*(values for _, values in sweeps)):
         chosen = {name: value for (name, _), value in zip(sweeps, values, strict=True)}
         swept = replace(request, **{name.replace("-", "_"): value for name, value in chosen.items()})
         for seed in range(swept.seed, swept.seed + count):
             parts = [f"{name} {value}" for name, value in chosen.items() if name != "seed"]
-            yield _Wanted(replace(swept, seed=seed), " · ".join([*parts, f"seed {seed}"]))
+            yield _Wanted(replace(swept, seed=seed), SEPARATOR.join([*parts, f"seed {seed}"]))
 
 
 def _print(request: Request, results: Sequence[Result], sheet: Path | None, *, as_json: bool) -> None:
