@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,32 @@ def test_inpainting_leaves_what_is_not_masked(tmp_path: Path, small_models: Path
         unchanged = np.asarray(image).astype(int)
     assert np.abs(found["black"] - unchanged).max() <= 1
     assert np.abs(found["white"] - unchanged).mean() > 5
+
+
+def test_pictures_of_the_cookbook(tmp_path: Path, small_models: Path) -> None:
+    """Each page gets its picture, and once, however often they are drawn; without USO some keep theirs."""
+    pages = tmp_path / "cookbook"
+    shutil.copytree(ROOT / "docs" / "cookbook", pages, ignore=shutil.ignore_patterns("*.png"))
+    without = tmp_path / "models"
+    shutil.copytree(small_models / "checkpoints", without / "checkpoints")
+    for models, undrawn in ((small_models, 0), (without, 4)):
+        command = [
+            sys.executable,
+            EXAMPLES / "cookbook.py",
+            "--models",
+            models,
+            "--pages",
+            pages,
+            "--size=32",
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert len(list(pages.glob("*.png"))) == 8
+        assert done.stdout.count("not drawn") == undrawn
+    for picture in pages.glob("*.png"):
+        shown = [page for page in pages.glob("*.md") if f"]({picture.name})" in page.read_text()]
+        assert len(shown) == 1
+        assert shown[0].read_text().count(f"]({picture.name})") == 1
 
 
 def test_links_of_the_documentation_lead_somewhere() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def built(request: Request) -> dict[str, Any]:
 def test_equals_the_editors_export(picture: Path, subject: bool, styles: int, expected: str) -> None:
     request = Request(
         GIRL if subject else MAN,
-        subject=picture if subject else None,
+        subjects=(picture,) if subject else (),
         styles=(picture,) * styles,
         seed=1058487910949722 if subject else 594838223597516,
     )
@@ -66,7 +67,7 @@ def test_one_style_without_subject_uses_the_first_place(picture: Path) -> None:
 
 def test_values_reach_the_prompt(picture: Path) -> None:
     request = Request(
-        "hello", subject=picture, size=(640, 320), steps=7, guidance=2.5, seed=11, subject_size=256
+        "hello", subjects=(picture,), size=(640, 320), steps=7, guidance=2.5, seed=11, subject_size=256
     )
     nodes = built(request)
     assert nodes["112:6"][1]["text"] == "hello"
@@ -79,7 +80,7 @@ def test_values_reach_the_prompt(picture: Path) -> None:
 @pytest.mark.parametrize("with_subject", [True, False])
 def test_what_the_template_lacks_stands_before_the_sampler(picture: Path, with_subject: bool) -> None:
     request = Request(
-        "a", subject=picture if with_subject else None, styles=(picture,), guidance=2.0, easycache=0.3,
+        "a", subjects=(picture,) if with_subject else (), styles=(picture,), guidance=2.0, easycache=0.3,
         loras=(("one.safetensors", 0.5), ("two.safetensors", -1.0)),
     )  # fmt: skip
     nodes = built(request)
@@ -101,9 +102,50 @@ def test_what_the_template_lacks_stands_before_the_sampler(picture: Path, with_s
     assert guidance == ("FluxGuidance", {"guidance": 2.0, "conditioning": guidance[1]["conditioning"]})
 
 
+@pytest.mark.parametrize("with_subject", [True, False])
+def test_subjects_and_styles_beyond_the_places_of_the_template(
+    picture: Path, tmp_path: Path, with_subject: bool
+) -> None:
+    """References and styles stand in their order; each picture reaches its own."""
+    files = [tmp_path / f"{number}.png" for number in range(6)]
+    for file in files:
+        file.write_bytes(picture.read_bytes())
+    subjects = tuple(files[:3]) if with_subject else ()
+    nodes = built(Request("a", subjects=subjects, styles=tuple(files[2:]), subject_size=256))
+    sampler = next(inputs for kind, inputs in nodes.values() if kind == "KSampler")
+    styles = [upstream(nodes, node, "clip_vision_output", "image") for node in chain(nodes, sampler["model"])]
+    assert [image for image in styles if image] == ["5.png", "4.png", "3.png", "2.png"]
+    references = [
+        upstream(nodes, node, "latent", "pixels", "image") for node in chain(nodes, sampler["positive"])
+    ]
+    assert [image for image in references if image] == (["2.png", "1.png", "0.png"] if with_subject else [])
+    sizes = {inputs["largest_size"] for kind, inputs in nodes.values() if kind == "ImageScaleToMaxDimension"}
+    assert sizes <= {256}
+
+
+def chain(nodes: dict[str, Any], link: list[Any]) -> Iterator[dict[str, Any]]:
+    """Inputs of the nodes back along `model` or `conditioning`."""
+    while True:
+        _, inputs = nodes[link[0]]
+        yield inputs
+        following = inputs.get("model") or inputs.get("conditioning")
+        if following is None:
+            return
+        link = following
+
+
+def upstream(nodes: dict[str, Any], inputs: dict[str, Any], *names: str) -> str | None:
+    """The file of the LoadImage at the end of these links."""
+    for name in names:
+        if name not in inputs:
+            return None
+        _, inputs = nodes[inputs[name][0]]
+    return inputs["image"]
+
+
 def test_ids_of_inserted_nodes_and_links_are_new(picture: Path) -> None:
     loras = (("one.safetensors", 0.5), ("two.safetensors", -1.0))
-    ui = build(Request("a", subject=picture, easycache=0.2, loras=loras)).ui
+    ui = build(Request("a", subjects=(picture,) * 3, styles=(picture,) * 3, easycache=0.2, loras=loras)).ui
     assert ui is not None
     levels = [ui, *ui["definitions"]["subgraphs"]]
     for level in levels:
@@ -116,7 +158,7 @@ def test_ids_of_inserted_nodes_and_links_are_new(picture: Path) -> None:
 
 def test_every_link_is_noted_at_both_ends(picture: Path) -> None:
     """As the editor wants it: the input names the link, the origin's output lists it."""
-    ui = build(Request("a", styles=(picture,), guidance=2.0, easycache=0.2)).ui
+    ui = build(Request("a", styles=(picture,) * 3, guidance=2.0, easycache=0.2)).ui
     assert ui is not None
     for level in ui["definitions"]["subgraphs"]:
         nodes = {node["id"]: node for node in level["nodes"]}
@@ -128,7 +170,7 @@ def test_every_link_is_noted_at_both_ends(picture: Path) -> None:
 
 
 def test_the_ui_graph_converts_to_the_same_prompt(picture: Path, tmp_path: Path) -> None:
-    workflow = build(Request("a", subject=picture, styles=(picture,), easycache=0.2))
+    workflow = build(Request("a", subjects=(picture,), styles=(picture,), easycache=0.2))
     workflow.save(tmp_path / "saved.json")
     assert Workflow.load(tmp_path / "saved.json").to_prompt() == workflow.to_prompt()
 
@@ -137,7 +179,7 @@ def test_pictures_of_one_name_in_two_folders_are_two(picture: Path, tmp_path: Pa
     (tmp_path / "other").mkdir()
     other = tmp_path / "other" / PICTURE
     Image.new("RGB", (8, 8), "blue").save(other)
-    workflow = build(Request("a", subject=picture, styles=(other, picture)))
+    workflow = build(Request("a", subjects=(picture,), styles=(other, picture)))
     names = [workflow.prompt.nodes[key].inputs["image"] for key in ("47", "112:53", "112:46")]
     assert [workflow.pictures[name] for name in names] == [picture, other, picture]
 
@@ -145,7 +187,7 @@ def test_pictures_of_one_name_in_two_folders_are_two(picture: Path, tmp_path: Pa
 @pytest.mark.parametrize(("size", "expected"), [((1024, 1024), (1328, 800)), ((256, 256), (336, 192))])
 def test_keeping_the_proportions(picture: Path, size: tuple[int, int], expected: tuple[int, int]) -> None:
     """80x48 is 5:3; sides are multiples of 16, the number of pixels about that of the size."""
-    wide, high = output_size(Request("a", subject=picture, size=size, keep_size=True))
+    wide, high = output_size(Request("a", subjects=(picture,), size=size, keep_size=True))
     assert (wide, high) == expected
     assert abs(wide / high / (80 / 48) - 1) < 0.06
 
@@ -154,33 +196,31 @@ def test_a_turned_photo_keeps_the_proportions_that_one_sees(tmp_path: Path) -> N
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
     Image.new("RGB", (80, 48)).save(tmp_path / "turned.jpg", exif=exif)
-    wide, high = output_size(Request("a", subject=tmp_path / "turned.jpg", keep_size=True))
+    wide, high = output_size(Request("a", subjects=(tmp_path / "turned.jpg",), keep_size=True))
     assert wide < high
 
 
 def test_the_note_about_layout(picture: Path) -> None:
-    request = Request("", subject=picture, styles=(picture,))
+    request = Request("", subjects=(picture,), styles=(picture,))
     assert request.notes == (LAYOUT_NOTE,)
     assert not replace(request, prompt="a").notes
     assert not replace(request, styles=()).notes
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"styles": 3}, {"size": (1000, 1024)}, {"size": (0, 16)}, {"keep_size": True, "subject": None}]
+    "wrong", [{"size": (1000, 1024)}, {"size": (0, 16)}, {"keep_size": True, "subjects": ()}]
 )
 def test_what_cannot_be_asked_for(picture: Path, wrong: dict[str, Any]) -> None:
-    if "styles" in wrong:
-        wrong["styles"] = (picture,) * wrong["styles"]
     with pytest.raises(UsoflowError) as caught:
-        build(Request("a", **{"subject": picture, **wrong}))
+        build(Request("a", **{"subjects": (picture,), **wrong}))
     assert caught.value.code == "request_invalid"
 
 
 def test_missing_and_broken_pictures(tmp_path: Path) -> None:
     with pytest.raises(UsoflowError) as caught:
-        build(Request("a", subject=tmp_path / "none.png"))
+        build(Request("a", subjects=(tmp_path / "none.png",)))
     assert caught.value.code == "image_missing"
     (tmp_path / "broken.png").write_bytes(b"no picture")
     with pytest.raises(UsoflowError) as caught:
-        build(Request("a", subject=tmp_path / "broken.png", keep_size=True))
+        build(Request("a", subjects=(tmp_path / "broken.png",), keep_size=True))
     assert caught.value.code == "image_invalid"

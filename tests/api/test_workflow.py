@@ -45,11 +45,20 @@ def test_targets_that_are_not_there(workflow: Workflow, target: str, code: str) 
     assert caught.value.code == code
 
 
-def test_saving_keeps_the_ui_graph_while_it_tells_what_is_run(tmp_path: Path) -> None:
+def test_saving_keeps_the_ui_graph(tmp_path: Path) -> None:
     workflow = Workflow.load(TEMPLATE)
     workflow.save(tmp_path / "same.json")
     assert json.loads((tmp_path / "same.json").read_text()) == workflow.ui
-    changed = workflow.set("KSampler.steps", 9)
+    changed = workflow.set("KSampler.steps", 9).with_seed(3)
+    changed.save(tmp_path / "changed.json")
+    assert "nodes" in json.loads((tmp_path / "changed.json").read_text())
+    assert Workflow.load(tmp_path / "changed.json").to_prompt() == changed.to_prompt()
+
+
+def test_without_a_field_for_a_change_there_is_no_ui_graph(tmp_path: Path) -> None:
+    changed = Workflow.load(TEMPLATE).set("KSampler.model", ["112:30", 0])
+    assert changed.ui is None
+    assert any("112:31.model" in warning for warning in changed.warnings)
     changed.save(tmp_path / "changed.json")
     assert Workflow.load(tmp_path / "changed.json").to_prompt() == changed.to_prompt()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from pathlib import Path
 
@@ -36,8 +37,39 @@ def test_a_port_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "free" in doctor._port().fact
 
 
-@pytest.mark.parametrize(("dtype", "said"), [("bfloat16", "bf16 instructions"), ("float32", "--steps 8")])
-def test_a_cpu_is_slow_and_why(dtype: str, said: str) -> None:
-    finding = doctor._device(torch.device("cpu"), dtype)
-    assert said in finding.fact + finding.advice
-    assert finding.advice
+def test_speed_is_measured() -> None:
+    """What is said of a step follows from what is said of the speed, and slowness from that."""
+    finding = doctor._speed(torch.device("cpu"), torch.float32)
+    tflops, step = (float(number) for number in re.findall(r"[\d.]+(?= TFLOP/s| s or)", finding.fact))
+    assert step == pytest.approx(doctor.STEP_TFLOP / tflops, rel=0.5)  # both are rounded
+    assert bool(finding.advice) == (step * doctor.STEPS > doctor.PATIENCE)
+
+
+def test_operations_of_a_step() -> None:
+    """The linear layers of 19 double and 38 single blocks, and their attention; see FLUX.1's `model.py`."""
+    tokens, hidden = 4352, 3072
+    per_token = 12 * hidden**2 * (19 + 38)  # qkv 3, projection 1, MLP 8; linear1 7, linear2 5
+    attention = 4 * tokens**2 * hidden * (19 + 38)
+    assert (2 * tokens * per_token + attention) / 1e12 == pytest.approx(doctor.STEP_TFLOP, rel=0.02)
+
+
+def test_a_containers_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "memory.max").write_text("1000000000\n")
+    monkeypatch.setattr(doctor, "CGROUP", tmp_path / "memory.max")
+    (finding,) = doctor._memory()
+    assert finding.fact == "1 GB"
+    assert "read from disk again" in finding.advice
+
+
+def test_matrix_units_of_this_cpu() -> None:
+    units = list(doctor._matrix_units(torch.device("cpu")))
+    assert torch.backends.cpu.get_cpu_capability() in units[0]
+    flags = Path("/proc/cpuinfo").read_text()
+    assert ("AMX tiles (bf16, int8)" in units) == ("amx_tile" in flags)
+    assert ("AVX-512 bf16" in units) == ("avx512_bf16" in flags)
+
+
+def test_an_extra_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "EXTRAS", {"ui": ("no_such_module", "the editor")})
+    (finding,) = doctor._extras()
+    assert finding.advice == 'pip install "usoflow[ui]"'

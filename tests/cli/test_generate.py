@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +17,10 @@ from PIL import Image
 from shell import Done, usoflow
 from usoflow.api.official import LAYOUT_NOTE
 from usoflow.api.workflow import Workflow
+from usoflow.nodes import registry
+from usoflow.workflow import metadata
+from usoflow.workflow.loading import load_json
+from usoflow.workflow.prompt import PromptNode
 
 
 @pytest.fixture
@@ -53,7 +62,7 @@ def test_count_shares_encodings_and_makes_a_sheet(small_options: list[str], pict
     assert "CLIPTextEncode" in ran[0]
     assert ran[1] == ran[2] == {"KSampler", "VAEDecode", "SaveImage"}
     with Image.open(found["sheet"]) as sheet:
-        assert sheet.size == (2 * 40 + 8, 2 * 68 + 8)
+        assert sheet.size == (2 * 264 + 8, 2 * (256 + 26) + 8)  # enlarged eightfold
 
 
 def test_a_sweep_is_a_grid_of_every_combination(small_options: list[str], pictures: Path) -> None:
@@ -66,6 +75,91 @@ def test_a_sweep_is_a_grid_of_every_combination(small_options: list[str], pictur
     tried = [(p["112:31"]["inputs"]["steps"], p["112:109"]["inputs"]["largest_size"]) for p in prompts]
     assert tried == [(1, 16), (1, 32), (1, 48), (2, 16), (2, 32), (2, 48)]
     assert Path(found["sheet"]).is_file()
+
+
+def test_several_words_after_an_option(small_options: list[str], pictures: Path) -> None:
+    """As the command line is documented: subjects, styles and sweeps one behind the other."""
+    subject, style = pictures / "subject.png", pictures / "style.png"
+    done = usoflow(
+        "generate", "a cat", "--subject", subject, style, "--style", style, subject, style, "--easycache",
+        "--sweep", "steps=1,2", "subject-size=16,32,48", "--seed=1", "--json", *small_options,
+    )  # fmt: skip
+    found = record(done)
+    workflows = [Workflow.load(path) for path in found["images"]]
+    types = [node.class_type for node in workflows[0].prompt.nodes.values()]
+    assert (types.count("ReferenceLatent"), types.count("USOStyleReference")) == (2, 3)
+    assert {n.inputs["reuse_threshold"] for n in of_type(workflows[0], "EasyCache")} == {0.2}
+    tried = [
+        (n.inputs["steps"], m.inputs["largest_size"])
+        for workflow in workflows
+        for n in of_type(workflow, "KSampler")
+        for m in of_type(workflow, "ImageScaleToMaxDimension")
+    ]
+    assert tried == [(n, m) for n in (1, 2) for m in (16, 16, 32, 32, 48, 48)]
+    with Image.open(found["sheet"]) as sheet:
+        assert sheet.width == 3 * 264 + 8  # a row for each number of steps
+
+
+def of_type(workflow: Workflow, class_type: str) -> list[PromptNode]:
+    return [node for node in workflow.prompt.nodes.values() if node.class_type == class_type]
+
+
+def test_each_subject_and_each_style_counts(small_options: list[str], pictures: Path) -> None:
+    subject, style = pictures / "subject.png", pictures / "style.png"
+    seen = set()
+    for words in (
+        ["--subject", subject],
+        ["--subject", subject, style],
+        ["--subject", style, subject],
+        ["--subject", subject, "--style", style, style],
+        ["--subject", subject, "--style", style, style, subject],
+        ["--style", style, style, subject],
+    ):
+        done = usoflow("generate", "a cat", *words, "--seed=1", "--json", *small_options)
+        with Image.open(record(done)["images"][0]) as picture:
+            seen.add(picture.tobytes())
+    assert len(seen) == 6
+
+
+def test_the_graph_in_the_picture_gives_the_prompt_in_the_picture(
+    small_options: list[str], pictures: Path
+) -> None:
+    references = ["--subject", pictures / "subject.png", pictures / "style.png"]
+    references += ["--style", *[pictures / "style.png"] * 3]
+    options = ["--easycache", "0.3", "--lora", "uso-flux1-dit-lora-v1.safetensors:0.3", "--keep-size"]
+    done = usoflow("generate", "a cat", *references, *options, "--guidance=2", "--json", *small_options)
+    texts = metadata.read(Path(record(done)["images"][0]).read_bytes())
+    flattened = load_json(json.loads(texts["workflow"]), registry()).prompt.to_json()
+    assert flattened == json.loads(texts["prompt"])
+
+
+def test_a_model_of_another_name(small_models: Path, small_options: list[str], tmp_path: Path) -> None:
+    """What the error of a missing file advises, works."""
+    models = tmp_path / "models"
+    shutil.copytree(small_models, models)
+    (models / "checkpoints" / "flux1-dev-fp8.safetensors").rename(models / "checkpoints" / "mine.safetensors")
+    options = [*small_options, "--models", str(models)]
+    refused = usoflow("generate", "a cat", *options)
+    assert refused.code == 4
+    (advice,) = re.findall(r"--set (\S+)=NAME", refused.err)
+    done = usoflow("generate", "a cat", *options, "--set", f"{advice}=mine.safetensors", "KSampler.cfg=1.5")
+    assert done.code == 0, done.err
+    workflow = Workflow.load(done.out.splitlines()[0])
+    assert [node.inputs["cfg"] for node in of_type(workflow, "KSampler")] == [1.5]
+
+
+def test_what_is_done_is_told_before_the_next(small_models: Path, pictures: Path, tmp_path: Path) -> None:
+    """Fifty are asked for and Ctrl+C comes after the first, which has been named by then."""
+    script = "import sys, usoflow.cli.main as m; sys.exit(m.main())"
+    command = [sys.executable, "-c", script, "generate", "a cat", "--count=50", "--size=32x32", "--steps=1"]
+    command += ["--models", str(small_models), "--output", str(tmp_path), "--device=cpu", "--dtype=fp32"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None
+        first = running.stdout.readline().strip()
+        running.send_signal(signal.SIGINT)
+        running.communicate()
+    assert Path(first).is_file()
+    assert running.returncode == 130
 
 
 def test_an_empty_prompt_is_explained(small_options: list[str], pictures: Path) -> None:

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from shell import usoflow
 from usoflow.catalogue import KNOWN_FILES
+from usoflow.models.inventory import size_in_words
 
 CHECKPOINT = "checkpoints/flux1-dev-fp8.safetensors"
 LORA = "loras/uso-flux1-dit-lora-v1.safetensors"
@@ -55,6 +56,15 @@ class TestList:
         assert LORA in missing
         assert "huggingface.co/Comfy-Org/USO_1.0_Repackaged" in missing
         assert CHECKPOINT not in missing
+        assert f"into {tree / 'loras'}" in missing
+        assert str(tree / CHECKPOINT) in done.out
+
+    @pytest.mark.parametrize(
+        ("count", "expected"),
+        [(17_246_524_772, "17.2 GB"), (478_000_000, "478 MB"), (21_500_000, "21.5 MB"), (2_800, "2.8 kB")],
+    )
+    def test_sizes(self, count: int, expected: str) -> None:
+        assert size_in_words(count) == expected
 
     def test_for_programs(self, tree: Path) -> None:
         (tree / LORA).unlink()
@@ -78,6 +88,20 @@ class TestCheck:
         assert "fits flux1-dev-fp8.safetensors: 12 of 12 layers" in done.out
         done = usoflow("models", "check", tree / LORA, "--models", tree)
         assert "12 of 12 layers" in done.out
+
+    def test_every_tensor_is_listed(self, tree: Path) -> None:
+        done = usoflow("models", "check", tree / LORA, "--tensors", "--models", tree)
+        listed = [line.split("  ") for line in done.out.splitlines() if line.endswith("  F16")]
+        with safe_open(tree / LORA, framework="pt") as reader:
+            expected = {name: str(reader.get_slice(name).get_shape()) for name in reader.keys()}  # noqa: SIM118
+        assert {name: shape for name, shape, _ in listed} == expected
+
+    @pytest.mark.parametrize(("name", "method"), [("hada_w1_a", "LoHa"), ("lokr_w1", "LoKr")])
+    def test_another_method_than_lora(self, tree: Path, name: str, method: str) -> None:
+        save_file({f"lora_unet_a.{name}": torch.ones(2, 2)}, tree / "other.safetensors")
+        done = usoflow("models", "check", tree / "other.safetensors", "--models", tree)
+        assert done.code == 4
+        assert method in done.err
 
     def test_a_lora_of_another_model(self, tree: Path) -> None:
         tensors = {"lora_unet_down_blocks_0.lora_down.weight": torch.ones(2, 4)}

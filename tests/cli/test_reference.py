@@ -10,7 +10,6 @@ import pytest
 from shell import usoflow
 from usoflow.cli.reference import reference
 
-NEGATIONS = {"--no-keep-size", "--no-sheet"}  # typer offers them, nobody needs them
 PAGE = Path(__file__).parents[2] / "docs" / "cli.md"
 
 
@@ -30,4 +29,4 @@ def test_options_are_those_of_the_help(command: str) -> None:
     help_ = re.sub(r"\x1b\[[0-9;]*m", "", usoflow(*command.split(), "--help").out)  # without colours
     section = reference().partition(f"## `usoflow {command}")[2].partition("\n## ")[0]
     listed = set(re.findall(r"`(--[a-z-]+)", section)) | set(re.findall(r", (--[a-z-]+)", section))
-    assert listed == set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", help_)) - {"--help"} - NEGATIONS
+    assert listed == set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", help_)) - {"--help"}

@@ -20,6 +20,7 @@ from usoflow.models.checkpoint import Component, TensorFile
 from usoflow.models.flux import Flux
 from usoflow.models.library import LoraUse, ModelLibrary, load_flux
 from usoflow.models.lora import attach
+from usoflow.models.lora_layouts import refuse_other_methods
 from usoflow.models.placement import Placement
 from usoflow.models.weights import Linear
 from usoflow.pocket.untrained import FLUX
@@ -212,7 +213,7 @@ def test_layers_that_the_model_lacks_are_one_warning(
     [
         (("lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight",), "tensor_missing"),
         (("lora_unet_x.lora_down.weight", "lora_unet_x.lora_up.weight"), "lora_mismatch"),  # nothing fits
-        (("lora_unet_x.lora_down.weight", "lora_unet_x.dora_scale"), "lora_mismatch"),  # another method
+        (("lora_unet_x.lora_down.weight", "lora_unet_x.odd"), "lora_mismatch"),
     ],
 )
 def test_what_is_no_lora_of_flux_is_refused(
@@ -230,3 +231,32 @@ def test_a_lora_of_another_width_is_refused(checkpoint: TensorFile, tmp_path: Pa
     lora = saved(tmp_path, {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up})
     with pytest.raises(UsoflowError, match="img_attn_qkv is"):
         attach(load_flux(checkpoint.component("flux")), lora, 1.0)
+
+
+L = "lora_unet_double_blocks_0_img_attn_qkv"
+
+
+@pytest.mark.parametrize(
+    ("method", "names"),
+    [
+        ("DoRA", (f"{L}.lora_down.weight", f"{L}.lora_up.weight", f"{L}.dora_scale")),
+        ("DoRA", ("transformer.x.lora_A.weight", "transformer.x.lora_B.weight",
+                  "transformer.x.lora_magnitude_vector")),
+        ("LoHa", tuple(f"{L}.hada_w{i}_{side}" for i in (1, 2) for side in "ab")),
+        ("LoKr", (f"{L}.lokr_w1", f"{L}.lokr_w2_a", f"{L}.lokr_w2_b", f"{L}.alpha")),
+        ("OFT", (f"{L}.oft_blocks", f"{L}.alpha")),
+        ("Tucker", (f"{L}.lora_down.weight", f"{L}.lora_up.weight", f"{L}.lora_mid.weight")),
+    ],
+)  # fmt: skip
+def test_other_methods_are_named(
+    checkpoint: TensorFile, tmp_path: Path, method: str, names: tuple[str, ...]
+) -> None:
+    """Names as LyCORIS and PEFT write them; before the transformer is even loaded, too."""
+    lora = saved(tmp_path, {name: torch.ones(2, 2) for name in names})
+    for refuse in (
+        lambda: attach(load_flux(checkpoint.component("flux")), lora, 1.0),
+        lambda: refuse_other_methods(lora),
+    ):
+        with pytest.raises(UsoflowError, match=method) as caught:
+            refuse()
+        assert caught.value.code == "model_unsupported"

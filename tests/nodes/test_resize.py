@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from golden import synth
 from golden.compare import Golden
@@ -111,6 +111,22 @@ def test_centre_crop_keeps_the_middle(
     assert torch.equal(crop_to_proportions(image, *target), image[:, kept[0], kept[1]])
     cropped = scale(image, *target, "area", crop="center")
     assert torch.equal(cropped, resize(image[:, kept[0], kept[1]], *target, "area"))
+
+
+@pytest.mark.parametrize(
+    ("size", "target"),
+    [((40, 60), (20, 20)), ((60, 40), (80, 40)), ((48, 96), (24, 32)), ((64, 64), (32, 16))],
+)
+def test_centre_crop_equals_pillows_fit(size: tuple[int, int], target: tuple[int, int]) -> None:
+    """Where the crop is a whole number of pixels on each side, which Pillow's need not be.
+
+    Nearest, since Pillow's other filters look beyond the edge of what it crops.
+    """
+    image = picture(*size)
+    pixels = Image.fromarray((image[0] * 255).round().byte().numpy())
+    fitted = np.asarray(ImageOps.fit(pixels, target, Image.Resampling.NEAREST)).astype(np.float32) / 255
+    scaled = scale(image, *target, "nearest-exact", crop="center")
+    assert np.allclose(scaled[0].numpy(), fitted)
 
 
 def test_goldens(golden: Callable[[str], Golden]) -> None:

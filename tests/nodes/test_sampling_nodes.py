@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,9 +16,9 @@ from torch import Tensor
 from usoflow.models.checkpoint import TensorFile
 from usoflow.models.library import ModelLibrary
 from usoflow.models.placement import Placement
-from usoflow.nodes import conditioning, custom_sampling, latent_batch, sampling
+from usoflow.nodes import conditioning, custom_sampling, latent_batch, sampling, uso
 from usoflow.nodes.handles import ClipHandle, ModelHandle
-from usoflow.sampling.schedule import FluxSchedule, resolution_shift, window
+from usoflow.sampling.schedule import FluxSchedule, resolution_shift, sigmas, window
 
 SCALE, SHIFT = 0.3611, 0.1159  # FLUX's latent format
 Tools = SimpleNamespace
@@ -165,6 +166,46 @@ def test_a_latent_of_a_batch_keeps_its_noise(tools: Tools) -> None:
     batch = whole(tools, {"samples": torch.zeros(3, 16, 4, 6)})
     third = latent_batch.from_batch({"samples": torch.zeros(3, 16, 4, 6)}, 2, 1)
     assert torch.allclose(whole(tools, third), batch[2:], atol=1e-4)
+
+
+@pytest.mark.parametrize("cfg", [1.0, 2.5])
+def test_easy_cache_with_guidance(tools: Tools, cfg: float) -> None:
+    """The rule written out: the positive velocity decides, and each reuses its own difference from x.
+
+    A step is skipped while the predicted changes of the velocity, summed up, stay below the threshold.
+    """
+    threshold, steps = 0.9, 12
+    model = uso.easy_cache(tools.model, threshold, 0.0, 1.0)
+    result = sampling.k_sampler(
+        model, 5, steps, cfg, sampler_name="euler", scheduler="simple", positive=tools.cat,
+        negative=tools.rain, latent_image=empty(), context=tools.context,
+    )["samples"]  # fmt: skip
+    levels = sigmas("simple", steps, 1.0, schedule=FluxSchedule()).tolist()
+    x, total, skipped, last, rate = noise(5), 0.0, 0, None, None
+    for sigma, following in pairwise(levels):
+        here = x[..., ::8, ::8]
+        if last is not None and rate is not None:
+            total += rate * float((here - last.x).abs().mean()) / last.scale
+        if last is not None and rate is not None and total < threshold:
+            skipped += 1
+            velocities = [x + difference for difference in last.differences]
+        else:
+            total = 0.0
+            velocities = [velocity(tools, x, sigma, text) for text in (tools.cat, tools.rain)]
+            there = velocities[0][..., ::8, ::8]
+            if last is not None:
+                rate = float((there - last.v).abs().mean() / (here - last.x).abs().mean())
+            last = SimpleNamespace(
+                x=here,
+                v=there,
+                scale=float(velocities[0].abs().mean()),
+                differences=[v - x for v in velocities],
+            )
+        positive, negative = (x - sigma * v for v in velocities)
+        estimate = positive if cfg == 1 else negative + cfg * (positive - negative)
+        x = estimate + following / sigma * (x - estimate)
+    assert 0 < skipped < steps - 2
+    assert torch.allclose(result, x / SCALE + SHIFT, atol=1e-3)
 
 
 def test_time_ranges_hand_over_at_their_sigma(tools: Tools) -> None:

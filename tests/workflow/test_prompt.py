@@ -68,7 +68,8 @@ def test_a_list_that_is_no_link_is_wrapped() -> None:
     ],
 )
 def test_assign(assignment: str, key: str, name: str, value: object) -> None:
-    assert Prompt.parse(DATA).assign(assignment).nodes[key].inputs[name] == value
+    prompt = Prompt.parse(DATA)
+    assert prompt.set(*prompt.assignment(assignment)).nodes[key].inputs[name] == value
 
 
 @pytest.mark.parametrize(
@@ -82,8 +83,9 @@ def test_assign(assignment: str, key: str, name: str, value: object) -> None:
     ],
 )
 def test_bad_assignment(assignment: str, told: str) -> None:
+    prompt = Prompt.parse(DATA)
     with pytest.raises(UsoflowError) as raised:
-        Prompt.parse(DATA).assign(assignment)
+        prompt.set(*prompt.assignment(assignment))
     assert raised.value.code == "set_invalid"
     assert told in raised.value.detail
 

@@ -51,7 +51,6 @@ def check(workflow: Workflow, folders: Folders, nodes: NodeRegistry) -> Job:
         workflow.ui,
         pictures=workflow.pictures,
         source=workflow.source,
-        changed=workflow.changed,
     )
     return Job(valid, checked.outputs, folders, workflow.warnings + left_out)
 

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from usoflow.execution.progress import Cancellation, Event, NodeFinished
     from usoflow.schema.node import NodeRegistry
 
+    Picture = str | Path | Image
+
 
 @dataclass(frozen=True)
 class Result:
@@ -178,8 +180,8 @@ class Engine:
         self,
         prompt: str,
         *,
-        subject: str | Path | Image | None = None,
-        style: Sequence[str | Path | Image] | str | Path | Image = (),
+        subject: Sequence[Picture] | Picture | None = None,
+        style: Sequence[Picture] | Picture | None = None,
         size: tuple[int, int] = (1024, 1024),
         steps: int = 20,
         guidance: float = 3.5,
@@ -192,16 +194,15 @@ class Engine:
     ) -> Result:
         """One picture by the official USO workflow; the arguments are those of `Request`.
 
-        Without a seed, one is drawn; `Result.seeds` tells it.
+        Subject and style are a picture each, or several. Without a seed one is drawn; `Result.seeds` has it.
 
         Raises:
             UsoflowError: what is wrong, and what to do about it.
         """
-        styles = style if isinstance(style, Sequence) and not isinstance(style, str) else [style]
         request = Request(
             prompt,
-            subject=None if subject is None else self._file(subject),
-            styles=tuple(self._file(item) for item in styles),
+            subjects=self._files(subject),
+            styles=self._files(style),
             size=size,
             steps=steps,
             guidance=guidance,
@@ -213,7 +214,13 @@ class Engine:
         )
         return self.run(build(request), progress=progress)
 
-    def _file(self, picture: str | Path | Image) -> Path:
+    def _files(self, pictures: Sequence[Picture] | Picture | None) -> tuple[Path, ...]:
+        if pictures is None:
+            return ()
+        several = pictures if isinstance(pictures, Sequence) and not isinstance(pictures, str) else [pictures]
+        return tuple(self._file(picture) for picture in several)
+
+    def _file(self, picture: Picture) -> Path:
         """The file of a picture; one from memory is written to a folder of this engine."""
         if isinstance(picture, str | Path):
             return Path(picture).expanduser()

@@ -9,16 +9,15 @@ from typing import TYPE_CHECKING
 from usoflow.api.engine import Engine, Result
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
+    from usoflow.api.engine import Picture
     from usoflow.execution.progress import Event
 
 
 def generate(
     prompt: str,
     *,
-    subject: str | Path | Image | None = None,
-    style: Sequence[str | Path | Image] | str | Path | Image = (),
+    subject: Sequence[Picture] | Picture | None = None,
+    style: Sequence[Picture] | Picture | None = None,
     size: tuple[int, int] = (1024, 1024),
     steps: int = 20,
     guidance: float = 3.5,

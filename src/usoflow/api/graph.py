@@ -7,12 +7,15 @@ Works on one level: the top, or a subgraph's definition (`subgraph`). Made for w
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Final, Self
 
 ACTIVE: Final = 0
 BYPASSED: Final = 4
-_NODE_SIZE: Final = (270, 150)  # room that the editor gives a node; it enlarges it where need be
+NODE_SIZE: Final = (270, 150)  # room that the editor gives a node; it enlarges it where need be
 _GAP: Final = 40
+
+Source = tuple[int, int]  # a node and one of its outputs
 
 
 class Graph:
@@ -43,7 +46,83 @@ class Graph:
         for place, value in values.items():
             self._node(node)["widgets_values"][place] = value
 
-    def insert_before(self, node: int, name: str, type_: str, through: str, values: Sequence[Any]) -> None:
+    def origin(self, node: int, name: str) -> Source:
+        """Where the link into an input comes from."""
+        link = self._link(self._slot(node, name)["link"])
+        return link["origin_id"], link["origin_slot"]
+
+    def add(
+        self,
+        type_: str,
+        inputs: Mapping[str, Source],
+        outputs: Sequence[str],
+        values: Sequence[Any],
+        place: tuple[float, float],
+    ) -> int:
+        """Add a node.
+
+        Args:
+            type_: its type.
+            inputs: the origin of each of its links, by the name of the input.
+            outputs: types of its outputs.
+            values: of its fields.
+            place: of its upper left corner.
+
+        Returns:
+            Its id.
+        """
+        key = self._new_id("last_node_id", "lastNodeId")
+        self.data["nodes"].append(
+            {
+                "id": key,
+                "type": type_,
+                "pos": list(place),
+                "size": list(NODE_SIZE),
+                "flags": {},
+                "order": len(self.data["nodes"]),
+                "mode": ACTIVE,
+                "inputs": [
+                    {"name": name, "type": self._type(origin), "link": None}
+                    for name, origin in inputs.items()
+                ],
+                "outputs": [{"name": kind, "type": kind, "links": []} for kind in outputs],
+                "properties": {"Node name for S&R": type_},
+                "widgets_values": list(values),
+            }
+        )
+        for name, origin in inputs.items():
+            self.connect(origin, key, name)
+        return key
+
+    def connect(self, origin: Source, node: int, name: str) -> None:
+        """Link an output to an input, instead of what is linked to it now."""
+        slot = self._slot(node, name)
+        if slot["link"] is not None:
+            self._disconnect(slot)
+        key = self._new_id("last_link_id", "lastLinkId")
+        slot["link"] = key
+        self._node(origin[0])["outputs"][origin[1]]["links"].append(key)
+        self.data["links"].append(
+            {
+                "id": key,
+                "origin_id": origin[0],
+                "origin_slot": origin[1],
+                "target_id": node,
+                "target_slot": self._node(node)["inputs"].index(slot),
+                "type": self._type(origin),
+            }
+        )
+
+    def insert_before(
+        self,
+        node: int,
+        name: str,
+        type_: str,
+        through: str,
+        values: Sequence[Any],
+        inputs: Mapping[str, Source] = MappingProxyType({}),
+        place: tuple[float, float] | None = None,
+    ) -> None:
         """Put a new node into the link that ends at an input.
 
         Args:
@@ -52,58 +131,46 @@ class Graph:
             type_: of the new node, whose only output has the type of the link.
             through: the new node's input that takes what came through the link.
             values: of its fields.
+            inputs: origins of its other links.
+            place: of its upper left corner; default is above the node.
         """
-        target = self._node(node)
-        slot = next(place for place, item in enumerate(target["inputs"]) if item["name"] == name)
-        into = target["inputs"][slot]
-        old = next(item for item in self.data["links"] if item["id"] == into["link"])
-        new_id, link_id = self._new_ids()
-        kind = old["type"]
-        self.data["nodes"].append(
-            {
-                "id": new_id,
-                "type": type_,
-                "pos": [target["pos"][0], target["pos"][1] - self._inserted() * (_NODE_SIZE[1] + _GAP)],
-                "size": list(_NODE_SIZE),
-                "flags": {},
-                "order": target["order"],
-                "mode": ACTIVE,
-                "inputs": [{"name": through, "type": kind, "link": old["id"]}],
-                "outputs": [{"name": kind, "type": kind, "links": [link_id]}],
-                "properties": {"Node name for S&R": type_},
-                "widgets_values": list(values),
-            }
-        )
-        old.update(target_id=new_id, target_slot=0)
-        into["link"] = link_id
-        self.data["links"].append(
-            {
-                "id": link_id,
-                "origin_id": new_id,
-                "origin_slot": 0,
-                "target_id": node,
-                "target_slot": slot,
-                "type": kind,
-            }
-        )
+        source = self.origin(node, name)
+        links = {through: source, **inputs}
+        new = self.add(type_, links, (self._type(source),), values, place or self._above(node))
+        self.connect((new, 0), node, name)
+
+    def _slot(self, node: int, name: str) -> dict[str, Any]:
+        slots: list[dict[str, Any]] = self._node(node)["inputs"]
+        return {slot["name"]: slot for slot in slots}[name]
+
+    def _link(self, key: int) -> dict[str, Any]:
+        links: list[dict[str, Any]] = self.data["links"]
+        return {link["id"]: link for link in links}[key]
+
+    def _type(self, origin: Source) -> str:
+        kind: str = self._node(origin[0])["outputs"][origin[1]]["type"]
+        return kind
+
+    def _disconnect(self, slot: dict[str, Any]) -> None:
+        link = self._link(slot["link"])
+        self.data["links"].remove(link)
+        self._node(link["origin_id"])["outputs"][link["origin_slot"]]["links"].remove(link["id"])
 
     def _node(self, key: int) -> dict[str, Any]:
         found: dict[str, Any] = {item["id"]: item for item in self.data["nodes"]}[key]
         return found
 
-    def _inserted(self) -> int:
-        """How many nodes stand above, so that a new one does not cover another."""
-        return 1 + sum(1 for node in self.data["nodes"] if tuple(node["size"]) == _NODE_SIZE)
+    def _above(self, node: int) -> tuple[float, float]:
+        """A place above a node and what stands there already."""
+        left, top = self._node(node)["pos"]
+        standing = sum(1 for x, y in (item["pos"] for item in self.data["nodes"]) if x == left and y < top)
+        return left, top - (standing + 1) * (NODE_SIZE[1] + _GAP)
 
-    def _new_ids(self) -> tuple[int, int]:
-        """Ids of a node and a link that no level uses; the file's counters are moved on."""
-        levels = [self._root, *self._root["definitions"]["subgraphs"]]
-        counters = [self._root["last_node_id"], self._root["last_link_id"]]
-        for level in levels[1:]:
-            counters[0] = max(counters[0], level["state"]["lastNodeId"])
-            counters[1] = max(counters[1], level["state"]["lastLinkId"])
-        node_id, link_id = counters[0] + 1, counters[1] + 1
-        self._root.update(last_node_id=node_id, last_link_id=link_id)
-        for level in levels[1:]:
-            level["state"].update(lastNodeId=node_id, lastLinkId=link_id)
-        return node_id, link_id
+    def _new_id(self, counter: str, inner: str) -> int:
+        """An id that no level uses; the file's counters are moved on."""
+        subgraphs = self._root["definitions"]["subgraphs"]
+        key = 1 + max(self._root[counter], *(level["state"][inner] for level in subgraphs))
+        self._root[counter] = key
+        for level in subgraphs:
+            level["state"][inner] = key
+        return int(key)

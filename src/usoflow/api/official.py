@@ -2,24 +2,23 @@
 
 The template `flux1_dev_uso_reference_image_gen` holds two halves, each a subgraph: one for a subject (and
 styles), one for styles alone. As one does in the editor, the half that is not needed is bypassed (Ctrl+B),
-values are filled in, and EasyCache or further LoRAs are put in front of the sampler. So the UI graph in the
-picture opens as the official workflow.
+values are filled in; EasyCache, further LoRAs, subjects and styles are put in front of the sampler. So the UI
+graph in the picture opens as the official workflow.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from usoflow.api.graph import Graph
+from usoflow.api.graph import NODE_SIZE, Graph
 from usoflow.api.workflow import Workflow, free_name
 from usoflow.errors import UsoflowError
 
 TEMPLATE: Final = "flux1_dev_uso_reference_image_gen"
-MOST_STYLES: Final = 2  # places for style pictures in the template
 DEFAULT_GUIDANCE: Final = 3.5  # where a conditioning sets none, the model's own
 RANDOM_SEEDS: Final = 2**32  # one that nobody chose is short enough to be typed again
 STEP: Final = 16  # sides of a picture are multiples of it: two latents
@@ -35,20 +34,20 @@ class Request:
 
     Attributes:
         prompt: what the picture shows; may be empty with subject and style, see `LAYOUT_NOTE`.
-        subject: a picture whose subject is kept.
-        styles: pictures whose style is taken, two at most.
+        subjects: pictures whose subjects are kept.
+        styles: pictures whose style is taken.
         size: width and height in pixels, multiples of 16.
         steps: of the sampler.
         guidance: strength of FLUX's built-in guidance.
         seed: 0..2**64 - 1.
-        subject_size: the longer side that the subject's picture is scaled to before it is encoded.
-        keep_size: give the picture the proportions of the subject's, in as many pixels as `size` has.
+        subject_size: the longer side that a subject's picture is scaled to before it is encoded.
+        keep_size: give the picture the proportions of the first subject's, in as many pixels as `size` has.
         easycache: threshold below which steps are skipped; None skips none.
         loras: file in the loras folder and strength, besides USO's own.
     """
 
     prompt: str
-    subject: Path | None = None
+    subjects: tuple[Path, ...] = ()
     styles: tuple[Path, ...] = ()
     size: tuple[int, int] = (1024, 1024)
     steps: int = 20
@@ -62,16 +61,16 @@ class Request:
     @property
     def notes(self) -> tuple[str, ...]:
         """What to know about the picture that this gives."""
-        layout = not self.prompt.strip() and self.subject is not None and self.styles
+        layout = not self.prompt.strip() and self.subjects and self.styles
         return (LAYOUT_NOTE,) if layout else ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Half:
     """Node ids of one half of the template: those at the top, those within its subgraph.
 
     `styles` are pairs of a style reference and its LoadImage, in the order of the chain; the LoadImages are
-    in the subgraph or, where `loaders_on_top`, outside.
+    in the subgraph or, where `loaders_on_top`, outside. `free` is a place below everything in the subgraph.
     """
 
     host: int
@@ -79,12 +78,24 @@ class _Half:
     text: int
     latent: int
     sampler: int
+    checkpoint: int
+    patch: int
+    vision: int
     styles: tuple[tuple[int, int], ...]
     loaders_on_top: bool
+    free: tuple[int, int]
 
 
-_SUBJECT: Final = _Half(112, 9, 6, 110, 31, ((55, 53), (56, 46)), loaders_on_top=False)
-_STYLE: Final = _Half(113, 73, 90, 87, 78, ((89, 88), (83, 91)), loaders_on_top=True)
+_SUBJECT: Final = _Half(
+    host=112, save=9, text=6, latent=110, sampler=31, checkpoint=30, patch=39, vision=40,
+    styles=((55, 53), (56, 46)), loaders_on_top=False, free=(-700, 1400),
+)  # fmt: skip
+_STYLE: Final = _Half(
+    host=113, save=73, text=90, latent=87, sampler=78, checkpoint=72, patch=75, vision=74,
+    styles=((89, 88), (83, 91)), loaders_on_top=True, free=(-700, 2700),
+)  # fmt: skip
+_VAE: Final = 2  # output of the checkpoint's loader
+_COLUMN, _ROW = NODE_SIZE[0] + 50, 400  # a LoadImage that shows its picture is higher than others
 _SUBJECT_LOADER, _SUBJECT_SCALE, _REFERENCE, _REFERENCE_GUIDANCE = 47, 109, 57, 35
 
 
@@ -100,15 +111,16 @@ def build(request: Request) -> Workflow:
     graph = Graph(copy.deepcopy(template(TEMPLATE)))
     pictures = _name_pictures(request)
     names = {path: name for name, path in pictures.items()}
-    half = _SUBJECT if request.subject else _STYLE
+    half = _SUBJECT if request.subjects else _STYLE
     _switch(graph, half, len(request.styles))
     _fill_in(graph, half, request)
     inner = graph.subgraph(half.host)
     for (_, loader), path in zip(half.styles, request.styles, strict=False):
         (graph if half.loaders_on_top else inner).set_values(loader, {0: names[path]})
-    if request.subject:
-        graph.set_values(_SUBJECT_LOADER, {0: names[request.subject]})
+    if request.subjects:
+        graph.set_values(_SUBJECT_LOADER, {0: names[request.subjects[0]]})
         inner.set_values(_SUBJECT_SCALE, {1: request.subject_size})
+    _insert_pictures(inner, half, request, names)
     _insert(inner, half, request)
     return _loaded(graph.data, pictures)
 
@@ -119,9 +131,9 @@ def output_size(request: Request) -> tuple[int, int]:
     Raises:
         UsoflowError: `image_missing`, `image_invalid`.
     """
-    if not (request.keep_size and request.subject):
+    if not (request.keep_size and request.subjects):
         return request.size
-    width, height = _picture_size(request.subject)
+    width, height = _picture_size(request.subjects[0])
     pixels = request.size[0] * request.size[1]
     sides = ((pixels * width / height) ** 0.5, (pixels * height / width) ** 0.5)
     wide, high = (max(STEP, round(side / STEP) * STEP) for side in sides)
@@ -130,11 +142,9 @@ def output_size(request: Request) -> tuple[int, int]:
 
 def _refuse(request: Request) -> None:
     problem = None
-    if len(request.styles) > MOST_STYLES:
-        problem = f"{len(request.styles)} style pictures; the official workflow has places for {MOST_STYLES}"
-    elif any(side % STEP or side < STEP for side in request.size):
+    if any(side % STEP or side < STEP for side in request.size):
         problem = f"a size of {request.size[0]}x{request.size[1]}; sides must be multiples of {STEP}"
-    elif request.keep_size and request.subject is None:
+    elif request.keep_size and not request.subjects:
         problem = "keep-size without a subject"
     if problem:
         raise UsoflowError("request_invalid", f"The request has {problem}.")
@@ -166,6 +176,29 @@ def _fill_in(graph: Graph, half: _Half, request: Request) -> None:
         inner.subgraph(_REFERENCE).set_values(_REFERENCE_GUIDANCE, {0: request.guidance})
 
 
+def _insert_pictures(inner: Graph, half: _Half, request: Request, names: Mapping[Path, str]) -> None:
+    """Subjects and styles for which the template has no place, each in a row of nodes of its own."""
+    left, top = half.free
+    further = [(path, True) for path in request.subjects[1:]]
+    further += [(path, False) for path in request.styles[len(half.styles) :]]
+    for row, (path, is_subject) in enumerate(further):
+        places = [(left + column * _COLUMN, top + row * _ROW) for column in range(4)]
+        picture = inner.add("LoadImage", {}, ("IMAGE", "MASK"), (names[path], "image"), places[0]), 0
+        if is_subject:
+            size = ("area", request.subject_size)
+            small = inner.add("ImageScaleToMaxDimension", {"image": picture}, ("IMAGE",), size, places[1]), 0
+            encoded = {"pixels": small, "vae": (half.checkpoint, _VAE)}
+            latent = inner.add("VAEEncode", encoded, ("LATENT",), (), places[2]), 0
+            inner.insert_before(
+                half.sampler, "positive", "ReferenceLatent", "conditioning", (), {"latent": latent}, places[3]
+            )
+        else:
+            tower = {"clip_vision": (half.vision, 0), "image": picture}
+            seen = inner.add("CLIPVisionEncode", tower, ("CLIP_VISION_OUTPUT",), ("center",), places[1]), 0
+            others = {"model_patch": (half.patch, 0), "clip_vision_output": seen}
+            inner.insert_before(half.sampler, "model", "USOStyleReference", "model", (), others, places[2])
+
+
 def _insert(inner: Graph, half: _Half, request: Request) -> None:
     """What the template does not have, in front of the sampler."""
     if half is _STYLE and request.guidance != DEFAULT_GUIDANCE:
@@ -180,7 +213,7 @@ def _insert(inner: Graph, half: _Half, request: Request) -> None:
 def _name_pictures(request: Request) -> dict[str, Path]:
     """Pictures by the names that the workflow will use; the same file once."""
     found: dict[str, Path] = {}
-    for path in ([request.subject] if request.subject else []) + list(request.styles):
+    for path in (*request.subjects, *request.styles):
         if not path.is_file():
             raise UsoflowError("image_missing", f"{path} does not exist.", remedy="Check the path.")
         if path not in found.values():

@@ -8,10 +8,15 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from PIL.ImageFont import FreeTypeFont
+    from PIL.ImageFont import ImageFont as BitmapFont
 
-_CELL = 512  # the longest side of a picture on the sheet; larger ones are scaled down
-_LABEL = 28  # height of the line below a picture
+_LARGEST = 512  # the longest side of a picture on the sheet; larger ones are scaled down
+_LEAST = 256  # smaller ones are enlarged by a whole factor to about this
+_LINE = 18  # height of a line of text
+_TEXT = 14  # of its letters
 _GAP = 8
+SEPARATOR = " · "  # of the parts of a label, where it may be broken
 
 
 def contact_sheet(pictures: Sequence[tuple[str, Image]], *, columns: int | None = None) -> Image:
@@ -24,20 +29,41 @@ def contact_sheet(pictures: Sequence[tuple[str, Image]], *, columns: int | None 
     from PIL import Image, ImageDraw, ImageFont
 
     columns = columns or math.ceil(math.sqrt(len(pictures)))
-    small = [(label, _thumbnail(picture)) for label, picture in pictures]
-    wide = max(picture.width for _, picture in small) + _GAP
-    high = max(picture.height for _, picture in small) + _LABEL + _GAP
-    rows = math.ceil(len(small) / columns)
+    font = ImageFont.load_default(size=_TEXT)
+    shown = [_fitted(picture) for _, picture in pictures]
+    wide = max(picture.width for picture in shown) + _GAP
+    labels = [_wrapped(label, wide - _GAP, font) for label, _ in pictures]
+    text = max(len(lines) for lines in labels) * _LINE + _GAP
+    high = max(picture.height for picture in shown) + text
+    rows = math.ceil(len(shown) / columns)
     sheet = Image.new("RGB", (columns * wide + _GAP, rows * high + _GAP), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=_LABEL // 2)
-    for number, (label, picture) in enumerate(small):
+    draw = ImageDraw.Draw(sheet)
+    for number, (lines, picture) in enumerate(zip(labels, shown, strict=True)):
         left, top = _GAP + number % columns * wide, _GAP + number // columns * high
         sheet.paste(picture, (left, top))
-        draw.text((left, top + picture.height + _LABEL // 4), label, fill="black", font=font)
+        for line, words in enumerate(lines):
+            draw.text((left, top + picture.height + 2 + line * _LINE), words, fill="black", font=font)
     return sheet
 
 
-def _thumbnail(picture: Image) -> Image:
+def _fitted(picture: Image) -> Image:
+    from PIL import Image
+
     copy = picture.convert("RGB")
-    copy.thumbnail((_CELL, _CELL))
+    factor = _LEAST // max(copy.size)
+    if factor > 1:
+        return copy.resize((copy.width * factor, copy.height * factor), Image.Resampling.BICUBIC)
+    copy.thumbnail((_LARGEST, _LARGEST))
     return copy
+
+
+def _wrapped(label: str, width: int, font: FreeTypeFont | BitmapFont) -> list[str]:
+    """Lines that are no wider than a picture, if the parts of the label are not."""
+    lines = [""]
+    for part in label.split(SEPARATOR):
+        longer = lines[-1] + SEPARATOR + part if lines[-1] else part
+        if font.getlength(longer) <= width or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(part)
+    return lines

@@ -7,11 +7,16 @@ import json
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from usoflow.errors import UsoflowError
 from usoflow.schema.node import NodeRegistry
 from usoflow.workflow.prompt import Prompt
+
+SEEDS: Final = ("seed", "noise_seed")
+NOT_SHOWN: Final = (
+    "No field of the editor can show the change of {}: the pictures carry the prompt, not the UI graph."
+)
 
 
 @dataclass(frozen=True)
@@ -20,11 +25,11 @@ class Workflow:
 
     Attributes:
         prompt: what is executed.
-        ui: the UI graph that it came from, embedded in the pictures that are saved; None for an API prompt.
+        ui: the UI graph that shows the same in the editor, embedded in the pictures that are saved; None for
+            an API prompt, and where a change cannot be shown by a field.
         pictures: files given for LoadImage nodes, by the name that the prompt uses.
         source: the file it was loaded from, whose folder is searched for pictures last.
         warnings: what the conversion from the UI graph found odd.
-        changed: whether `prompt` is no longer what `ui` converts to.
     """
 
     prompt: Prompt
@@ -32,7 +37,6 @@ class Workflow:
     pictures: Mapping[str, Path] = field(default_factory=dict)
     source: Path | None = None
     warnings: tuple[str, ...] = ()
-    changed: bool = False
 
     @classmethod
     def load(cls, file: str | Path, *, nodes: NodeRegistry | None = None) -> Self:
@@ -54,13 +58,15 @@ class Workflow:
     def set(self, target: str, value: object) -> Self:
         """With another value for an input, named "NODE.INPUT"; NODE is an id, title or type.
 
+        The UI graph changes with the prompt: in the editor the field shows the new value.
+
         Raises:
             UsoflowError: `set_invalid`.
         """
         node, dot, name = target.rpartition(".")
         if not dot:
             raise UsoflowError("set_invalid", f"{target!r} is not NODE.INPUT")
-        return self._with(self.prompt.set(node, name, value))
+        return self._with({(self.prompt.find(node), name): value})
 
     def assign(self, text: str) -> Self:
         """`set` from the text "NODE.INPUT=VALUE", whose value is read as the input's kind asks for.
@@ -68,7 +74,8 @@ class Workflow:
         Raises:
             UsoflowError: `set_invalid`.
         """
-        return self._with(self.prompt.assign(text))
+        key, name, value = self.prompt.assignment(text)
+        return self._with({(key, name): value})
 
     def with_picture(self, node: str, file: str | Path) -> Self:
         """With this picture for a LoadImage node, wherever the file is.
@@ -83,21 +90,18 @@ class Workflow:
         others = [entry.inputs.get("image") for other, entry in self.prompt.nodes.items() if other != key]
         name = free_name(path.name, others)
         given = replace(self, pictures={**self.pictures, name: path})
-        return given._with(self.prompt.set(key, "image", name))
+        return given._with({(key, "image"): name})
 
     def with_seed(self, seed: int) -> Self:
         """With the seed of every sampler set; a seed that comes through a link stays."""
-        prompt = self.prompt
-        for node_id, node in prompt.nodes.items():
-            for name in ("seed", "noise_seed"):
-                if isinstance(node.inputs.get(name), int):
-                    prompt = prompt.set(node_id, name, seed)
-        return self._with(prompt)
+        nodes = self.prompt.nodes.items()
+        own = [(key, name) for key, node in nodes for name in SEEDS if isinstance(node.inputs.get(name), int)]
+        return self._with(dict.fromkeys(own, seed))
 
     @property
     def seeds(self) -> tuple[int, ...]:
         """The seeds of its samplers, each once."""
-        values = (n.inputs.get(name) for n in self.prompt.nodes.values() for name in ("seed", "noise_seed"))
+        values = (node.inputs.get(name) for node in self.prompt.nodes.values() for name in SEEDS)
         return tuple(dict.fromkeys(value for value in values if isinstance(value, int)))
 
     def to_prompt(self) -> dict[str, Any]:
@@ -107,20 +111,39 @@ class Workflow:
     def save(self, file: str | Path) -> None:
         """Write JSON that ComfyUI and usoflow open.
 
-        The UI graph while it says what will be run, else the prompt.
+        The UI graph if there is one, else the prompt.
 
         Raises:
             UsoflowError: `output_unwritable`.
         """
-        data = self.to_prompt() if self.ui is None or self.changed else self.ui
+        data = self.to_prompt() if self.ui is None else self.ui
         text = json.dumps(data, indent=2, ensure_ascii=False)
         try:
             Path(file).write_bytes(text.encode(errors="backslashreplace"))  # a lone surrogate: JSON's escape
         except OSError as reason:
             raise UsoflowError("output_unwritable", f"{file}: {reason}") from None
 
-    def _with(self, prompt: Prompt) -> Self:
-        return replace(self, prompt=prompt, changed=True)
+    def _with(self, values: Mapping[tuple[str, str], object]) -> Self:
+        """With other values, by node id and input, in the prompt and in the UI graph."""
+        prompt = self._set(values)
+        if self.ui is None or not values:
+            return replace(self, prompt=prompt)
+        from usoflow.nodes import registry
+        from usoflow.workflow.editing import with_values
+
+        stored = {(key, name): prompt.nodes[key].inputs[name] for key, name in values}
+        edited = with_values(self.ui, stored, registry())
+        if edited is None:
+            lost = NOT_SHOWN.format(", ".join(".".join(field) for field in values))
+            return replace(self, prompt=prompt, ui=None, warnings=(*self.warnings, lost))
+        changed = replace(self, prompt=prompt, ui=edited.workflow)
+        return replace(changed, prompt=changed._set(edited.file_names))
+
+    def _set(self, values: Mapping[tuple[str, str], object]) -> Prompt:
+        prompt = self.prompt
+        for (key, name), value in values.items():
+            prompt = prompt.set(key, name, value)
+        return prompt
 
 
 def free_name(name: str, taken: Container[object]) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import shutil
 import socket
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,12 @@ if TYPE_CHECKING:
 GB = 1e9
 CHECKPOINT_GB = 17.2  # flux1-dev-fp8: what a run reads, and wants to keep
 PORT = 8188  # ComfyUI's, and ours
+STEP_TFLOP = 70  # of FLUX.1 at 1024x1024: 4352 tokens through 6.4e9 weights (56), and their attention (13)
+STEPS = 20  # of a picture, unless one asks for others
+PATIENCE = 60  # seconds a picture may take before we call it slow
+MATRIX = 2048  # side of the matrices whose product is timed
+CGROUP = Path("/sys/fs/cgroup/memory.max")  # a container's limit
+EXTRAS = {"ui": ("comfyui_frontend_package", "the editor"), "gguf": ("gguf", "GGUF files")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +49,7 @@ def doctor(
     from usoflow.settings import find_folders
 
     folders = find_folders(models=models)
-    for finding in (*_torch(), *_memory(), *_folders(folders), _port()):
+    for finding in (*_torch(), *_memory(), *_folders(folders), _port(), *_extras()):
         print(f"{'!' if finding.advice else '-'} {finding.subject}: {finding.fact}")
         if finding.advice:
             print(f"    {finding.advice}")
@@ -56,33 +64,68 @@ def _torch() -> Iterator[Finding]:
     threads = f"{torch.get_num_threads()} threads of {os.cpu_count()} cores"
     yield Finding("torch", f"{torch.__version__}, {threads}")
     placement = Placement.choose()
-    dtype = str(placement.dtype).removeprefix("torch.")
-    yield _device(placement.device, dtype)
+    yield _device(placement.device)
+    yield Finding("matrix units", ", ".join(_matrix_units(placement.device)) or "none")
+    yield _speed(placement.device, placement.dtype)
 
 
-def _device(device: torch.device, dtype: str) -> Finding:
+def _device(device: torch.device) -> Finding:
     import torch
 
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        fact = f"{properties.name}, {properties.total_memory / GB:.0f} GB, computes in {dtype}"
+        fact = f"{properties.name}, {properties.total_memory / GB:.0f} GB"
         small = properties.total_memory / GB < CHECKPOINT_GB
         return Finding("device", fact, "The transformer does not fit: use --device cpu." if small else "")
     if device.type == "mps":
-        return Finding("device", f"Apple GPU, computes in {dtype}")
-    if dtype == "bfloat16":
-        return Finding("device", "CPU with bf16 instructions", "Minutes a picture: a GPU is far faster.")
-    return Finding(
-        "device",
-        f"CPU without bf16 instructions, computes in {dtype}",
-        "Many minutes a picture: fewer steps (--steps 8), a smaller --size and --easycache 0.2 help.",
-    )
+        return Finding("device", "Apple GPU")
+    return Finding("device", "CPU", "No CUDA or Apple GPU is here: one would be far faster.")
+
+
+def _matrix_units(device: torch.device) -> Iterator[str]:
+    """What multiplies matrices in hardware, and in which number formats."""
+    import torch
+
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        formats = [name for name, since in (("fp16", 7), ("bf16", 8)) if major >= since]
+        formats += ["fp8"] if (major, minor) >= (8, 9) else []
+        yield f"tensor cores ({', '.join(formats)})" if formats else "none: before compute capability 7.0"
+    elif device.type == "cpu":
+        capability = torch.backends.cpu.get_cpu_capability()
+        yield f"{capability} vectors"
+        checks = {
+            "AVX-512 bf16": "_is_avx512_bf16_supported",
+            "AMX tiles (bf16, int8)": "_is_amx_tile_supported",
+        }
+        yield from (name for name, check in checks.items() if getattr(torch.cpu, check)())
+
+
+def _speed(device: torch.device, dtype: torch.dtype) -> Finding:
+    """How fast two matrices are multiplied now, and what follows for a step."""
+    import torch
+
+    a = torch.ones(MATRIX, MATRIX, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        float((a @ a)[0, 0])  # waits for the device
+        seconds.append(time.perf_counter() - start)
+    tflops = 2 * MATRIX**3 / min(seconds) / 1e12
+    step = STEP_TFLOP / tflops
+    name = str(dtype).removeprefix("torch.")
+    fact = f"{tflops:.2f} TFLOP/s in {name}: a step at 1024x1024 takes {step:.0f} s or more"
+    slow = step * STEPS > PATIENCE
+    advice = "Fewer steps (--steps 8), a smaller --size (512x512 takes a third) and --easycache help."
+    return Finding("speed", fact, advice if slow else "")
 
 
 def _memory() -> Iterator[Finding]:
     if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
         return
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GB
+    if CGROUP.exists() and (limit := CGROUP.read_text().strip()).isdecimal():
+        total = min(total, int(limit) / GB)
     advice = f"The checkpoint ({CHECKPOINT_GB} GB) is read from disk again at each step."
     yield Finding("memory", f"{total:.0f} GB", advice if total < CHECKPOINT_GB else "")
 
@@ -100,6 +143,13 @@ def _folders(folders: Folders) -> Iterator[Finding]:
     writable = os.access(existing, os.W_OK)
     advice = "" if writable else "It cannot be written to: choose another with --output or USOFLOW_OUTPUT."
     yield Finding("output", f"{output}, {free:.0f} GB free", advice)
+
+
+def _extras() -> Iterator[Finding]:
+    for extra, (module, purpose) in EXTRAS.items():
+        there = importlib.util.find_spec(module) is not None
+        fact = f"{purpose}: {'there' if there else 'not installed'}"
+        yield Finding(f"usoflow[{extra}]", fact, "" if there else f'pip install "usoflow[{extra}]"')
 
 
 def _port() -> Finding:

@@ -15,6 +15,7 @@ import typer
 
 from usoflow.cli import report
 from usoflow.cli.run import Device, Dtype, execute
+from usoflow.cli.words import SeveralWords
 from usoflow.errors import UsoflowError
 
 if TYPE_CHECKING:
@@ -22,10 +23,22 @@ if TYPE_CHECKING:
     from usoflow.api.official import Request
 
 
+class Generate(SeveralWords):
+    """The command line of `usoflow generate`."""
+
+    bare = MappingProxyType({"--easycache": "0.2"})  # the default of the EasyCache node
+
+
 def generate(
-    prompt: Annotated[str, typer.Argument(help='What the picture shows; "" keeps the subject\'s layout.')],
-    subject: Annotated[Path | None, typer.Option(help="A picture whose subject is kept.")] = None,
-    style: Annotated[list[Path] | None, typer.Option(help="A picture whose style is taken; or two.")] = None,
+    prompt: Annotated[
+        str, typer.Argument(metavar="PROMPT", help='What the picture shows; "" keeps the subject\'s layout.')
+    ],
+    subject: Annotated[
+        list[Path] | None, typer.Option(metavar="IMG ...", help="Pictures whose subjects are kept.")
+    ] = None,
+    style: Annotated[
+        list[Path] | None, typer.Option(metavar="IMG ...", help="Pictures whose style is taken.")
+    ] = None,
     size: Annotated[str, typer.Option(metavar="WxH", help="Of the picture.")] = "1024x1024",
     steps: Annotated[int, typer.Option(help="Of the sampler.", min=1, max=10000)] = 20,
     guidance: Annotated[float, typer.Option(help="Strength of the prompt.", min=0.0, max=100.0)] = 3.5,
@@ -34,17 +47,34 @@ def generate(
     subject_size: Annotated[
         int, typer.Option(help="Longer side that the subject's picture is scaled to.", min=16, max=16384)
     ] = 512,
-    keep_size: Annotated[bool, typer.Option(help="Take the proportions of the subject's picture.")] = False,
+    keep_size: Annotated[
+        bool, typer.Option("--keep-size", help="Take the proportions of the (first) subject's picture.")
+    ] = False,
     easycache: Annotated[
-        float | None, typer.Option(help="Skip steps that change less than this (0.2 is usual).", min=0, max=3)
+        float | None,
+        typer.Option(
+            metavar="[NUMBER]",
+            help="Skip steps that change less than this; 0.2 without a number.",
+            min=0,
+            max=3,
+        ),
     ] = None,
     lora: Annotated[
-        list[str] | None, typer.Option(metavar="FILE[:STRENGTH]", help="A further LoRA; or several.")
+        list[str] | None,
+        typer.Option(metavar="FILE[:STRENGTH] ...", help="Further LoRAs, of the loras folder."),
     ] = None,
-    sheet: Annotated[bool, typer.Option(help="Also write all pictures on one sheet.")] = False,
+    sheet: Annotated[bool, typer.Option("--sheet", help="Also write all pictures on one sheet.")] = False,
     sweep: Annotated[
         list[str] | None,
-        typer.Option(metavar="OPTION=V,V,...", help="Try these values; writes a sheet with labels."),
+        typer.Option(metavar="OPTION=V,V,... ...", help="Try these values; writes a sheet with labels."),
+    ] = None,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NODE.INPUT=VALUE ...",
+            help="Set any other input of the workflow; NODE is an id, title or type.",
+        ),
     ] = None,
     save_workflow: Annotated[
         Path | None, typer.Option(help="Write the workflow of the first picture.")
@@ -57,13 +87,16 @@ def generate(
     dtype: Annotated[Dtype, typer.Option(help="Number format of the transformer.")] = Dtype.auto,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, and no progress.")] = False,
 ) -> None:
-    """Generate pictures with the official USO workflow."""
+    """Generate pictures with the official USO workflow.
+
+    With the prompt first, options that show ... take several words: --style one.png two.png.
+    """
     from usoflow.api.engine import Engine
     from usoflow.api.official import RANDOM_SEEDS, Request
 
     request = Request(
         prompt,
-        subject=subject,
+        subjects=tuple(subject or ()),
         styles=tuple(style or ()),
         size=_size(size),
         steps=steps,
@@ -74,11 +107,17 @@ def generate(
         easycache=easycache,
         loras=tuple(_lora(item) for item in lora or ()),
     )
-    wanted = list(_variants(request, count, [_sweep(item) for item in sweep or ()]))
+    sweeps = [_sweep(item) for item in sweep or ()]
+    wanted = list(_variants(request, count, sweeps))
     engine = Engine(models=models, output=output, device=device.value, dtype=dtype.value)
-    results = _run(engine, wanted, save_workflow, quiet=as_json)
-    with_sheet = sheet or bool(sweep)
-    _print(request, results, _write_sheet(wanted, results) if with_sheet else None, as_json=as_json)
+    results = []
+    for result in _run(engine, wanted, assignments or [], save_workflow, quiet=as_json):
+        results.append(result)
+        if not as_json:  # at once: what is done is not lost with what fails later
+            print(report.as_text(result), flush=True)
+    columns = len(sweeps[-1][1]) * count if sweeps else None
+    written = _write_sheet(wanted, results, columns) if sheet or sweeps else None
+    _print(request, results, written, as_json=as_json)
 
 
 @dataclass(frozen=True)
@@ -90,26 +129,36 @@ class _Wanted:
 
 
 def _run(
-    engine: Engine, wanted: Sequence[_Wanted], save_workflow: Path | None, *, quiet: bool
-) -> list[Result]:
+    engine: Engine,
+    wanted: Sequence[_Wanted],
+    assignments: Sequence[str],
+    save_workflow: Path | None,
+    *,
+    quiet: bool,
+) -> Iterator[Result]:
     """All of them on the same models; what can be refused is refused before the first is begun."""
     from usoflow.api.official import build
 
     workflows = [build(item.request) for item in wanted]
+    for assignment in assignments:
+        workflows = [workflow.assign(assignment) for workflow in workflows]
     jobs = [engine.check(workflow) for workflow in workflows]
     if save_workflow is not None:
         workflows[0].save(save_workflow)
-    return [execute(engine, job, quiet=quiet) for job in jobs]
+    for job in jobs:
+        yield execute(engine, job, quiet=quiet)
 
 
 def _variants(request: Request, count: int, sweeps: Sequence[tuple[str, Sequence[Any]]]) -> Iterator[_Wanted]:
     """Every combination of the swept values, for each seed."""
+    from usoflow.api.sheet import SEPARATOR
+
     for values in itertools.product(*(values for _, values in sweeps)):
         chosen = {name: value for (name, _), value in zip(sweeps, values, strict=True)}
         swept = replace(request, **{name.replace("-", "_"): value for name, value in chosen.items()})
         for seed in range(swept.seed, swept.seed + count):
             parts = [f"{name} {value}" for name, value in chosen.items() if name != "seed"]
-            yield _Wanted(replace(swept, seed=seed), " · ".join([*parts, f"seed {seed}"]))
+            yield _Wanted(replace(swept, seed=seed), SEPARATOR.join([*parts, f"seed {seed}"]))
 
 
 def _print(request: Request, results: Sequence[Result], sheet: Path | None, *, as_json: bool) -> None:
@@ -123,13 +172,11 @@ def _print(request: Request, results: Sequence[Result], sheet: Path | None, *, a
         }
         print(json.dumps(record))
         return
-    for result in results:
-        print(report.as_text(result))
     for line in ([f"sheet: {sheet}"] if sheet else []) + [f"note: {note}" for note in request.notes]:
         print(line)
 
 
-def _write_sheet(wanted: Sequence[_Wanted], results: Sequence[Result]) -> Path:
+def _write_sheet(wanted: Sequence[_Wanted], results: Sequence[Result], columns: int | None) -> Path:
     from usoflow.api.sheet import contact_sheet
 
     labelled = [
@@ -139,7 +186,7 @@ def _write_sheet(wanted: Sequence[_Wanted], results: Sequence[Result]) -> Path:
     ]
     path = results[0].paths[0].with_name(f"sheet_of_{results[0].paths[0].name}")
     try:
-        contact_sheet(labelled).save(path)
+        contact_sheet(labelled, columns=columns).save(path)
     except OSError as reason:
         raise UsoflowError("save_failed", f"{path}: {reason.strerror or reason}") from None
     return path

@@ -10,7 +10,7 @@ import typer
 
 from usoflow.cli.convert import convert
 from usoflow.cli.doctor import doctor
-from usoflow.cli.generate import generate
+from usoflow.cli.generate import Generate, generate
 from usoflow.cli.models import app as models
 from usoflow.cli.nodes import nodes
 from usoflow.cli.run import run
@@ -26,7 +26,7 @@ Exit codes: 0 done · 2 wrong command or option · 3 workflow not readable or no
 
 app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(run)
-app.command()(generate)
+app.command(cls=Generate)(generate)
 app.command()(convert)
 app.command()(nodes)
 app.add_typer(models, name="models")

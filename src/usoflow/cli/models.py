@@ -37,7 +37,7 @@ def models(
     if context.invoked_subcommand is not None:
         return
     from usoflow.api.download import missing
-    from usoflow.models.inventory import found_files
+    from usoflow.models.inventory import found_files, size_in_words
     from usoflow.settings import find_folders
 
     folders = find_folders(models=models)
@@ -47,10 +47,11 @@ def models(
         print(json.dumps({"files": files, "missing": [_record(file, folders) for file in lacking]}))
         return
     for file in found:
-        print(f"{file.folder}/{file.name}  {file.bytes / 1e9:.2f} GB")
-        print(f"  {file.problem or f'{file.contents} ({file.precision})'}")
+        print(f"{file.folder}/{file.name}  {size_in_words(file.bytes)}")
+        print(f"  {file.problem or f'{file.contents} ({file.precision})'}\n  {file.path}")
     for known in lacking:
-        print(f"missing: {known.folder}/{known.name}  {known.size}\n  {known.url}\n  {known.licence}")
+        print(f"missing: {known.folder}/{known.name}  {known.size}\n  {known.url}")
+        print(f"  into {folders.models[known.folder][0]}\n  licence: {known.licence}")
     if lacking:
         print("`usoflow models pull` gets what is missing.")
 
@@ -87,13 +88,18 @@ def check(
     transformer: Annotated[
         Path | None, typer.Option("--with", help="The transformer that a LoRA is to fit.")
     ] = None,
+    tensors: Annotated[
+        bool, typer.Option("--tensors", help="List every tensor first: name, shape, format.")
+    ] = False,
     models: ModelsOption = None,
 ) -> None:
     """Tell what a file is, and whether every tensor and value is as it must be."""
     from usoflow.models.checkpoint import TensorFile
     from usoflow.settings import find_folders
 
-    TensorFile.open(file)  # what its header tells is told before torch is imported
+    header = TensorFile.open(file)  # what it tells is told before torch is imported
+    for name, info in header.tensors.items() if tensors else ():
+        print(f"{name}  {list(info.shape)}  {info.dtype}")
     fitting = _transformer(find_folders(models=models)) if transformer is None else _flux(transformer)
     from usoflow.models.inspection import inspect
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from usoflow.errors import UsoflowError
 from usoflow.models import library
 from usoflow.models.checkpoint import KIND_NAMES, Component, TensorFile, some
-from usoflow.models.inventory import precision
+from usoflow.models.inventory import precision, size_in_words
 from usoflow.models.lora_layouts import linear_layers, pairs_for
 from usoflow.models.weights import read_tensors
 
@@ -39,7 +39,7 @@ def inspect(path: Path, transformer: Component | None) -> Iterator[str]:
     """
     file = TensorFile.open(path)
     held = precision(file.tensors.values())
-    yield f"{path}: {file.bytes / 1e9:.2f} GB, {len(file.tensors)} tensors, {held}"
+    yield f"{path}: {size_in_words(file.bytes)}, {len(file.tensors)} tensors, {held}"
     components = file.components()
     if not components:
         raise UsoflowError("model_kind", f"{path.name} holds nothing usoflow knows.")

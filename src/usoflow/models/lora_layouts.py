@@ -6,6 +6,8 @@ Reads names and shapes only (no torch), so that `usoflow models check` can tell 
 - kohya-ss/sd-scripts: `lora_unet_` and the layer's name with underscores, `lora_down`, `lora_up`, `alpha`;
 - PEFT, with the names of Black Forest Labs (`diffusion_model.`) or of diffusers (`transformer.`), whose
   separate q, k and v are rows of one layer here.
+
+DoRA, LoHa, LoKr and OFT change weights by other rules than a low-rank sum: they are refused by name.
 """
 
 from __future__ import annotations
@@ -28,6 +30,13 @@ _SIDE = re.compile(
     r"(?:\.default)?\.weight$"
 )
 _ALPHA: Final = ".alpha"
+_METHODS: Final = (  # endings of tensor names in LyCORIS' and PEFT's files
+    ("DoRA", re.compile(r"\.(?:dora_scale|lora_magnitude_vector(?:\.\w+)*)$")),
+    ("LoHa", re.compile(r"\.hada_\w+$")),
+    ("LoKr", re.compile(r"\.lokr_\w+$")),
+    ("OFT", re.compile(r"\.oft_\w+(?:\.weight)?$")),
+    ("LoCon with a Tucker core", re.compile(r"\.lora_mid\.weight$")),
+)
 PEFT_METADATA: Final = "lora_adapter_metadata"
 
 # Which network a pair is for: its names begin so.
@@ -126,9 +135,10 @@ def pairs_for(lora: Component, role: str, layers: Shapes) -> Pairs:
         layers: shapes of its linear layers' weights, by name.
 
     Raises:
-        UsoflowError: `lora_mismatch` for tensors that are no pair (other methods than LoRA) and for wrong
-            shapes, `tensor_missing` for half a pair.
+        UsoflowError: `model_unsupported` for other methods than LoRA, `lora_mismatch` for tensors that are no
+            pair and for wrong shapes, `tensor_missing` for half a pair.
     """
+    refuse_other_methods(lora)
     aliases = dict(_aliases(layers))
     fitting, absent = [], []
     for stem, (down, up) in _stems(lora).items():
@@ -143,6 +153,21 @@ def pairs_for(lora: Component, role: str, layers: Shapes) -> Pairs:
         _check(lora, pair, layers[layer])
         fitting.append(pair)
     return Pairs(tuple(fitting), tuple(absent))
+
+
+def refuse_other_methods(lora: Component) -> None:
+    """LoRA files only.
+
+    Raises:
+        UsoflowError: `model_unsupported` for a file of another method, by name.
+    """
+    found = {name for name, ending in _METHODS if any(ending.search(tensor) for tensor in lora.tensors)}
+    if found:
+        raise UsoflowError(
+            "model_unsupported",
+            f"{lora.file.path.name} is a {' and '.join(sorted(found))} file: usoflow applies LoRA only.",
+            remedy="Use a version of it that was trained or extracted as a LoRA.",
+        )
 
 
 def linear_layers(network: Component) -> Shapes:

@@ -8,6 +8,7 @@ from typing import Annotated
 from usoflow.catalogue import missing_file_remedy
 from usoflow.errors import UsoflowError
 from usoflow.models.checkpoint import Component, TensorFile
+from usoflow.models.lora_layouts import refuse_other_methods
 from usoflow.nodes.context import NodeContext
 from usoflow.nodes.handles import (
     ClipHandle,
@@ -146,7 +147,9 @@ def load_lora(
 def _lora(context: NodeContext, name: str) -> Component:
     """A LoRA of either kind: USO's own layout, or those of other trainers."""
     file = _open(context, "loras", name)
-    return file.component("uso_lora" if "uso_lora" in file.components() else "lora")
+    lora = file.component("uso_lora" if "uso_lora" in file.components() else "lora")
+    refuse_other_methods(lora)
+    return lora
 
 
 def _open(context: NodeContext, folder: str, name: str) -> TensorFile:

@@ -120,12 +120,15 @@ def _subgraph(data: object) -> Subgraph:
 
 
 def _graph(item: Mapping[str, Any], where: str) -> Graph:
-    nodes = [_node(node, where) for node in _list(item.get("nodes"), f"{where}: nodes")]
-    links = [_link(link, where) for link in _list(item.get("links"), f"{where}: links") if link is not None]
+    nodes = [parse_node(node, where) for node in _list(item.get("nodes"), f"{where}: nodes")]
+    links = [
+        parse_link(link, where) for link in _list(item.get("links"), f"{where}: links") if link is not None
+    ]
     return Graph(_unique({node.id: node for node in nodes}, nodes, f"{where}: nodes"), dict(links))
 
 
-def _node(data: object, where: str) -> DocumentNode:
+def parse_node(data: object, where: str = "the workflow") -> DocumentNode:
+    """Read one node. Raises UsoflowError("workflow_invalid")."""
     item = _object(data, f"{where}: a node")
     key = _id(item.get("id"), f"{where}: a node's id")
     here = f"{where}: node {key}"
@@ -171,8 +174,11 @@ def _promoted(data: object) -> tuple[tuple[str, str], ...]:
     return tuple((str(node), str(field)) for node, field, *_ in pairs)
 
 
-def _link(data: object, where: str) -> tuple[str, Link]:
-    """[id, origin, origin slot, target, target slot, type], or an object with these as fields."""
+def parse_link(data: object, where: str = "the workflow") -> tuple[str, Link]:
+    """Id and link of [id, origin, origin slot, target, target slot, type], or of an object with these fields.
+
+    Raises UsoflowError("workflow_invalid").
+    """
     here = f"{where}: a link"
     if isinstance(data, list) and len(data) >= 5:
         parts = data[:5]

@@ -64,9 +64,13 @@ class _Scope:
 
 @dataclass(frozen=True, slots=True)
 class _Value:
-    """A link that ends in a plain value: a primitive's, or a field of a subgraph's node."""
+    """A link that ends in a plain value: a primitive's, or, `as_it_is`, a field of a subgraph's node.
+
+    In the latter the editor (1.58.1) resolves neither comments nor alternatives.
+    """
 
     value: Any
+    as_it_is: bool = False
 
 
 _Source = list[Any] | _Value | None  # [node id, output index], a value, or nothing
@@ -131,12 +135,16 @@ class _Flattener:
         else:
             self._warn(f"node {scope.prefix + node.id}: there is no node type {node.type}")
             inputs = widgets.guessed_values(node)
+        as_they_are = set()
         for slot in node.inputs:
             source = self._input(scope, slot)
-            if source is not None:
-                inputs[slot.name] = source.value if isinstance(source, _Value) else source
+            if isinstance(source, _Value):
+                inputs[slot.name] = source.value
+                as_they_are |= {slot.name} if source.as_it_is else set()
+            elif source is not None:
+                inputs[slot.name] = source
         for name, value in inputs.items():
-            if isinstance(value, str) and widgets.is_dynamic(schema, name):
+            if isinstance(value, str) and widgets.is_dynamic(schema, name) and name not in as_they_are:
                 inputs[name] = self._resolved_text(value, f"node {scope.prefix + node.id}, {name}")
         title = node.title or (schema.display_name if schema else None) or node.type
         return PromptNode(node.type, inputs, title)
@@ -203,7 +211,7 @@ class _Flattener:
         if link is not None:
             return parent, link, wanted
         values = host_values(host, subgraph)
-        return _Value(values[name]) if name in values else None
+        return _Value(values[name], as_it_is=True) if name in values else None
 
     # --- file names ------------------------------------------------------------------------------------
 
@@ -233,20 +241,25 @@ class _Flattener:
 def host_values(host: DocumentNode, subgraph: Subgraph) -> dict[str, Any]:
     """Values of the fields that a subgraph's node shows, by the name of the subgraph's input.
 
+    `proxyWidgetErrorQuarantine` is ignored: with it the editor overwrites edits on every load.
+    """
+    stored = widgets.by_name(shown_names(host, subgraph), host.values, host.named_values)
+    return {name: value for name, value in stored.items() if name and value is not None}
+
+
+def shown_names(host: DocumentNode, subgraph: Subgraph) -> list[str]:
+    """The subgraph's inputs along the values of its node; "" for a value that none leads to.
+
     They are stored in the order of the subgraph's inputs that lead to fields, or of `proxyWidgets` where the
-    file has it. `proxyWidgetErrorQuarantine` is ignored: with it the editor overwrites edits on every load.
+    file has it.
     """
     shown = _shown_fields(subgraph)
     if not host.promoted:
-        names = [name for name in subgraph.inputs if name in shown.values()]
-    else:
-        own = {name: name for name in subgraph.inputs}
-        names = [
-            own.get(field, "") if node == "-1" else shown.get((node, field), "")
-            for node, field in host.promoted
-        ]
-    stored = widgets.by_name(names, host.values, host.named_values)
-    return {name: value for name, value in stored.items() if name and value is not None}
+        return [name for name in subgraph.inputs if name in shown.values()]
+    own = {name: name for name in subgraph.inputs}
+    return [
+        own.get(field, "") if node == "-1" else shown.get((node, field), "") for node, field in host.promoted
+    ]
 
 
 def _shown_fields(subgraph: Subgraph) -> dict[tuple[str, str], str]:

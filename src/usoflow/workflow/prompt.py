@@ -75,14 +75,18 @@ class Prompt:
         wrapped = {"__value__": value} if isinstance(value, list) and link_of(value) is None else value
         return Prompt({**self.nodes, key: replace(old, inputs={**old.inputs, input: wrapped})})
 
-    def assign(self, text: str) -> Prompt:
-        """`set` from "NODE.INPUT=VALUE"; VALUE is read as JSON unless the input holds a text now."""
+    def assignment(self, text: str) -> tuple[str, str, object]:
+        """The arguments for `set` from "NODE.INPUT=VALUE".
+
+        VALUE is read as JSON unless the input holds a text now. Raises UsoflowError("set_invalid").
+        """
         target, equals, value = text.partition("=")
         node, dot, name = target.rpartition(".")
         if not equals or not dot:
             raise UsoflowError("set_invalid", f"{text!r} is not NODE.INPUT=VALUE")
-        current = self.nodes[self.find(node)].inputs.get(name)
-        return self.set(node, name, value if isinstance(current, str) else _value(value))
+        key = self.find(node)
+        is_text = isinstance(self.nodes[key].inputs.get(name), str)
+        return key, name, value if is_text else _value(value)
 
 
 def looks_like_prompt(data: object) -> bool:

@@ -10,7 +10,9 @@ from collections.abc import Callable
 from datetime import datetime
 
 _COMMENT = re.compile(r"/\*.*?\*/|//[^\n]*", re.DOTALL)
-_TOKEN = re.compile(r"\\[{}|]|[{}|\\]|[^{}|\\]+")
+_TOKEN = re.compile(r"\\.|[{}|\\]|[^{}|\\]+", re.DOTALL)
+_ESCAPED = re.compile(r"\\([{}|])")
+_SPECIAL = re.compile(r"[{}|]")
 _PLACEHOLDER = re.compile(r"%([^%]+)%")
 _DATE_PART = re.compile(r"yyyy|yy|MM|M|dd|d|hh|h|mm|m|ss|s")
 _UNSAFE = re.compile(r'[/?<>\\:*|"\x00-\x1f\x7f]')
@@ -26,7 +28,7 @@ def first_alternatives(text: str) -> tuple[str, bool]:
 
     Returns the text, and whether there was anything to choose.
     The editor draws one at random each time; a converter that gives another prompt each time could not be
-    tested nor its pictures reproduced. A brace that is never closed stays.
+    tested nor its pictures reproduced. What is not closed reaches to the end.
     """
     levels = [_Level()]
     chosen = False
@@ -34,32 +36,38 @@ def first_alternatives(text: str) -> tuple[str, bool]:
         if token == "{":
             levels.append(_Level())
         elif token == "}" and len(levels) > 1:
-            closed = levels.pop()
-            chosen |= closed.separated
-            levels[-1].add("".join(closed.first))
+            chosen |= _close(levels)
         elif token == "|" and len(levels) > 1:
-            levels[-1].separate()
+            levels[-1].separated = True
         else:
-            levels[-1].add(token[1:] if len(token) == 2 and token[0] == "\\" else token)
-    return "{".join("".join(level.everything) for level in levels), chosen
+            levels[-1].add(token)
+    while len(levels) > 1:
+        chosen |= _close(levels)
+    return _ESCAPED.sub(r"\1", "".join(levels[0].first)), chosen
+
+
+def escaped(text: str) -> str:
+    r"""The text, written so that `first_alternatives` gives it back (what has \{ in it cannot be)."""
+    return text if first_alternatives(text)[0] == text else _SPECIAL.sub(r"\\\g<0>", text)
 
 
 class _Level:
-    """The text between an opening brace and where we are."""
+    """The first alternative since an opening brace."""
 
     def __init__(self) -> None:
         self.first: list[str] = []
-        self.everything: list[str] = []
         self.separated = False
 
     def add(self, text: str) -> None:
-        self.everything.append(text)
         if not self.separated:
             self.first.append(text)
 
-    def separate(self) -> None:
-        self.everything.append("|")
-        self.separated = True
+
+def _close(levels: list[_Level]) -> bool:
+    """Put the innermost level's first alternative into the one around it; whether there were others."""
+    closed = levels.pop()
+    levels[-1].add("".join(closed.first))
+    return closed.separated
 
 
 def fill_placeholders(text: str, now: datetime, lookup: Callable[[str, str], str | None]) -> str:

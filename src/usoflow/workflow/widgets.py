@@ -44,6 +44,11 @@ def guessed_values(node: DocumentNode) -> dict[str, Any]:
     return {name: _wrapped(value) for name, value in values.items() if name not in EDITOR_ONLY}
 
 
+def names_along(node: DocumentNode, schema: NodeSchema | None) -> list[str]:
+    """Names of the fields along the node's stored values, with those that only the editor has."""
+    return list(_layout(schema) if schema else _guessed_names(node))
+
+
 def is_dynamic(schema: NodeSchema | None, name: str) -> bool:
     """Whether the editor resolves comments and alternatives in this field."""
     spec = schema.input(name) if schema else None

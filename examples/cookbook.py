@@ -1,0 +1,217 @@
+"""Draws the pictures of the cookbook with the models of a folder, and puts them on its pages.
+
+    python examples/cookbook.py                        # the pocket models of the package
+    python examples/cookbook.py --models ~/ComfyUI --size 1024
+
+Subjects and styles are pictures that the model has drawn itself, unless --subject and --style name others.
+The pages with references need USO's LoRA and projector and SigLIP beside the checkpoint; without these they
+are left as they are, and it says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+import usoflow
+from usoflow.api.official import Request, build
+from usoflow.api.sheet import contact_sheet
+from usoflow.models.inventory import found_files
+from usoflow.settings import find_folders
+
+HERE = Path(__file__).parent
+POCKET = Path(usoflow.__file__).parent / "pocket" / "models"
+PAGES = HERE.parent / "docs" / "cookbook"
+PROMPTS = (
+    "a red apple on a chessboard, flat style",
+    "a penguin on a green background, twemoji style",
+    "a rocket in the night sky, flat style",
+    "a frog on a beach, twemoji style",
+    "a hamburger under water, flat style",
+    "an owl in the snow, emojione style",
+    "a strawberry at sunset, blob style",
+    "a cactus on red stripes, emojione style",
+)
+SUBJECT, STYLE, SCENE = (
+    "a penguin on a white background",
+    "a house in a meadow, watercolour",
+    "in the night sky",
+)
+# What a file of a kind is called in the graph: the kind's words in the inventory, and the loader's field.
+LOADERS = {
+    "FLUX.1 transformer": "CheckpointLoaderSimple.ckpt_name",
+    "USO DiT LoRA": "LoraLoaderModelOnly.lora_name",
+    "USO style projector": "ModelPatchLoader.name",
+    "SigLIP vision tower": "CLIPVisionLoader.clip_name",
+}
+
+Labelled = list[tuple[str, Image.Image]]
+
+
+@dataclass
+class Studio:
+    """An engine, and how pictures are asked of it.
+
+    Attributes:
+        engine: keeps the models.
+        names: the loaders' fields and the files for them.
+        size: of the pictures, which are square.
+        steps: of the sampler, unless a page says otherwise.
+        place: a folder for what is drawn on the way.
+    """
+
+    engine: usoflow.Engine
+    names: Mapping[str, str]
+    size: int
+    steps: int
+    place: Path
+    given: dict[str, Path] = field(default_factory=dict)
+
+    @property
+    def has_uso(self) -> bool:
+        """Whether the pages with references can be drawn."""
+        return set(self.names) == set(LOADERS.values())
+
+    def draw(self, request: Request, steps: int | None = None) -> Image.Image:
+        """One picture: by the official graph, or, of a text alone and without USO, by the plain one."""
+        request = replace(request, size=(self.size, self.size), steps=steps or self.steps)
+        workflow = build(request) if self.has_uso else plain(request)
+        for target, name in self.names.items():
+            workflow = workflow.set(target, name)
+        return self.engine.run(workflow).images[0]
+
+    def reference(self, name: str, prompt: str) -> Path:
+        """The picture of a subject or style: as given, else drawn."""
+        if name not in self.given:
+            self.given[name] = self.place / f"{name}.png"
+            self.draw(Request(prompt, seed=1)).save(self.given[name])
+        return self.given[name]
+
+
+def plain(request: Request) -> usoflow.Workflow:
+    """Text to image without references."""
+    workflow = usoflow.Workflow.load(HERE / "pocket.json").with_seed(request.seed)
+    values = {
+        "CLIPTextEncode.text": request.prompt,
+        "EmptySD3LatentImage.width": request.size[0],
+        "EmptySD3LatentImage.height": request.size[1],
+        "KSampler.steps": request.steps,
+        "FluxGuidance.guidance": request.guidance,
+    }
+    for target, value in values.items():
+        workflow = workflow.set(target, value)
+    return workflow
+
+
+def text(studio: Studio) -> Labelled:
+    return [(prompt.rpartition(",")[0], studio.draw(Request(prompt))) for prompt in PROMPTS]
+
+
+def seeds(studio: Studio) -> Labelled:
+    return [(f"seed {seed}", studio.draw(Request(PROMPTS[1], seed=seed))) for seed in range(7, 15)]
+
+
+def sweep(studio: Studio) -> Labelled:
+    found = []
+    for steps in (max(1, studio.steps // 5), studio.steps):
+        for guidance in (1.5, 2.5, 3.5, 5.0):
+            picture = studio.draw(Request(PROMPTS[0], guidance=guidance), steps)
+            found.append((f"steps {steps} · guidance {guidance}", picture))
+    return found
+
+
+def inpaint(studio: Studio) -> Labelled:
+    """The middle of a picture, made anew from other words."""
+    before, mask = studio.place / "before.png", studio.place / "mask.png"
+    studio.draw(Request("an owl in the snow, flat style")).save(before)
+    drawn = Image.new("RGB", (studio.size, studio.size))
+    ImageDraw.Draw(drawn).ellipse([studio.size // 6] * 2 + [studio.size * 5 // 6] * 2, fill="white")
+    drawn.save(mask)
+    workflow = usoflow.Workflow.load(HERE / "inpaint.json").with_seed(3)
+    checkpoint = "CheckpointLoaderSimple.ckpt_name"
+    workflow = workflow.set(checkpoint, studio.names[checkpoint]).set("text.text", "a red apple in the snow")
+    workflow = workflow.set("KSampler.denoise", 1.0).set("KSampler.steps", studio.steps)
+    workflow = workflow.with_picture("picture", before).with_picture("mask", mask)
+    after = studio.engine.run(workflow).images[0]
+    return [("picture", Image.open(before)), ("mask", drawn), ("a red apple in the snow", after)]
+
+
+def referring(prompt: str, *, subject: bool = False, style: bool = False) -> Callable[[Studio], Labelled]:
+    """A page with references: what is given, and what comes out."""
+
+    def draw(studio: Studio) -> Labelled:
+        subjects = (studio.reference("subject", SUBJECT),) if subject else ()
+        styles = (studio.reference("style", STYLE),) if style else ()
+        given = [("subject", path) for path in subjects] + [("style", path) for path in styles]
+        made = studio.draw(Request(prompt, subjects=subjects, styles=styles))
+        return [*((name, Image.open(path)) for name, path in given), (prompt or "without words", made)]
+
+    return draw
+
+
+# Page, picture, what draws it, whether it needs USO.
+PICTURES: tuple[tuple[str, str, Callable[[Studio], Labelled], bool], ...] = (
+    ("text.md", "text.png", text, False),
+    ("many.md", "seeds.png", seeds, False),
+    ("many.md", "sweep.png", sweep, False),
+    ("inpaint.md", "inpaint.png", inpaint, False),
+    ("subject.md", "subject.png", referring(f"a penguin {SCENE}", subject=True), True),
+    ("style.md", "style.png", referring(f"a rocket {SCENE}", style=True), True),
+    ("both.md", "both.png", referring(f"a penguin {SCENE}", subject=True, style=True), True),
+    ("layout.md", "layout.png", referring("", subject=True, style=True), True),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Draw the pictures of the cookbook.")
+    parser.add_argument("--models", type=Path, default=POCKET)
+    parser.add_argument("--pages", type=Path, default=PAGES, help="the folder of the cookbook")
+    parser.add_argument("--size", type=int, default=64, help="side of the pictures, in pixels")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--subject", type=Path, help="a picture of a subject; else one is drawn")
+    parser.add_argument("--style", type=Path, help="a picture in a style; else one is drawn")
+    options = parser.parse_args()
+    given = {name: path for name in ("subject", "style") if (path := getattr(options, name))}
+    with (
+        tempfile.TemporaryDirectory() as place,
+        usoflow.Engine(models=options.models, output=place) as engine,
+    ):
+        studio = Studio(
+            engine, dict(loaders(options.models)), options.size, options.steps, Path(place), given
+        )
+        for page, picture, draw, needs_uso in PICTURES:
+            if needs_uso and not studio.has_uso:
+                print(f"{page}: not drawn, there is no USO in {options.models}")
+                continue
+            labelled = draw(studio)
+            sheet = contact_sheet(labelled, columns=min(4, len(labelled)))
+            sheet.quantize(256).save(options.pages / picture, optimize=True)
+            show(options.pages / page, picture)
+            print(f"{page}: {options.pages / picture}")
+
+
+def loaders(models: Path) -> Iterator[tuple[str, str]]:
+    """The first file of each kind that there is."""
+    files = list(found_files(find_folders(models=models)))
+    for kind, target in LOADERS.items():
+        names = [file.name for file in files if kind in file.contents]
+        if names:
+            yield target, names[0]
+
+
+def show(page: Path, picture: str) -> None:
+    """Put a picture below the page's title, unless it is on the page."""
+    content = page.read_text()
+    if f"]({picture})" not in content:
+        title, _, rest = content.partition("\n")
+        alt = picture.removesuffix(".png")
+        page.write_text(f"{title}\n\n![{alt}]({picture})\n{rest}")
+
+
+if __name__ == "__main__":
+    main()
