@@ -47,6 +47,16 @@ def code_of(error: pytest.ExceptionInfo[UsoflowError]) -> str:
 
 
 class TestModelFolders:
+    def test_without_any_the_pocket_models_serve(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("platformdirs.user_data_path", lambda name: tmp_path / "data")
+        folders = find_folders()
+        assert folders.list("checkpoints") == ["usoflow-pocket.safetensors"]
+        assert folders.models["checkpoints"][0] == tmp_path / "data" / "models" / "checkpoints"
+        touch(tmp_path / "data" / "models" / "checkpoints" / "own.safetensors")
+        assert find_folders().list("checkpoints") == ["own.safetensors"]
+
     @pytest.mark.parametrize("given_as", ["ComfyUI", "ComfyUI/models"])
     def test_comfyui_folder_or_its_models(self, tmp_path: Path, given_as: str) -> None:
         file = touch(tmp_path / "ComfyUI/models/loras/sub/a.safetensors")

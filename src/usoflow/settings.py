@@ -34,6 +34,8 @@ MODEL_SUFFIXES = (".safetensors", ".gguf")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 EXTRA_PATHS_FILE = "extra_model_paths.yaml"
 
+POCKET_MODELS = Path(__file__).parent / "pocket" / "models"  # small ones that ship with the package
+
 MODELS_VARIABLE = "USOFLOW_MODELS"
 INPUT_VARIABLE = "USOFLOW_INPUT"
 OUTPUT_VARIABLE = "USOFLOW_OUTPUT"
@@ -118,7 +120,7 @@ def find_folders(
 
     Args:
         models: a ComfyUI folder or its `models` folder; default `USOFLOW_MODELS` (several may be given, as
-            in PATH), else the user's data directory.
+            in PATH), else the user's data directory and, while that holds no model, `POCKET_MODELS`.
         inputs: where pictures are; default `USOFLOW_INPUT`, else `input` here and in ComfyUI folders.
         beside: the workflow file, whose own folder is searched last where `inputs` is not given.
         output: default `USOFLOW_OUTPUT`, else `output` here.
@@ -131,7 +133,7 @@ def find_folders(
     for root in roots:
         if not root.is_dir():
             raise UsoflowError("file_not_found", f"The models folder {root} does not exist.")
-    roots = roots or [platformdirs.user_data_path("usoflow") / "models"]
+    roots = roots or _own_models()
     default_inputs = [Path("input"), *(r / "input" for r in roots), *(r.parent / "input" for r in roots)]
     default_inputs += [beside.parent] if beside else []
     return Folders(
@@ -141,6 +143,11 @@ def find_folders(
         temp=platformdirs.user_cache_path("usoflow") / "temp",
         given_images=given_images or {},
     )
+
+
+def _own_models() -> list[Path]:
+    own = platformdirs.user_data_path("usoflow") / "models"
+    return [own] if any(_names(own, MODEL_SUFFIXES)) else [own, POCKET_MODELS]
 
 
 def _from_variable(name: str) -> list[Path]:
