@@ -11,9 +11,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
+from usoflow.cli.options import Models
 
 if TYPE_CHECKING:
     import torch
@@ -41,9 +41,7 @@ class Finding:
 
 
 def doctor(
-    models: Annotated[
-        Path | None, typer.Option(help="A ComfyUI folder or its models folder; else USOFLOW_MODELS.")
-    ] = None,
+    models: Models = None,
 ) -> None:
     """Tell what this machine can do, what is missing, and what will be slow and why."""
     from usoflow.settings import find_folders

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from usoflow.cli import report
-from usoflow.cli.run import Device, Dtype, execute
+from usoflow.cli.options import AsJson, Device, Dtype, InDtype, Models, OnDevice, Output
+from usoflow.cli.run import execute
 from usoflow.cli.words import SeveralWords
 from usoflow.errors import UsoflowError
 
@@ -27,6 +28,22 @@ class Generate(SeveralWords):
     """The command line of `usoflow generate`."""
 
     bare = MappingProxyType({"--easycache": "0.2"})  # the default of the EasyCache node
+
+
+EasyCache = Annotated[
+    float | None,
+    typer.Option(
+        metavar="[NUMBER]", help="Skip steps that change less than this; 0.2 without a number.", min=0, max=3
+    ),
+]
+Assignments = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="NODE.INPUT=VALUE ...",
+        help="Set any other input of the workflow; NODE is an id, title or type.",
+    ),
+]
 
 
 def generate(
@@ -50,15 +67,7 @@ def generate(
     keep_size: Annotated[
         bool, typer.Option("--keep-size", help="Take the proportions of the (first) subject's picture.")
     ] = False,
-    easycache: Annotated[
-        float | None,
-        typer.Option(
-            metavar="[NUMBER]",
-            help="Skip steps that change less than this; 0.2 without a number.",
-            min=0,
-            max=3,
-        ),
-    ] = None,
+    easycache: EasyCache = None,
     lora: Annotated[
         list[str] | None,
         typer.Option(metavar="FILE[:STRENGTH] ...", help="Further LoRAs, of the loras folder."),
@@ -68,24 +77,15 @@ def generate(
         list[str] | None,
         typer.Option(metavar="OPTION=V,V,... ...", help="Try these values; writes a sheet with labels."),
     ] = None,
-    assignments: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="NODE.INPUT=VALUE ...",
-            help="Set any other input of the workflow; NODE is an id, title or type.",
-        ),
-    ] = None,
+    assignments: Assignments = None,
     save_workflow: Annotated[
         Path | None, typer.Option(help="Write the workflow of the first picture.")
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder for results; ./output if not given.")] = None,
-    models: Annotated[
-        Path | None, typer.Option(help="A ComfyUI folder or its models folder; else USOFLOW_MODELS.")
-    ] = None,
-    device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.auto,
-    dtype: Annotated[Dtype, typer.Option(help="Number format of the transformer.")] = Dtype.auto,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, and no progress.")] = False,
+    output: Output = None,
+    models: Models = None,
+    device: OnDevice = Device.auto,
+    dtype: InDtype = Dtype.auto,
+    as_json: AsJson = False,
 ) -> None:
     """Generate pictures with the official USO workflow.
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from usoflow.cli.options import Models
 from usoflow.errors import UsoflowError
 
 if TYPE_CHECKING:
@@ -21,16 +22,11 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="List, get and check model files.", add_completion=False)
 
-ModelsOption = Annotated[
-    Path | None,
-    typer.Option("--models", help="A ComfyUI folder or its models folder; else USOFLOW_MODELS."),
-]
-
 
 @app.callback(invoke_without_command=True)
 def models(
     context: typer.Context,
-    models: ModelsOption = None,
+    models: Models = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """List model files: contents, size, precision; and those of the tutorial that are missing."""
@@ -59,7 +55,7 @@ def models(
 @app.command()
 def pull(
     what: Annotated[str, typer.Argument(help="uso: the files of the tutorial.")] = "uso",
-    models: ModelsOption = None,
+    models: Models = None,
     yes: Annotated[bool, typer.Option("--yes", help="Agree to the licences without being asked.")] = False,
 ) -> None:
     """Download what is missing of the tutorial's files, continuing what broke off."""
@@ -91,7 +87,7 @@ def check(
     tensors: Annotated[
         bool, typer.Option("--tensors", help="List every tensor first: name, shape, format.")
     ] = False,
-    models: ModelsOption = None,
+    models: Models = None,
 ) -> None:
     """Tell what a file is, and whether every tensor and value is as it must be."""
     from usoflow.models.checkpoint import TensorFile

@@ -6,37 +6,18 @@ import json
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import StrEnum
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from usoflow.cli import report
+from usoflow.cli.options import AsJson, CustomNodes, Device, Dtype, InDtype, Input, Models, OnDevice, Output
 from usoflow.errors import UsoflowError
 
 if TYPE_CHECKING:
     from usoflow.api.checking import Job
     from usoflow.api.engine import Engine, Result
     from usoflow.execution.progress import Cancellation
-
-
-class Device(StrEnum):
-    """Where to compute."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-    mps = "mps"
-
-
-class Dtype(StrEnum):
-    """In which number format the transformer computes."""
-
-    auto = "auto"
-    bf16 = "bf16"
-    fp16 = "fp16"
-    fp32 = "fp32"
 
 
 def run(
@@ -52,17 +33,13 @@ def run(
         typer.Option("--image", metavar="NODE=PATH", help="Give a LoadImage node this picture."),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of every sampler.", min=0, max=2**64 - 1)] = None,
-    inputs: Annotated[Path | None, typer.Option("--input", help="Folder of input pictures.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder for results; ./output if not given.")] = None,
-    models: Annotated[
-        Path | None, typer.Option(help="A ComfyUI folder or its models folder; else USOFLOW_MODELS.")
-    ] = None,
-    custom_nodes: Annotated[
-        Path | None, typer.Option(help="Folder of your own nodes, as ComfyUI's custom_nodes.")
-    ] = None,
-    device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.auto,
-    dtype: Annotated[Dtype, typer.Option(help="Number format of the transformer.")] = Dtype.auto,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, and no progress.")] = False,
+    inputs: Input = None,
+    output: Output = None,
+    models: Models = None,
+    custom_nodes: CustomNodes = None,
+    device: OnDevice = Device.auto,
+    dtype: InDtype = Dtype.auto,
+    as_json: AsJson = False,
 ) -> None:
     """Run a workflow and save its pictures."""
     from usoflow.api.engine import Engine

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from usoflow.cli.run import Device, Dtype
+from usoflow.cli.options import CustomNodes, Device, Dtype, InDtype, Input, Models, OnDevice, Output
 from usoflow.errors import UsoflowError
 
 STATE_VARIABLE = "USOFLOW_STATE"
@@ -20,11 +20,9 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def serve(
-    models: Annotated[
-        Path | None, typer.Option(help="A ComfyUI folder or its models folder; else USOFLOW_MODELS.")
-    ] = None,
-    inputs: Annotated[Path | None, typer.Option("--input", help="Folder of input pictures.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder for results; ./output if not given.")] = None,
+    models: Models = None,
+    inputs: Input = None,
+    output: Output = None,
     port: Annotated[int, typer.Option(help="Where to listen.", min=1, max=65535)] = 8188,
     listen: Annotated[
         str, typer.Option(help="Address; beyond this machine a token is needed.")
@@ -34,11 +32,9 @@ def serve(
     ] = None,
     preview: Annotated[bool, typer.Option(help="Show pictures while they are made.")] = True,
     ui: Annotated[bool, typer.Option(help="Serve the editor, and open it in a browser.")] = True,
-    custom_nodes: Annotated[
-        Path | None, typer.Option(help="Folder of your own nodes, as ComfyUI's custom_nodes.")
-    ] = None,
-    device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.auto,
-    dtype: Annotated[Dtype, typer.Option(help="Number format of the transformer.")] = Dtype.auto,
+    custom_nodes: CustomNodes = None,
+    device: OnDevice = Device.auto,
+    dtype: InDtype = Dtype.auto,
 ) -> None:
     """Serve the editor and ComfyUI's API."""
     import platformdirs

@@ -19,7 +19,7 @@ from usoflow.server.hub import Hub
 from usoflow.server.log import LogBuffer
 from usoflow.server.messages import messages_of
 from usoflow.server.routes import catalogue, jobs, pictures, prompt, system, user
-from usoflow.server.ui import Templates
+from usoflow.server.templates import Templates
 from usoflow.service.engine import Engine
 from usoflow.service.jobs import JobStore, State
 from usoflow.service.lock import hold

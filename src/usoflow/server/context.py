@@ -20,7 +20,7 @@ from usoflow.service.supervisor import Supervisor
 from usoflow.settings import Folders
 
 if TYPE_CHECKING:
-    from usoflow.server.ui import Templates
+    from usoflow.server.templates import Templates
 
 MIB: Final = 2**20
 LOOPBACK: Final = ("127.0.0.1", "localhost", "::1")

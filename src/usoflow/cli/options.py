@@ -1,0 +1,41 @@
+"""Options that several commands share: the same words, the same meaning everywhere."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Device(StrEnum):
+    """Where to compute."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+    mps = "mps"
+
+
+class Dtype(StrEnum):
+    """In which number format the transformer computes."""
+
+    auto = "auto"
+    bf16 = "bf16"
+    fp16 = "fp16"
+    fp32 = "fp32"
+
+
+Models = Annotated[
+    Path | None,
+    typer.Option("--models", help="A ComfyUI folder or its models folder; else USOFLOW_MODELS."),
+]
+Input = Annotated[Path | None, typer.Option("--input", help="Folder of input pictures.")]
+Output = Annotated[Path | None, typer.Option(help="Folder for results; ./output if not given.")]
+CustomNodes = Annotated[
+    Path | None, typer.Option(help="Folder of your own nodes, as ComfyUI's custom_nodes.")
+]
+OnDevice = Annotated[Device, typer.Option(help="Where to compute.")]
+InDtype = Annotated[Dtype, typer.Option(help="Number format of the transformer.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, and no progress.")]
