@@ -14,7 +14,7 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from server.conftest import Serve
-from usoflow.server import picture, ui
+from usoflow.server import picture, templates, ui
 
 USO = "flux1_dev_uso_reference_image_gen"
 
@@ -25,10 +25,11 @@ def test_uso_comes_first_and_nothing_is_offered_that_cannot_run(client: TestClie
     offered = [entry["name"] for category in index.json() for entry in category["templates"]]
     assert offered[0] == USO
     assert "sourceRevision" not in index.text
-    known = set(client.get("/object_info").json()) | ui.EDITOR_ONLY
+    known = set(client.get("/object_info").json()) | templates.EDITOR_ONLY
     for name in offered:
-        assert set(ui._node_types(client.get(f"/templates/{name}.json").json())) <= known
-    everything = {entry["name"] for category in ui._read("index.json") for entry in category["templates"]}
+        assert set(templates._node_types(client.get(f"/templates/{name}.json").json())) <= known
+    categories = templates.read("index.json")
+    everything = {entry["name"] for category in categories for entry in category["templates"]}
     assert 0 < len(offered) < len(everything) / 2
     assert "video_wan2_2_14B_t2v" in everything - set(offered)
     french = client.get("/templates/index.fr.json").json()
