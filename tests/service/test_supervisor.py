@@ -201,3 +201,28 @@ def test_every_message_survives_the_pipe() -> None:
 def test_what_is_no_message_is_refused(line: bytes) -> None:
     with pytest.raises(UsoflowError):
         decode(line)
+
+
+def test_a_stop_while_a_job_is_being_taken_reaches_it(
+    store: JobStore, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken, take = threading.Event(), store.start_next
+
+    def slow() -> Job | None:
+        job = take()
+        if job is not None:
+            taken.set()
+            time.sleep(0.1)  # the row says "in_progress", and nobody knows yet which job that is
+        return job
+
+    monkeypatch.setattr(store, "start_next", slow)
+
+    def patient(run: Run, listen: Callable[[Report], None]) -> Outcome:
+        return Cancelled() if supervisor._engine.cancelled.wait(5) else Done()  # type: ignore[attr-defined]
+
+    supervisor = start(patient=patient, accept=False)
+    store.add(Request(id="patient", prompt={}, targets=(), extra={}), limit=10)
+    supervisor.wake()
+    assert taken.wait(5)
+    assert supervisor.interrupt("patient")
+    assert ended(store, "patient").state == State.CANCELLED

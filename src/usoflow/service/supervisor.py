@@ -74,6 +74,7 @@ class Supervisor:
     def __init__(self, store: JobStore, engine: Engine, listen: Listener, *, preview: bool = True) -> None:
         self._store, self._engine, self._listen, self._preview = store, engine, listen, preview
         self._wake = threading.Event()
+        self._taking = threading.Lock()  # from the row's "in_progress" until `running` says which job it is
         self.stopping = False
         self._thread = threading.Thread(target=self._work, name="supervisor", daemon=True)
         self.running: Running | None = None
@@ -95,7 +96,8 @@ class Supervisor:
 
     def interrupt(self, job_id: str | None = None) -> bool:
         """Stop the job in progress, if it is this one (None: whichever); whether there was one."""
-        running = self.running
+        with self._taking:
+            running = self.running
         if running is None or job_id not in (None, running.job.id):
             return False
         self._engine.cancel(running.job.id)
@@ -120,14 +122,21 @@ class Supervisor:
             self._wake.clear()
             if self.stopping:  # looked at after `clear`, so that no wake of `refuse` is missed
                 return
-            job = self._store.start_next()
-            if job is None:
+            running = self._take()
+            if running is None:
                 self._wake.wait()
             else:
-                self._execute(job)
+                self._execute(running)
 
-    def _execute(self, job: Job) -> None:
-        running = self.running = Running(job)
+    def _take(self) -> Running | None:
+        """The next job, in progress; whoever looks for it to stop it finds it."""
+        with self._taking:
+            job = self._store.start_next()
+            self.running = None if job is None else Running(job)
+            return self.running
+
+    def _execute(self, running: Running) -> None:
+        job = running.job
         self._listen(running, State.IN_PROGRESS)
         outcome = self._outcome(running)
         self.running = None
