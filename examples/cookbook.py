@@ -171,7 +171,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Draw the pictures of the cookbook.")
     parser.add_argument("--models", type=Path, default=POCKET)
     parser.add_argument("--pages", type=Path, default=PAGES, help="the folder of the cookbook")
-    parser.add_argument("--size", type=int, default=64, help="side of the pictures, in pixels")
+    parser.add_argument("--size", type=int, default=128, help="side of the pictures, in pixels")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--subject", type=Path, help="a picture of a subject; else one is drawn")
     parser.add_argument("--style", type=Path, help="a picture in a style; else one is drawn")

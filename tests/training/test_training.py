@@ -27,7 +27,7 @@ from usoflow.training.text_to_image import sample
 CAPTIONS = ["a cat on a beach", "a red apple in the snow, flat style", "an owl at sunset", "a bus"]
 SIZES = {"hidden": 64, "double": 1, "single": 1, "text_dim": 32, "text_layers": 1, "clip_dim": 32}
 SHORT = Recipe(samples=64, batch=4, rate=1e-3)
-VAE = VaeStage(SHORT, SHORT, widths=(8, 8, 8, 16))
+VAE = VaeStage(SHORT, widths=(8, 8, 8, 16))
 
 
 def recipe(**changes: float) -> Recipe:
@@ -175,7 +175,7 @@ def test_samples_follow_from_the_seed(batches: Batches) -> None:
 def test_shipped_plan_is_read_and_a_wrong_one_refused(tmp_path: Path) -> None:
     assert Plan.read(None).base.side == 64
     wrong = tmp_path / "wrong.toml"
-    wrong.write_text("[vae]\nwidths = [8]\nbreadth = 3\n[vae.recipe]\n[vae.decoder]\n[base]\n")
+    wrong.write_text("[vae]\nwidths = [8]\nbreadth = 3\n[vae.recipe]\n[base]\n")
     with pytest.raises(UsoflowError) as error:
         Plan.read(wrong)
     assert error.value.code == "training_config"

@@ -56,7 +56,7 @@ def sprites(tmp_path_factory: pytest.TempPathFactory) -> Sprites:
 @pytest.fixture(scope="module")
 def teaching(sprites: Sprites, tmp_path_factory: pytest.TempPathFactory) -> Teaching:
     folder = tmp_path_factory.mktemp("lessons")
-    vae = autoencoder.new_autoencoder(VaeStage(RECIPE, RECIPE, widths=(8, 8, 8, 16)))
+    vae = autoencoder.new_autoencoder(VaeStage(RECIPE, widths=(8, 8, 8, 16)))
     tower = contrast_of(sprites).tower
     encoders = Encoders(vae, tower, sprites, side=64)
     sets = {use: cache_triplets(encoders, folder / use, use=use, seed=51, count=8) for use in USES}
@@ -158,7 +158,7 @@ def test_lora_begins_as_nothing_and_its_file_computes_the_same(teaching: Teachin
 
 def written(teaching: Teaching, folder: Path, lora: dict[str, torch.nn.Parameter]) -> Path:
     """Write all files; the base as a checkpoint of its own."""
-    vae = autoencoder.new_autoencoder(VaeStage(RECIPE, RECIPE, widths=(8, 8, 8, 16)))
+    vae = autoencoder.new_autoencoder(VaeStage(RECIPE, widths=(8, 8, 8, 16)))
     package.write(folder / "base.safetensors", teaching.pocket, vae)
     package.write_uso(folder, new_tower(), teaching.projector, lora)
     return folder
@@ -188,7 +188,7 @@ def test_reward_is_least_for_the_style_picture_itself_and_flows_back(
     teaching: Teaching, sprites: Sprites
 ) -> None:
     torch.manual_seed(0)
-    vae = autoencoder.new_autoencoder(VaeStage(RECIPE, RECIPE, widths=(8, 8, 8, 16))).requires_grad_(False)
+    vae = autoencoder.new_autoencoder(VaeStage(RECIPE, widths=(8, 8, 8, 16))).requires_grad_(False)
     reward = StyleReward(StyleEncoder(2, 3).requires_grad_(False), vae)
     latents = torch.randn(2, 16, 8, 8, requires_grad=True)
     with torch.no_grad():

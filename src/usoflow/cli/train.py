@@ -11,7 +11,12 @@ from usoflow.errors import UsoflowError
 
 
 def train(
-    stage: Annotated[str, typer.Argument(help="render, vae, decoder, base, guided, tower, ..., or all.")],
+    stage: Annotated[
+        str,
+        typer.Argument(
+            help="render, vae, base, large, guided, tower, reward, style, subject, package, judge, evaluate, all."
+        ),
+    ],
     config: Annotated[Path | None, typer.Option(help="Training file; default: the shipped one.")] = None,
     work: Annotated[Path, typer.Option(help="Folder for caches, states and sheets.")] = Path("training"),
     threads: Annotated[int, typer.Option(help="Threads of torch; 0 leaves it to torch.")] = 0,

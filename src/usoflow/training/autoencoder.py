@@ -25,7 +25,6 @@ from usoflow.training.scenes import Picture, compose, draw_scene, generator, hel
 from usoflow.training.sheets import contact_sheet, loss_curve
 
 VALIDATION_SEED = 7_000_001
-DECODER_NOISE = 0.05  # deviation, where latents have 1: a transformer's latents are not exact either
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +33,6 @@ class VaeStage:
 
     Attributes:
         recipe: length and speed.
-        decoder: length and speed of the decoder's own training afterwards, by which no latent changes.
         widths: channels per resolution.
         blocks: residual blocks per resolution.
         groups: of GroupNorm.
@@ -45,7 +43,6 @@ class VaeStage:
     """
 
     recipe: Recipe
-    decoder: Recipe
     widths: tuple[int, ...]
     blocks: int = 1
     groups: int = 1
@@ -132,42 +129,6 @@ def train(
     training.run(loss_function(module, sprites, stage, dtype), after_save=report)
     swap(training.parameters, training.average)
     return module
-
-
-def train_decoder(
-    module: AutoEncoder,
-    sprites: Sprites,
-    stage: VaeStage,
-    folder: Path,
-    *,
-    dtype: torch.dtype = torch.bfloat16,
-) -> None:
-    """Train the decoder alone, on latents as they are given to it: means, slightly noised.
-
-    The encoder stays, so that a transformer trained on its latents stays right.
-    """
-    training = Training(dict(module.decoder.named_parameters()), stage.decoder, folder)
-    training.resume()
-
-    def loss_of(done: int) -> Tensor:
-        indices = range(done, done + stage.decoder.batch)
-        pixels = to_tensor([training_picture(sprites, stage, stage.recipe.samples + i) for i in indices])
-        with torch.no_grad():
-            mean = module.encoder(pixels).chunk(2, dim=1)[0]
-        noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(stage.decoder.seed + done))
-        latent = mean + DECODER_NOISE / LatentFormat().scale * noise
-        got = module.decoder(latent.to(dtype)).float()
-        return reconstruction_loss(pixels, got, stage)
-
-    def report() -> None:
-        trained = swap(training.parameters, training.average)
-        psnr = evaluate(module, sprites, side=stage.side, count=64, sheet=folder / "sheet.png")
-        swap(training.parameters, trained)
-        with (folder / "psnr.jsonl").open("a") as file:
-            file.write(json.dumps({"done": training.done, "psnr": psnr}) + "\n")
-
-    training.run(loss_of, after_save=report)
-    swap(training.parameters, training.average)
 
 
 @torch.no_grad()

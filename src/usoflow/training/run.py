@@ -2,7 +2,6 @@
 
 render   fetch the drawings, render the sprites, write a contact sheet
 vae      train the autoencoder, fold its latent statistics
-decoder  train the decoder further on the encoder as it is
 base     cache latents, train text encoders and transformer
 large    train them further on larger pictures
 guided   distil guidance into the transformer
@@ -27,7 +26,6 @@ STAGES: Mapping[str, Callable[[Workshop], None]] = MappingProxyType(
     {
         "render": Workshop.render,
         "vae": Workshop.vae,
-        "decoder": Workshop.decoder,
         "base": Workshop.base,
         "large": Workshop.large,
         "guided": Workshop.guided,

@@ -67,14 +67,6 @@ class Workshop:
         result = autoencoder.folded(module, autoencoder.encode(module, torch.from_numpy(pictures)))
         torch.save(result.state_dict(), self.folder / "vae" / "folded.pt")
 
-    def decoder(self) -> None:
-        """Train the decoder of the folded autoencoder further; latents stay what they are."""
-        module = self.folded_vae
-        autoencoder.train_decoder(
-            module, self.sprites, self.plan.vae, self.folder / "decoder", dtype=self.dtype
-        )
-        torch.save(module.state_dict(), self.folder / "decoder" / "vae.pt")
-
     def base(self) -> None:
         """Train text encoders and transformer by flow matching."""
         self._flow(self.pocket(), self.plan.base.recipe, "base", self._batches)
@@ -95,7 +87,7 @@ class Workshop:
 
     def package(self) -> None:
         """Write the checkpoint from the guided weights, or, before there are any, from the base's."""
-        package.write(self.checkpoint, self.finished(), self.vae_in_use)
+        package.write(self.checkpoint, self.finished(), self.trained_vae)
 
     def judge(self) -> None:
         """Train the encoder that `evaluate` measures with."""
@@ -111,7 +103,7 @@ class Workshop:
 
     def _answers(self, pocket: Pocket, asked: list[Question]) -> dict[str, torch.Tensor]:
         """Real pictures, the same through the VAE, and made ones, of a prompt list."""
-        vae, side, prompts = self.vae_in_use, self.plan.base.large_side, [q.prompt for q in asked]
+        vae, side, prompts = self.trained_vae, self.plan.base.large_side, [q.prompt for q in asked]
         real = pictures_of(self.sprites, [q.scene for q in asked], side)
         through = [autoencoder.decode(vae, autoencoder.encode(vae, part)) for part in real.split(50)]
         made = [
@@ -122,23 +114,15 @@ class Workshop:
         return {"real": real, "real through the VAE": torch.cat(through), "made": torch.cat(made)}
 
     @functools.cached_property
-    def folded_vae(self) -> AutoEncoder:
+    def trained_vae(self) -> AutoEncoder:
         """The trained autoencoder, folded."""
         module = autoencoder.new_autoencoder(self.plan.vae)
         module.load_state_dict(torch.load(self.folder / "vae" / "folded.pt", weights_only=True))
         return module
 
-    @functools.cached_property
-    def vae_in_use(self) -> AutoEncoder:
-        """The folded autoencoder, with the further trained decoder if there is one."""
-        module, further = self.folded_vae, self.folder / "decoder" / "vae.pt"
-        if further.exists():
-            module.load_state_dict(torch.load(further, weights_only=True))
-        return module
-
     def latents(self, side: int, count: int) -> LatentSet:
         """The latents of the first scenes, cached."""
-        folder, vae = self.folder / f"latents-{side}", self.folded_vae
+        folder, vae = self.folder / f"latents-{side}", self.trained_vae
         return cache(vae, self.sprites, folder, seed=LATENT_SEED, side=side, count=count, dtype=self.dtype)
 
     @functools.cached_property
@@ -179,7 +163,7 @@ class Workshop:
         def report() -> None:
             loss_curve(folder / "loss.png", *zip(*training.log, strict=True), title=name)
             trained = swap(training.parameters, training.average)
-            prompts, vae = text_to_image.PROMPTS, self.vae_in_use
+            prompts, vae = text_to_image.PROMPTS, self.trained_vae
             pictures = text_to_image.sample(pocket, vae, prompts, side=side, dtype=self.dtype)
             swap(training.parameters, trained)
             sheet = folder / f"sheet-{training.done:07d}.png"

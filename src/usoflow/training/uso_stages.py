@@ -75,7 +75,7 @@ def trained(workshop: Workshop, pocket: Pocket) -> tuple[StyleProjector, dict[st
 def _teaching(workshop: Workshop) -> Teaching:
     pocket = workshop.finished().requires_grad_(False)
     encoders = Encoders(
-        workshop.vae_in_use, _tower(workshop), workshop.sprites, workshop.plan.base.large_side
+        workshop.trained_vae, _tower(workshop), workshop.sprites, workshop.plan.base.large_side
     )
     count, folder = workshop.plan.uso.lessons, workshop.folder
     sets = {
@@ -94,7 +94,7 @@ def _run(
     mix: Mix,
     name: str,
 ) -> None:
-    rewarding = StyleReward(_reward(workshop), workshop.vae_in_use.requires_grad_(False))
+    rewarding = StyleReward(_reward(workshop), workshop.trained_vae.requires_grad_(False))
     loss_of: LossFunction = teaching.loss(mix, recipe, rewarding, workshop.sprites)
     training = Training(parameters, recipe, workshop.folder / name)
     training.resume()
@@ -114,7 +114,7 @@ def write_sheet(path: Path, teaching: Teaching, workshop: Workshop, use: Use) ->
     """Four pictures for each of the first lessons of a use: content, style, target, and what is made."""
     sprites, side = workshop.sprites, workshop.plan.base.large_side
     made = teaching.sample(teaching.lessons.first(use, SHOWN), seed=0)
-    drawn = autoencoder.decode(workshop.vae_in_use, LatentFormat().from_model(made))
+    drawn = autoencoder.decode(workshop.trained_vae, LatentFormat().from_model(made))
     lessons = [draw_triplet(sprites.world, LESSON_SEED, i, use) for i in range(SHOWN)]
     scenes = [scene for t in lessons for scene in (t.content, t.style, t.target)]
     real = pictures_of(sprites, scenes, side).unflatten(0, (SHOWN, 3))
