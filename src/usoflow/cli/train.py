@@ -14,7 +14,7 @@ def train(
     stage: Annotated[
         str,
         typer.Argument(
-            help="render, vae, base, large, guided, tower, reward, style, subject, package, judge, evaluate, all."
+            help="render, vae, base, large, guided, tower, reward, style, subject, package, judge, evaluate."
         ),
     ],
     config: Annotated[Path | None, typer.Option(help="Training file; default: the shipped one.")] = None,
@@ -23,7 +23,7 @@ def train(
     compiled: Annotated[bool, typer.Option(help="Compile the transformer's steps.")] = False,
     full_precision: Annotated[bool, typer.Option(help="Compute in fp32 instead of bf16.")] = False,
 ) -> None:
-    """Run a stage of training to its end; interrupted, it continues where it was."""
+    """Run a stage of training, or all, to its end; interrupted, it continues where it was."""
     import torch
 
     from usoflow.training.plan import Plan
