@@ -97,11 +97,11 @@ def plain(request: Request) -> usoflow.Workflow:
     """Text to image without references."""
     workflow = usoflow.Workflow.load(HERE / "pocket.json").with_seed(request.seed)
     values = {
-        "CLIPTextEncode.text": request.prompt,
+        "text.text": request.prompt,
         "EmptySD3LatentImage.width": request.size[0],
         "EmptySD3LatentImage.height": request.size[1],
         "KSampler.steps": request.steps,
-        "FluxGuidance.guidance": request.guidance,
+        "KSampler.cfg": request.guidance,
     }
     for target, value in values.items():
         workflow = workflow.set(target, value)

@@ -1,9 +1,8 @@
 """What `make demo` runs: pictures by the pocket model, then the official template's variations on a photo.
 
-The pocket model (`usoflow.pocket`) is trained, though not for long: backgrounds are right, subjects are
-mostly outlines and colours (docs/pocket.md). There is no trained pocket USO yet: the four variations run on
-untrained models of the true layout and give noise. They show that the official workflows run. Each command
-is printed, so that it can be repeated by hand.
+The pocket model (`usoflow.pocket`) is small and trained; docs/pocket.md says what it can and cannot do. There
+is no trained pocket USO yet: the four variations run on untrained models of the true layout and give noise.
+They show that the official workflows run. Each command is printed, so that it can be repeated by hand.
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ OUT = Path("out") / "demo"
 SIZE = 256
 POCKET = Path(usoflow.__file__).parent / "pocket" / "models"
 PROMPTS = (
-    "a red apple on a chessboard, flat style",
-    "a pig face in a meadow, flat style",
-    "a frog on a beach, twemoji style",
-    "an owl in the snow, emojione style",
-    "a hamburger under water, flat style",
-    "a strawberry at sunset, blob style",
-    "a cactus on red stripes, emojione style",
-    "a penguin on a green background, twemoji style",
+    "a light bulb on a pink background, flat style",
+    "a watermelon on a chessboard, flat style",
+    "a sunflower in a meadow, flat style",
+    "a rocket in the night sky, flat style",
+    "a carrot on a wooden floor, flat style",
+    "a pear in front of a brick wall, flat style",
+    "a fox in a forest, emojione style",
+    "a laptop in a city at night, flat style",
 )
 
 PHOTO, STYLE = HERE / "astronaut.jpg", HERE / "stained_glass.png"
@@ -59,7 +58,7 @@ def pocket() -> None:
     pictures = []
     with usoflow.Engine(models=POCKET, output=OUT) as engine:
         for prompt in PROMPTS:
-            result = engine.run(workflow.set("CLIPTextEncode.text", prompt))
+            result = engine.run(workflow.set("text.text", prompt))
             print(f"  {result.paths[0]}  {result.seconds:.1f} s  {prompt}")
             pictures.append((prompt.rpartition(",")[0], result.images[0].resize((SIZE, SIZE))))
     contact_sheet(pictures, columns=4).save(OUT / "pocket.png")

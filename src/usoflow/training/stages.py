@@ -14,7 +14,7 @@ import torch
 
 from usoflow.models.vae import AutoEncoder
 from usoflow.training import autoencoder, drawings, evaluate, package, text_to_image
-from usoflow.training.base import Batches, Pocket, flow_loss, guided_loss
+from usoflow.training.base import GUIDANCE, Batches, Pocket, flow_loss, guided_loss
 from usoflow.training.drawings import Sprites
 from usoflow.training.evaluate import Question
 from usoflow.training.latents import LatentSet, cache
@@ -85,8 +85,13 @@ class Workshop:
         loss_of = guided_loss(pocket, teacher, self._large, dtype=self.dtype)
         self._run(pocket, self.plan.base.guided, loss_of, "guided", self._large.latents.side)
 
+    @property
+    def cfg(self) -> float:
+        """At which pictures are made: 1 where guidance is distilled, else with the empty caption against."""
+        return 1.0 if (self.folder / "guided" / "state.pt").exists() else GUIDANCE
+
     def package(self) -> None:
-        """Write the checkpoint from the guided weights, or, before there are any, from the base's."""
+        """Write the checkpoint from the weights of the last stage that has been run."""
         package.write(self.checkpoint, self.finished(), self.trained_vae)
 
     def judge(self) -> None:
@@ -107,7 +112,9 @@ class Workshop:
         real = pictures_of(self.sprites, [q.scene for q in asked], side)
         through = [autoencoder.decode(vae, autoencoder.encode(vae, part)) for part in real.split(50)]
         made = [
-            text_to_image.sample(pocket, vae, prompts[i : i + 50], side=side, dtype=self.dtype, seed=i)
+            text_to_image.sample(
+                pocket, vae, prompts[i : i + 50], side=side, dtype=self.dtype, seed=i, cfg=self.cfg
+            )
             for i in range(0, len(prompts), 50)
         ]
         contact_sheet(self.folder / "evaluation.png", list(made[0].numpy()), prompts[:50], columns=10)
@@ -164,7 +171,7 @@ class Workshop:
             loss_curve(folder / "loss.png", *zip(*training.log, strict=True), title=name)
             trained = swap(training.parameters, training.average)
             prompts, vae = text_to_image.PROMPTS, self.trained_vae
-            pictures = text_to_image.sample(pocket, vae, prompts, side=side, dtype=self.dtype)
+            pictures = text_to_image.sample(pocket, vae, prompts, side=side, dtype=self.dtype, cfg=self.cfg)
             swap(training.parameters, trained)
             sheet = folder / f"sheet-{training.done:07d}.png"
             contact_sheet(sheet, list(pictures.numpy()), prompts, columns=8, zoom=SHEET_SIDE // side)

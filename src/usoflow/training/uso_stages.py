@@ -22,7 +22,7 @@ from usoflow.training.scenes import pictures_of
 from usoflow.training.sheets import contact_sheet, loss_curve
 from usoflow.training.stages import Workshop
 from usoflow.training.tower import train_tower
-from usoflow.training.triplets import USES, Encoders, Use, cache_triplets, draw_triplet
+from usoflow.training.triplets import Encoders, Use, cache_triplets, draw_triplet
 from usoflow.training.uso import LESSON_SEED, Lessons, Mix, Teaching, add_lora, lora_parameters, new_projector
 
 SHOWN = 12  # lessons on a sheet
@@ -78,12 +78,14 @@ def _teaching(workshop: Workshop) -> Teaching:
         workshop.trained_vae, _tower(workshop), workshop.sprites, workshop.plan.base.large_side
     )
     count, folder = workshop.plan.uso.lessons, workshop.folder
+    stage = workshop.plan.uso
+    shown = dict.fromkeys(use for use, _ in (*stage.style_mix, *stage.subject_mix))
     sets = {
         use: cache_triplets(encoders, folder / f"lessons-{use}", use=use, seed=LESSON_SEED, count=count)
-        for use in USES
+        for use in shown
     }
     projector = _projector(workshop).requires_grad_(False)
-    return Teaching(pocket, projector, Lessons.of(sets, pocket), workshop.plan.uso, workshop.dtype)
+    return Teaching(pocket, projector, Lessons.of(sets, pocket), stage, workshop.dtype)
 
 
 def _run(
