@@ -20,7 +20,7 @@ from usoflow.models.vae import AutoEncoder, LatentFormat
 from usoflow.training.autoencoder import encode
 from usoflow.training.captions import CaptionTokenizer, Ids
 from usoflow.training.drawings import Sprites
-from usoflow.training.scenes import caption, compose, draw_taught_scene
+from usoflow.training.scenes import caption, draw_taught_scene, pictures_of
 
 CHUNK = 64
 
@@ -93,7 +93,7 @@ def cache(
     for start in range(done, count, CHUNK):
         stop = min(start + CHUNK, count)
         scenes = [draw_taught_scene(sprites.world, seed, i) for i in range(start, stop)]
-        images = torch.from_numpy(np.stack([compose(scene, sprites, side=side) for scene in scenes]))
+        images = pictures_of(sprites, scenes, side)
         stored[start:stop] = (
             LatentFormat().to_model(encode(module, images, dtype=dtype)).numpy().astype(np.float16)
         )

@@ -204,3 +204,9 @@ def swap(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -
     for name, parameter in parameters.items():
         parameter.copy_(values[name])
     return before
+
+
+def load_average(folder: Path, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Put the averaged weights of a stage's saved state into parameters of the same names."""
+    state = torch.load(folder / "state.pt", weights_only=True)
+    swap(parameters, state["average"])

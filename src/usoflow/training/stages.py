@@ -9,7 +9,6 @@ import functools
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from usoflow.models.vae import AutoEncoder
@@ -18,7 +17,7 @@ from usoflow.training.base import GUIDANCE, Batches, Pocket, flow_loss, guided_l
 from usoflow.training.drawings import Sprites
 from usoflow.training.evaluate import Question
 from usoflow.training.latents import LatentSet, cache
-from usoflow.training.loop import LossFunction, Recipe, Training, swap
+from usoflow.training.loop import LossFunction, Recipe, Training, load_average, swap
 from usoflow.training.plan import Plan
 from usoflow.training.scenes import caption, compose, draw_scene, pictures_of
 from usoflow.training.sheets import contact_sheet, loss_curve
@@ -63,8 +62,8 @@ class Workshop:
         module = autoencoder.train(self.sprites, self.plan.vae, self.folder / "vae", dtype=self.dtype)
         world, side = self.sprites.world, self.plan.vae.side
         scenes = [draw_scene(world, LATENT_SEED, i) for i in range(STATISTICS)]
-        pictures = np.stack([compose(scene, self.sprites, side=side) for scene in scenes])
-        result = autoencoder.folded(module, autoencoder.encode(module, torch.from_numpy(pictures)))
+        pictures = pictures_of(self.sprites, scenes, side)
+        result = autoencoder.folded(module, autoencoder.encode(module, pictures))
         torch.save(result.state_dict(), self.folder / "vae" / "folded.pt")
 
     def base(self) -> None:
@@ -155,8 +154,7 @@ class Workshop:
 
     def load(self, pocket: Pocket, stage: str) -> None:
         """Put the averaged weights of a stage into the modules."""
-        state = torch.load(self.folder / stage / "state.pt", weights_only=True)
-        swap(dict(pocket.named_parameters()), state["average"])
+        load_average(self.folder / stage, dict(pocket.named_parameters()))
 
     def _flow(self, pocket: Pocket, recipe: Recipe, name: str, batches: Batches) -> None:
         loss_of = flow_loss(pocket, recipe, batches, dtype=self.dtype)

@@ -16,7 +16,7 @@ from usoflow.models.vision import SiglipVision
 from usoflow.models.weights import LowRank
 from usoflow.training import autoencoder, package
 from usoflow.training.base import Pocket
-from usoflow.training.loop import LossFunction, Recipe, Training, swap
+from usoflow.training.loop import LossFunction, Recipe, Training, load_average, swap
 from usoflow.training.reward import StyleEncoder, StyleReward, train_style_encoder
 from usoflow.training.scenes import pictures_of
 from usoflow.training.sheets import contact_sheet, loss_curve
@@ -48,7 +48,7 @@ def style(workshop: Workshop) -> None:
 def subject(workshop: Workshop) -> None:
     """Content-style disentanglement: train the LoRA beside the frozen projector."""
     teaching = _teaching(workshop)
-    _load(workshop.folder / "style", dict(teaching.projector.named_parameters()))
+    load_average(workshop.folder / "style", dict(teaching.projector.named_parameters()))
     recipe, mix = teaching.stage.subject, teaching.stage.subject_mix
     branches = add_lora(teaching.pocket.flux, teaching.stage.rank, recipe.seed)
     _run(workshop, teaching, lora_parameters(branches), recipe, mix, "subject")
@@ -66,9 +66,9 @@ def trained(workshop: Workshop, pocket: Pocket) -> tuple[StyleProjector, dict[st
     """The trained projector, and the trained LoRA, attached to `pocket`."""
     stage = workshop.plan.uso
     projector = _projector(workshop)
-    _load(workshop.folder / "style", dict(projector.named_parameters()))
+    load_average(workshop.folder / "style", dict(projector.named_parameters()))
     branches = add_lora(pocket.flux, stage.rank, stage.subject.seed)
-    _load(workshop.folder / "subject", lora_parameters(branches))
+    load_average(workshop.folder / "subject", lora_parameters(branches))
     return projector, branches
 
 
@@ -123,11 +123,6 @@ def write_sheet(path: Path, teaching: Teaching, workshop: Workshop, use: Use) ->
     rows = torch.cat([real, drawn[:, None]], dim=1).flatten(0, 1)
     labels = [text for t in lessons for text in ("content", "style", t.prompt or "(no prompt)", "made")]
     contact_sheet(path, list(rows.numpy()), labels, columns=12, zoom=1)
-
-
-def _load(folder: Path, parameters: dict[str, nn.Parameter]) -> None:
-    state = torch.load(folder / "state.pt", weights_only=True)
-    swap(parameters, state["average"])
 
 
 def _tower(workshop: Workshop) -> SiglipVision:
