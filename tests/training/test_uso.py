@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -17,19 +18,28 @@ from usoflow.models.vision import SiglipVision
 from usoflow.models.weights import Linear
 from usoflow.training import autoencoder, package
 from usoflow.training.autoencoder import VaeStage
+from usoflow.training.backgrounds import BACKGROUNDS
 from usoflow.training.base import BaseStage, Pocket
 from usoflow.training.captions import CaptionTokenizer, Vocabulary
 from usoflow.training.drawings import SPRITE_SIDES, Sprites
 from usoflow.training.initial import initialise
 from usoflow.training.loop import Recipe, Training
 from usoflow.training.reward import StyleEncoder, StyleReward
-from usoflow.training.scenes import full_caption
 from usoflow.training.tower import Contrast, TowerStage, batch_captions, loss_function
-from usoflow.training.triplets import USES, Encoders, cache_triplets, draw_triplet, style_states
+from usoflow.training.triplets import (
+    USES,
+    Encoders,
+    Use,
+    cache_triplets,
+    draw_triplet,
+    lesson_cast,
+    style_states,
+)
 from usoflow.training.uso import Lessons, Teaching, UsoStage, add_lora, lora_parameters, new_projector
 from usoflow.training.world import World
 
-WORLD = World.load()
+WHOLE = World.load()
+WORLD = dataclasses.replace(WHOLE, things=WHOLE.things[:12], signs=WHOLE.signs[:4])  # fewer sprites
 RECIPE = Recipe(samples=400, batch=4, rate=3e-3, warmup=0, save_every=1000)
 TOWER = TowerStage(RECIPE, dim=32, mlp_dim=32)
 STAGE = UsoStage(RECIPE, RECIPE, lessons=8, style_tokens=2, rank=4, reward_batch=2)
@@ -41,11 +51,11 @@ def sprites(tmp_path_factory: pytest.TempPathFactory) -> Sprites:
     """Discs of one colour per subject and set: the drawings themselves are not part of the repository."""
     folder = tmp_path_factory.mktemp("sprites")
     rng = np.random.default_rng(0)
-    colours = rng.integers(0, 255, (len(WORLD.subjects), len(WORLD.sets), 1, 1, 3)).astype(np.uint8)
+    colours = rng.integers(0, 255, (len(WORLD.drawn), len(WORLD.sets), 1, 1, 3)).astype(np.uint8)
     for side in SPRITE_SIDES:
         row = np.arange(side) - (side - 1) / 2
         disc = (row[:, None] ** 2 + row**2 < (side / 2.2) ** 2).astype(np.uint8)[..., None]
-        shape = (len(WORLD.subjects), len(WORLD.sets), side, side, 4)
+        shape = (len(WORLD.drawn), len(WORLD.sets), side, side, 4)
         stored = np.lib.format.open_memmap(
             folder / f"sprites-{side}.npy", mode="w+", dtype=np.uint8, shape=shape
         )
@@ -59,7 +69,10 @@ def teaching(sprites: Sprites, tmp_path_factory: pytest.TempPathFactory) -> Teac
     vae = autoencoder.new_autoencoder(VaeStage(RECIPE, widths=(8, 8, 8, 16)))
     tower = contrast_of(sprites).tower
     encoders = Encoders(vae, tower, sprites, side=64)
-    sets = {use: cache_triplets(encoders, folder / use, use=use, seed=51, count=8) for use in USES}
+    sets = {
+        use: cache_triplets(encoders, folder / use, cast=lesson_cast(WORLD, use), use=use, seed=51, count=8)
+        for use in USES
+    }
     texts = [text for found in sets.values() for text in (*found.prompts, "")]
     tokenizer = CaptionTokenizer(24, 32)
     words = Vocabulary.of(tokenizer.t5(texts)), Vocabulary.of(tokenizer.clip(texts))
@@ -76,10 +89,10 @@ def contrast_of(sprites: Sprites) -> Contrast:
 
 
 @pytest.mark.parametrize("use", USES)
-def test_a_lesson_shows_what_its_use_says(use: str) -> None:
+def test_a_lesson_shows_what_its_use_says(use: Use) -> None:
     held_out = WORLD.held_out
     for index in range(200):
-        lesson = draw_triplet(WORLD, 3, index, use)  # type: ignore[arg-type]
+        lesson = draw_triplet(lesson_cast(WHOLE, use), 3, index, use)
         subject, source = (
             lesson.target.placed[0].subject,
             lesson.content if use == "subject" else lesson.style,
@@ -87,16 +100,19 @@ def test_a_lesson_shows_what_its_use_says(use: str) -> None:
         assert subject == lesson.content.placed[0].subject != lesson.style.placed[0].subject
         assert lesson.target.drawing_set == source.drawing_set
         assert lesson.target.rendering == source.rendering
+        assert lesson.target.look == source.look
         for scene in (lesson.content, lesson.style, lesson.target):
             assert not {scene.placed[0].subject, scene.drawing_set, scene.rendering} & held_out
         if use in ("style", "text"):
             assert subject in WORLD.core
         if lesson.prompt:
-            assert full_caption(WORLD, lesson.target).startswith(lesson.prompt + ",")
+            assert subject.replace("-", " ") in lesson.prompt
+            assert lesson.prompt.endswith(BACKGROUNDS[lesson.target.background].phrase)
 
 
 def test_layouts_are_kept_and_shifted() -> None:
-    lessons = [draw_triplet(WORLD, 3, i, "both") for i in range(400)]
+    cast = lesson_cast(WORLD, "both")
+    lessons = [draw_triplet(cast, 3, i, "both") for i in range(400)]
     kept = [lesson.target.placed == lesson.content.placed for lesson in lessons]
     assert 0.2 < np.mean(kept) < 0.4
     assert all(lesson.prompt or same for lesson, same in zip(lessons, kept, strict=True))
@@ -108,7 +124,8 @@ def test_encoded_lessons_are_the_scenes(teaching: Teaching, sprites: Sprites) ->
     states = lessons.states(np.arange(3))
     assert tuple(states) == tuple(LEVELS.values())
     assert all(state.shape == (3, 64, TOWER.dim) for state in states.values())
-    assert lessons.prompts == [draw_triplet(WORLD, 51, i, "both").prompt for i in range(8)]
+    cast = lesson_cast(WORLD, "both")
+    assert lessons.prompts == [draw_triplet(cast, 51, i, "both").prompt for i in range(8)]
 
 
 def test_contrast_pulls_a_batch_together(sprites: Sprites, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from usoflow.training.loop import LossFunction, Recipe
 from usoflow.training.reward import StyleReward
 from usoflow.training.scenes import pictures_of
 from usoflow.training.text_to_image import STEPS
-from usoflow.training.triplets import TripletSet, Use, draw_triplet
+from usoflow.training.triplets import TripletSet, Use, draw_triplet, lesson_cast
 
 Mix = tuple[tuple[Use, float], ...]  # shares of the uses; they add up to 1
 
@@ -200,7 +200,8 @@ class Teaching:
             batch = self.lessons.choose(shares, rng, self.stage.reward_batch)
             x, sigma = self._rollout(batch, rng)
             clean = x - sigma * self.velocity(batch, x, sigma.expand(len(x)), guidance=GUIDANCE)
-            lessons = [draw_triplet(sprites.world, LESSON_SEED, int(i), batch.use) for i in batch.indices]
+            cast = lesson_cast(sprites.world, batch.use)
+            lessons = [draw_triplet(cast, LESSON_SEED, int(i), batch.use) for i in batch.indices]
             return reward.loss(clean, pictures_of(sprites, [t.style for t in lessons], 8 * x.shape[-1]))
 
         return loss_of

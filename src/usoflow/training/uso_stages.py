@@ -22,7 +22,7 @@ from usoflow.training.scenes import pictures_of
 from usoflow.training.sheets import contact_sheet, loss_curve
 from usoflow.training.stages import Workshop
 from usoflow.training.tower import train_tower
-from usoflow.training.triplets import Encoders, Use, cache_triplets, draw_triplet
+from usoflow.training.triplets import Encoders, Use, cache_triplets, draw_triplet, lesson_cast
 from usoflow.training.uso import LESSON_SEED, Lessons, Mix, Teaching, add_lora, lora_parameters, new_projector
 
 SHOWN = 12  # lessons on a sheet
@@ -74,14 +74,19 @@ def trained(workshop: Workshop, pocket: Pocket) -> tuple[StyleProjector, dict[st
 
 def _teaching(workshop: Workshop) -> Teaching:
     pocket = workshop.finished().requires_grad_(False)
-    encoders = Encoders(
-        workshop.trained_vae, _tower(workshop), workshop.sprites, workshop.plan.base.large_side
-    )
-    count, folder = workshop.plan.uso.lessons, workshop.folder
+    encoders = _encoders(workshop)
+    count, folder, world = workshop.plan.uso.lessons, workshop.folder, workshop.sprites.world
     stage = workshop.plan.uso
     shown = dict.fromkeys(use for use, _ in (*stage.style_mix, *stage.subject_mix))
     sets = {
-        use: cache_triplets(encoders, folder / f"lessons-{use}", use=use, seed=LESSON_SEED, count=count)
+        use: cache_triplets(
+            encoders,
+            folder / f"lessons-{use}",
+            cast=lesson_cast(world, use),
+            use=use,
+            seed=LESSON_SEED,
+            count=count,
+        )
         for use in shown
     }
     projector = _projector(workshop).requires_grad_(False)
@@ -117,12 +122,18 @@ def write_sheet(path: Path, teaching: Teaching, workshop: Workshop, use: Use) ->
     sprites, side = workshop.sprites, workshop.plan.base.large_side
     made = teaching.sample(teaching.lessons.first(use, SHOWN), seed=0)
     drawn = autoencoder.decode(workshop.trained_vae, LatentFormat().from_model(made))
-    lessons = [draw_triplet(sprites.world, LESSON_SEED, i, use) for i in range(SHOWN)]
+    cast = lesson_cast(sprites.world, use)
+    lessons = [draw_triplet(cast, LESSON_SEED, i, use) for i in range(SHOWN)]
     scenes = [scene for t in lessons for scene in (t.content, t.style, t.target)]
     real = pictures_of(sprites, scenes, side).unflatten(0, (SHOWN, 3))
     rows = torch.cat([real, drawn[:, None]], dim=1).flatten(0, 1)
     labels = [text for t in lessons for text in ("content", "style", t.prompt or "(no prompt)", "made")]
     contact_sheet(path, list(rows.numpy()), labels, columns=12, zoom=1)
+
+
+def _encoders(workshop: Workshop) -> Encoders:
+    side = workshop.plan.base.large_side
+    return Encoders(workshop.trained_vae, _tower(workshop), workshop.sprites, side, workshop.dtype)
 
 
 def _tower(workshop: Workshop) -> SiglipVision:
