@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from discs import WORLD, paint_sprites
 from usoflow.models.checkpoint import TensorFile
 from usoflow.models.library import load_flux, load_projector, load_siglip
 from usoflow.models.lora import attach
@@ -21,7 +21,7 @@ from usoflow.training.autoencoder import VaeStage
 from usoflow.training.backgrounds import BACKGROUNDS
 from usoflow.training.base import BaseStage, Pocket
 from usoflow.training.captions import CaptionTokenizer, Vocabulary
-from usoflow.training.drawings import SPRITE_SIDES, Sprites
+from usoflow.training.drawings import Sprites
 from usoflow.training.initial import initialise
 from usoflow.training.loop import Recipe, Training
 from usoflow.training.reward import StyleEncoder, StyleReward
@@ -39,7 +39,6 @@ from usoflow.training.uso import Lessons, Teaching, UsoStage, add_lora, lora_par
 from usoflow.training.world import World
 
 WHOLE = World.load()
-WORLD = dataclasses.replace(WHOLE, things=WHOLE.things[:12], signs=WHOLE.signs[:4])  # fewer sprites
 RECIPE = Recipe(samples=400, batch=4, rate=3e-3, warmup=0, save_every=1000)
 TOWER = TowerStage(RECIPE, dim=32, mlp_dim=32)
 STAGE = UsoStage(RECIPE, RECIPE, lessons=8, style_tokens=2, rank=4, reward_batch=2)
@@ -48,18 +47,8 @@ SIZES = {"hidden": 64, "double": 1, "single": 1, "text_dim": 32, "text_layers": 
 
 @pytest.fixture(scope="module")
 def sprites(tmp_path_factory: pytest.TempPathFactory) -> Sprites:
-    """Discs of one colour per subject and set: the drawings themselves are not part of the repository."""
     folder = tmp_path_factory.mktemp("sprites")
-    rng = np.random.default_rng(0)
-    colours = rng.integers(0, 255, (len(WORLD.drawn), len(WORLD.sets), 1, 1, 3)).astype(np.uint8)
-    for side in SPRITE_SIDES:
-        row = np.arange(side) - (side - 1) / 2
-        disc = (row[:, None] ** 2 + row**2 < (side / 2.2) ** 2).astype(np.uint8)[..., None]
-        shape = (len(WORLD.drawn), len(WORLD.sets), side, side, 4)
-        stored = np.lib.format.open_memmap(
-            folder / f"sprites-{side}.npy", mode="w+", dtype=np.uint8, shape=shape
-        )
-        stored[..., :3], stored[..., 3:] = colours * disc, 255 * disc
+    paint_sprites(folder)
     return Sprites(WORLD, folder)
 
 
@@ -80,7 +69,7 @@ def teaching(sprites: Sprites, tmp_path_factory: pytest.TempPathFactory) -> Teac
     initialise(pocket.flux, torch.Generator().manual_seed(0))  # as if trained: its gates are open
     pocket.requires_grad_(False)
     projector = new_projector(STAGE, TOWER.grid**2, TOWER.dim, 64)
-    return Teaching(pocket, projector, Lessons.of(sets, pocket), STAGE, torch.float32)
+    return Teaching(pocket, projector, Lessons.of(sets, pocket.stage.tokenizer), STAGE, torch.float32)
 
 
 def contrast_of(sprites: Sprites) -> Contrast:
@@ -137,18 +126,18 @@ def test_contrast_pulls_a_batch_together(sprites: Sprites, tmp_path: Path) -> No
 
 
 def test_style_alignment_trains_the_projector_alone(teaching: Teaching, tmp_path: Path) -> None:
-    before = {name: p.clone() for name, p in teaching.pocket.named_parameters()}
+    before = {name: p.clone() for name, p in teaching.base.named_parameters()}
     flow = teaching.flow_loss((("style", 1.0),), RECIPE)
     training = Training(dict(teaching.projector.named_parameters()), RECIPE, tmp_path)
     losses = [training.step(lambda _: flow(0)) for _ in range(40)]
     assert losses[-1] < losses[0]
-    assert all(torch.equal(before[name], p) for name, p in teaching.pocket.named_parameters())
+    assert all(torch.equal(before[name], p) for name, p in teaching.base.named_parameters())
 
 
 def test_lora_begins_as_nothing_and_its_file_computes_the_same(teaching: Teaching, tmp_path: Path) -> None:
     flow = teaching.flow_loss((("subject", 0.5), ("both", 0.5)), RECIPE)
     before = flow(0).item()
-    branches = add_lora(teaching.pocket.flux, STAGE.rank, seed=1)
+    branches = add_lora(teaching.base.flux, STAGE.rank, seed=1)
     assert flow(0).item() == pytest.approx(before, rel=1e-5)
     training = Training(lora_parameters(branches), RECIPE, tmp_path / "state")
     losses = [training.step(lambda _: flow(0)) for _ in range(40)]
@@ -160,15 +149,15 @@ def test_lora_begins_as_nothing_and_its_file_computes_the_same(teaching: Teachin
     attach(plain, lora, 1.0)
     lesson = teaching.lessons.sets["subject"]
     x, content = (lesson.rows(name, np.arange(1)) for name in ("target", "content"))
-    text = teaching.pocket.encode_texts(["a cat"])
+    text = teaching.base.encode_texts(["a cat"])
     asked = {"guidance": 1.0, "references": [content], "method": "uxo"}
     got = plain(x, torch.tensor([0.5]), plain.prepare(*text, (8, 8), **asked))
-    wanted = teaching.pocket.velocity(
+    wanted = teaching.base.velocity(
         x, torch.tensor([0.5]), text, guidance=1.0, dtype=torch.float32, references=[content]
     )
     assert torch.allclose(got, wanted, atol=2e-2)
     assert not torch.allclose(got, plain(x, torch.tensor([0.5]), plain.prepare(*text, (8, 8))), atol=2e-2)
-    for layer in teaching.pocket.flux.modules():  # the fixture is shared
+    for layer in teaching.base.flux.modules():  # the fixture is shared
         if isinstance(layer, Linear):
             layer.branches = torch.nn.ModuleList()
 
@@ -176,7 +165,7 @@ def test_lora_begins_as_nothing_and_its_file_computes_the_same(teaching: Teachin
 def written(teaching: Teaching, folder: Path, lora: dict[str, torch.nn.Parameter]) -> Path:
     """Write all files; the base as a checkpoint of its own."""
     vae = autoencoder.new_autoencoder(VaeStage(RECIPE, widths=(8, 8, 8, 16)))
-    package.write(folder / "base.safetensors", teaching.pocket, vae)
+    package.write(folder / "base.safetensors", teaching.base, vae)
     package.write_uso(folder, new_tower(), teaching.projector, lora)
     return folder
 

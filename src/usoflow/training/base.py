@@ -35,7 +35,8 @@ PREFIXES: Mapping[str, str] = {
     "t5": "text_encoders.t5xxl.transformer.",
     "clip": "text_encoders.clip_l.transformer.",
 }
-MANY = 32  # samples of a batch for which compiling is worth its time
+METHOD = "uxo"  # where reference tokens lie: USO's
+MANY = 16  # samples of a batch for which compiling is worth its time
 ZERO = ("_mod.lin", "modulation.lin", "adaLN_modulation.1", "final_layer.linear")
 
 
@@ -172,7 +173,7 @@ class Pocket(nn.Module):
         """The transformer's answer, [B, 16, h, w]; references and style as `Flux.prepare` takes them."""
         size = (x.shape[-2], x.shape[-1])
         inputs = self.flux.prepare(
-            *text, size, batch=len(x), guidance=guidance, references=references, method="uxo", style=style,
+            *text, size, batch=len(x), guidance=guidance, references=references, method=METHOD, style=style,
             dtype=dtype,
         )  # fmt: skip
         step = self._step_of_many if len(x) >= MANY else self.flux.forward

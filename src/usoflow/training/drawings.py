@@ -105,14 +105,17 @@ def on_paper(sprite: Pixels) -> Pixels:
     return np.clip(pixels, 0, 255).round().astype(np.uint8)
 
 
+def rendered(folder: Path) -> bool:
+    """Whether `render_sprites` has been here."""
+    return all(_sprite_file(folder, side).exists() for side in SPRITE_SIDES)
+
+
 def render_sprites(world: World, packages: Path, folder: Path) -> None:
-    """Render every subject in every set into `folder/sprites-SIDE.npy`, unless that has been done.
+    """Render every subject in every set into `folder/sprites-SIDE.npy`.
 
     Shape of each file: [drawn, sets, side, side, 4] uint8, premultiplied RGBA.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if all(_sprite_file(folder, side).exists() for side in SPRITE_SIDES):
-        return
     large = SPRITE_SIDES[0]
     sprites = np.zeros((len(world.drawn), len(world.sets), large, large, 4), np.uint8)
     for column, name in enumerate(world.sets):

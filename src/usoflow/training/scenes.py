@@ -30,6 +30,7 @@ STYLE_TOLD_CHANCE = 0.8  # the caption names the style
 PLACE_TOLD_CHANCE = 0.5  # the caption names position, size or tilt, where they are unusual
 SMALL, LARGE = 0.55, 0.78  # below and above, a subject is called small or large
 OFF_CENTRE = 0.08
+SIDES = (0.42, 0.92)
 TILTED = 25.0  # degrees
 CALM_SIDES = (0.66, 0.9)
 CALM_ANGLE = 6.0  # degrees
@@ -124,9 +125,9 @@ def held_out_scene(world: World, seed: int, index: int) -> Scene:
     )
 
 
-def alone(name: str, rng: np.random.Generator, *, smallest: float = 0.42) -> Placed:
+def alone(name: str, rng: np.random.Generator, *, sides: tuple[float, float] = SIDES) -> Placed:
     """One subject of any size at any place, mostly upright."""
-    side = float(rng.uniform(smallest, 0.92))
+    side = float(rng.uniform(*sides))
     room = (1 - side) / 2
     x, y = 0.5 + room * rng.uniform(-1, 1, 2) * 0.9
     return Placed(name, side, float(x), float(y), _angle(rng), bool(rng.random() < 0.25))

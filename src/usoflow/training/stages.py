@@ -6,7 +6,7 @@ Each stage reads what the ones before left in the folder and continues where it 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -38,18 +38,21 @@ class Workshop:
     plan: Plan
     dtype: torch.dtype = torch.bfloat16
     compiled: bool = False
+    world: World = field(default_factory=World.load)
 
     @functools.cached_property
     def sprites(self) -> Sprites:
-        return Sprites(World.load(), self.folder / "sprites")
+        return Sprites(self.world, self.folder / "sprites")
 
     @property
     def checkpoint(self) -> Path:
         return self.folder / CHECKPOINT
 
     def render(self) -> None:
-        """Fetch and render the drawings, and show what training will see."""
-        world = self.sprites.world
+        """Fetch and render the drawings, unless they are there, and show what training will see."""
+        world = self.world
+        if drawings.rendered(self.folder / "sprites"):
+            return
         drawings.fetch(world, self.folder / "npm")
         drawings.render_sprites(world, self.folder / "npm", self.folder / "sprites")
         scenes = [draw_scene(world, LATENT_SEED, i) for i in range(80)]

@@ -37,8 +37,13 @@ USES: tuple[Use, ...] = ("subject", "style", "both", "text")
 CHUNK = 32
 RENDERED, LOOKED = 0.45, 0.4  # of the style pictures
 CONTENT_RENDERED, CONTENT_LOOKED = 0.25, 0.1
-CONTENT_SMALLEST = 0.6  # side of a subject on a content picture
-SAME_LAYOUT_CHANCE = 0.3
+CONTENT_SIDES = (0.45, 0.75)  # of a subject on a content picture
+SAME_LAYOUT_CHANCE = 0.35
+# Most targets show the subject as it is, elsewhere; the others at any size and angle, too: a small
+# transformer learns first what it can take over token by token.
+SHIFTED_CHANCE = 0.75
+TOKEN = 1 / 8  # side of a token, as a fraction of the side of a pocket picture
+OVERLAP = 0.06  # by which a shifted subject may leave the picture
 PLACE_TOLD_CHANCE = 0.5
 STATES = "states.npy"
 
@@ -123,11 +128,15 @@ def draw_triplet(cast: Cast, seed: int, index: int, use: Use) -> Triplet:
     subject = cast.subjects[int(rng.integers(len(cast.subjects)))]
     others = [name for name in cast.others if name != subject]
     other = others[int(rng.integers(len(others)))]
-    content = cast.content.give(_scene(alone(subject, rng, smallest=CONTENT_SMALLEST), rng), rng)
+    content = cast.content.give(_scene(alone(subject, rng, sides=CONTENT_SIDES), rng), rng)
     style = cast.style.give(_scene(alone(other, rng), rng), rng)
-    same_layout = use == "both" and rng.random() < SAME_LAYOUT_CHANCE
-    # A kept subject is not mirrored.
-    placed = dataclasses.replace(alone(subject, rng), mirrored=content.placed[0].mirrored)
+    own = alone(subject, rng)
+    layout = generator(seed + 1, index)
+    same_layout = use == "both" and layout.random() < SAME_LAYOUT_CHANCE
+    placed = _shifted(content.placed[0], layout) if layout.random() < SHIFTED_CHANCE else own
+    placed = dataclasses.replace(
+        placed, mirrored=content.placed[0].mirrored
+    )  # a kept subject is not mirrored
     source = content if use == "subject" else style
     target = dataclasses.replace(
         content if same_layout else _scene(placed, rng),
@@ -135,6 +144,23 @@ def draw_triplet(cast: Cast, seed: int, index: int, use: Use) -> Triplet:
     )  # fmt: skip
     silent, told = same_layout and rng.random() < 0.5, not same_layout and rng.random() < PLACE_TOLD_CHANCE
     return Triplet(use, content, style, target, "" if silent else prompt_of(target, told=told))
+
+
+def _shifted(placed: Placed, rng: np.random.Generator) -> Placed:
+    """The subject at another place, whole tokens away; where there is no other place, at its own."""
+    steps = np.arange(-4, 5) * TOKEN
+    places = [
+        (placed.x + dx, placed.y + dy)
+        for dx in steps
+        for dy in steps
+        if (dx or dy)
+        and all(
+            placed.side / 2 - OVERLAP <= at <= 1 - placed.side / 2 + OVERLAP
+            for at in (placed.x + dx, placed.y + dy)
+        )
+    ] or [(placed.x, placed.y)]
+    x, y = places[int(rng.integers(len(places)))]
+    return dataclasses.replace(placed, x=float(x), y=float(y))
 
 
 def prompt_of(scene: Scene, *, told: bool) -> str:

@@ -9,8 +9,10 @@ Both then add style reward learning (`reward`). Token order, position ids and mo
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,8 +23,8 @@ from usoflow.models.flux import Flux
 from usoflow.models.style_projector import StyleProjector, StyleProjectorConfig
 from usoflow.models.weights import Linear, LowRank
 from usoflow.sampling.schedule import FluxSchedule, sigmas
-from usoflow.training.base import GUIDANCE, Pocket, noised
-from usoflow.training.captions import Ids
+from usoflow.training.base import GUIDANCE, BaseStage, noised
+from usoflow.training.captions import CaptionTokenizer, Ids
 from usoflow.training.drawings import Sprites
 from usoflow.training.initial import initialise
 from usoflow.training.loop import LossFunction, Recipe
@@ -31,12 +33,15 @@ from usoflow.training.scenes import pictures_of
 from usoflow.training.text_to_image import STEPS
 from usoflow.training.triplets import TripletSet, Use, draw_triplet, lesson_cast
 
+StageName = Literal["style", "subject"]
 Mix = tuple[tuple[Use, float], ...]  # shares of the uses; they add up to 1
 
 LESSON_SEED = 51
 DROPPED = 0.1  # of the prompts
 ROLLOUT_STEPS = 8
-TAUGHT_GUIDANCE = 1.0  # flow matching has no guidance: the distilled base is asked for its plain answer
+# The projector is taught on the base's plain answer, for flow matching has no guidance; the LoRA, which may
+# change that answer, at the guidance at which workflows ask.
+TAUGHT_GUIDANCE = MappingProxyType({"style": 1.0, "subject": GUIDANCE})
 # ByteDance's names of a block's low-rank pairs, the layer of each, and whether only q, k and v change.
 DOUBLE_PAIRS = {
     "qkv_lora1": "img_attn.qkv",
@@ -77,6 +82,10 @@ class UsoStage:
     reward_weight: float = 0.1
     reward_batch: int = 8
 
+    def of(self, name: StageName) -> tuple[Recipe, Mix]:
+        """Length, speed and lessons of a stage."""
+        return (self.style, self.style_mix) if name == "style" else (self.subject, self.subject_mix)
+
 
 def new_projector(stage: UsoStage, patches: int, vision_dim: int, hidden: int) -> StyleProjector:
     """A projector with its first weights; its last layers begin small, so that the base begins as it was."""
@@ -112,6 +121,32 @@ def lora_parameters(branches: Mapping[str, LowRank]) -> dict[str, nn.Parameter]:
     return named | {f"{stem}.up.weight": branch.up for stem, branch in branches.items()}
 
 
+class Base(Protocol):
+    """What is taught: the pocket base, or FLUX.1 itself (`full_size`)."""
+
+    @property
+    def flux(self) -> Flux: ...
+
+    @property
+    def stage(self) -> BaseStage: ...
+
+    def encode(self, t5_ids: Ids, clip_ids: Ids) -> tuple[Tensor, Tensor]:
+        """Ids -> context [B, T, text_dim] and pooled [B, clip_dim]."""
+
+    def velocity(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        text: tuple[Tensor, Tensor],
+        *,
+        guidance: float,
+        dtype: torch.dtype,
+        references: Sequence[Tensor] = (),
+        style: Tensor | None = None,
+    ) -> Tensor:
+        """The transformer's answer, [B, 16, h, w]."""
+
+
 @dataclass(frozen=True)
 class Lessons:
     """Encoded triplets of every use, with the ids of their prompts."""
@@ -121,9 +156,8 @@ class Lessons:
     empty: tuple[Ids, Ids]
 
     @classmethod
-    def of(cls, sets: Mapping[Use, TripletSet], pocket: Pocket) -> Lessons:
+    def of(cls, sets: Mapping[Use, TripletSet], tokenizer: CaptionTokenizer) -> Lessons:
         """Tokenise all prompts."""
-        tokenizer = pocket.stage.tokenizer
         empty = (tokenizer.t5([""]), tokenizer.clip([""]))
         return cls(sets, {use: found.ids(tokenizer) for use, found in sets.items()}, empty)
 
@@ -155,9 +189,9 @@ class Batch:
 
 @dataclass(frozen=True)
 class Teaching:
-    """The networks of a stage, the lessons, and how the model is asked."""
+    """The frozen base, the projector, the lessons, and how the model is asked."""
 
-    pocket: Pocket
+    base: Base
     projector: StyleProjector
     lessons: Lessons
     stage: UsoStage
@@ -167,23 +201,23 @@ class Teaching:
         """The transformer's answer to a batch, with the content and style that its use has; float32."""
         lessons = self.lessons.sets[batch.use]
         with torch.no_grad():
-            text = self.pocket.encode(*batch.ids)
+            text = self.base.encode(*batch.ids)
         style = self.projector(lessons.states(batch.indices)) if batch.use in ("style", "both") else None
         content = [lessons.rows("content", batch.indices)] if batch.use in ("subject", "both") else []
-        answer = self.pocket.velocity(
+        answer = self.base.velocity(
             x, sigma, text, guidance=guidance, dtype=self.dtype, references=content, style=style
         )
         return answer.float()
 
-    def flow_loss(self, mix: Mix, recipe: Recipe) -> LossFunction:
+    def flow_loss(self, mix: Mix, recipe: Recipe, guidance: float = GUIDANCE) -> LossFunction:
         """Flow matching on a mix of uses, one use per batch."""
 
         def loss_of(done: int) -> Tensor:
             batch = self.lessons.choose(mix, np.random.default_rng((recipe.seed, done)), recipe.batch)
             x = self.lessons.sets[batch.use].rows("target", batch.indices)
             generator = torch.Generator().manual_seed((recipe.seed << 32) + done)
-            sigma, x_s, noise = noised(x, self.pocket.stage, generator)
-            got = self.velocity(batch, x_s, sigma, guidance=TAUGHT_GUIDANCE)
+            sigma, x_s, noise = noised(x, self.base.stage, generator)
+            got = self.velocity(batch, x_s, sigma, guidance=guidance)
             return (got - (noise - x)).pow(2).mean()
 
         return loss_of
@@ -225,9 +259,11 @@ class Teaching:
             x = x + (following - level) * v
         return x
 
-    def loss(self, mix: Mix, recipe: Recipe, reward: StyleReward, sprites: Sprites) -> LossFunction:
+    def loss(self, name: StageName, reward: StyleReward, sprites: Sprites) -> LossFunction:
         """Flow matching and, from the stage's part on and now and then, the reward beside it."""
-        flow, rewarded = self.flow_loss(mix, recipe), self.reward_loss(mix, recipe, reward, sprites)
+        recipe, mix = self.stage.of(name)
+        flow = self.flow_loss(mix, recipe, TAUGHT_GUIDANCE[name])
+        rewarded = self.reward_loss(mix, recipe, reward, sprites)
 
         def loss_of(done: int) -> Tensor:
             turn = done // recipe.batch % self.stage.reward_every == 0

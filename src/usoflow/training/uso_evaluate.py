@@ -26,6 +26,7 @@ from usoflow.models.vae import LatentFormat
 from usoflow.sampling.schedule import FluxSchedule, sigmas
 from usoflow.settings import Folders
 from usoflow.training.backgrounds import BACKGROUNDS
+from usoflow.training.base import METHOD
 from usoflow.training.drawings import Sprites
 from usoflow.training.scenes import Scene, pictures_of
 from usoflow.training.triplets import (
@@ -48,7 +49,6 @@ BATCH = 25
 STEPS = 20
 MOVED = 0.08  # fraction of the side by which place or size must differ
 HELD_OUT_RENDERED = 0.75  # of held-out styles: one drawing set and three renderings, each a quarter
-METHOD = "uxo"
 # In the order of `Contender`'s attributes.
 NEEDED = ("flux", "clip_l", "t5", "vae", "siglip", "uso_projector", "uso_lora")
 
@@ -107,6 +107,16 @@ def contenders(use: Use) -> dict[str, Given]:
     return rows
 
 
+def components_of(folders: Folders) -> dict[str, Component]:
+    """The first component of each kind among the files of the model folders."""
+    found: dict[str, Component] = {}
+    for file in found_files(folders):
+        if not file.problem:
+            for kind, component in TensorFile.open(file.path).components().items():
+                found.setdefault(kind, component)
+    return found
+
+
 @dataclass(frozen=True)
 class Contender:
     """The models of a folder, and how large pictures are made.
@@ -134,11 +144,7 @@ class Contender:
         Raises:
             UsoflowError: `model_missing` naming the kinds of which there is none.
         """
-        found: dict[str, Component] = {}
-        for file in found_files(folders):
-            if not file.problem:
-                for kind, component in TensorFile.open(file.path).components().items():
-                    found.setdefault(kind, component)
+        found = components_of(folders)
         missing = [KIND_NAMES[kind] for kind in NEEDED if kind not in found]
         if missing:
             raise UsoflowError("model_missing", f"The model folders hold no {', no '.join(missing)}.")

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from usoflow.training.backgrounds import BACKGROUNDS
 from usoflow.training.drawings import Sprites
-from usoflow.training.evaluate import SEEN_SIDE
 from usoflow.training.loop import LossFunction, Recipe, Training, swap
 from usoflow.training.scenes import Scene, alone, generator, pictures_of
 from usoflow.training.world import World
 
 USO_JUDGE_SEED = 990_003  # of its scenes: no other stage draws from it
+SEEN_SIDE = 96  # pixels at which the judge looks
 WIDTHS = (32, 64, 128, 256)
 BLURRED, BLUR = 0.5, 1.0  # of its pictures, by up to so many pixels: made pictures are soft, too
 LAYOUT_WEIGHT = 20.0  # of squared fractions of the side, beside logarithms
@@ -70,18 +70,18 @@ class UsoJudge(nn.Module):
         self.down = nn.ModuleList(nn.Conv2d(a, b, 5 if a == 3 else 3, 2, 1 + (a == 3)) for a, b in pairs)
         self.same = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for width in WIDTHS)
         self.norms = nn.ModuleList(nn.GroupNorm(8, width) for width in (*WIDTHS, *WIDTHS))
-        total = 2 * WIDTHS[-1] + 2 * WIDTHS[1] + 16 * 16
+        total = 2 * WIDTHS[-1] + 2 * WIDTHS[1] + 16 * (SEEN_SIDE // 16) ** 2
         self.place = nn.Conv2d(WIDTHS[-1], 16, 1)
         self.readings = nn.ModuleList(nn.Linear(total, size) for size in sizes)
 
     def forward(self, pictures: Tensor) -> Verdict:
-        """[B, S, S, 3] in 0..1; larger pictures are shrunk to 64 pixels."""
+        """[B, S, S, 3] in 0..1; larger pictures are shrunk."""
         x = F.interpolate(pictures.permute(0, 3, 1, 2), size=SEEN_SIDE, mode="area") * 2 - 1
         found = []
         for number, (down, same) in enumerate(zip(self.down, self.same, strict=True)):
             x = F.silu(self.norms[number](down(x)))
             x = x + F.silu(self.norms[len(WIDTHS) + number](same(x)))
-            if number in (1, len(WIDTHS) - 1):  # texture of 16 x 16, content of 4 x 4 places
+            if number in (1, len(WIDTHS) - 1):  # texture, and content
                 found += [x.mean(dim=(2, 3)), x.amax(dim=(2, 3))]
         seen = torch.cat([*found, self.place(x).flatten(1)], dim=1)
         return Verdict(*(reading(seen) for reading in self.readings))
