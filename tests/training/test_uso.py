@@ -102,9 +102,29 @@ def test_a_lesson_shows_what_its_use_says(use: Use) -> None:
 def test_layouts_are_kept_and_shifted() -> None:
     cast = lesson_cast(WORLD, "both")
     lessons = [draw_triplet(cast, 3, i, "both") for i in range(400)]
-    kept = [lesson.target.placed == lesson.content.placed for lesson in lessons]
-    assert 0.2 < np.mean(kept) < 0.4
+    kept = [
+        t.target.placed == t.content.placed and t.target.background == t.content.background for t in lessons
+    ]
+    assert 0.25 < np.mean(kept) < 0.5
     assert all(lesson.prompt or same for lesson, same in zip(lessons, kept, strict=True))
+    told = {"on the left": (-1, 0), "on the right": (1, 0), "at the top": (0, -1), "at the bottom": (0, 1)}
+    for lesson in lessons:
+        before, after = lesson.content.placed[0], lesson.target.placed[0]
+        if after.side == before.side and after != before:  # shifted
+            (words,) = [words for words in told if words in lesson.prompt]
+            moved = (after.x - before.x, after.y - before.y)
+            assert moved == pytest.approx([TOKEN * step for step in told[words]])
+
+
+def test_practice_asks_for_the_moved_content(teaching: Teaching) -> None:
+    rng = np.random.default_rng(0)
+    batch, still = teaching._practice(rng, 4, reach=0)
+    assert torch.equal(still, teaching.lessons.sets["subject"].rows("content", batch.indices))
+    batch, moved = teaching._practice(rng, 4, reach=1)
+    content = teaching.lessons.sets["subject"].rows("content", batch.indices)
+    for x, y in zip(content, moved, strict=True):
+        rolled = [torch.roll(x, (2 * i, 2 * j), (1, 2)) for i in (-1, 0, 1) for j in (-1, 0, 1)]
+        assert any(torch.equal(y, other) for other in rolled)
 
 
 def test_encoded_lessons_are_the_scenes(teaching: Teaching, sprites: Sprites) -> None:

@@ -37,15 +37,13 @@ USES: tuple[Use, ...] = ("subject", "style", "both", "text")
 CHUNK = 32
 RENDERED, LOOKED = 0.45, 0.4  # of the style pictures
 CONTENT_RENDERED, CONTENT_LOOKED = 0.25, 0.1
-CONTENT_SIDES = (0.45, 0.75)  # of a subject on a content picture
+CONTENT_SIDES = (0.5, 0.75)  # of a subject on a content picture, in whose middle it is
 SAME_LAYOUT_CHANCE = 0.35
-# Most targets show the subject as it is, elsewhere; the others at any size and angle, too: a small
-# transformer learns first what it can take over token by token.
-SHIFTED_CHANCE = 0.75
+# Where a target shows the subject: as it is, one token further, where the prompt tells; as it is, where it is;
+# or anywhere, of any size and angle. A small transformer learns first what it can take over token by token.
+SHIFTED_CHANCE, KEPT_CHANCE = 0.65, 0.2
 TOKEN = 1 / 8  # side of a token, as a fraction of the side of a pocket picture
-OVERLAP = 0.06  # by which a shifted subject may leave the picture
 PLACE_TOLD_CHANCE = 0.5
-STATES = "states.npy"
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,39 +126,33 @@ def draw_triplet(cast: Cast, seed: int, index: int, use: Use) -> Triplet:
     subject = cast.subjects[int(rng.integers(len(cast.subjects)))]
     others = [name for name in cast.others if name != subject]
     other = others[int(rng.integers(len(others)))]
-    content = cast.content.give(_scene(alone(subject, rng, sides=CONTENT_SIDES), rng), rng)
+    centred = dataclasses.replace(alone(subject, rng, sides=CONTENT_SIDES), x=0.5, y=0.5)
+    content = cast.content.give(_scene(centred, rng), rng)
     style = cast.style.give(_scene(alone(other, rng), rng), rng)
-    own = alone(subject, rng)
+    placed, told = alone(subject, rng), rng.random() < PLACE_TOLD_CHANCE
     layout = generator(seed + 1, index)
     same_layout = use == "both" and layout.random() < SAME_LAYOUT_CHANCE
-    placed = _shifted(content.placed[0], layout) if layout.random() < SHIFTED_CHANCE else own
-    placed = dataclasses.replace(
-        placed, mirrored=content.placed[0].mirrored
-    )  # a kept subject is not mirrored
+    if use in ("subject", "both"):
+        placed, told = _laid_out(centred, placed, layout)
     source = content if use == "subject" else style
     target = dataclasses.replace(
         content if same_layout else _scene(placed, rng),
         drawing_set=source.drawing_set, rendering=source.rendering, look=source.look,
     )  # fmt: skip
-    silent, told = same_layout and rng.random() < 0.5, not same_layout and rng.random() < PLACE_TOLD_CHANCE
-    return Triplet(use, content, style, target, "" if silent else prompt_of(target, told=told))
+    silent = same_layout and layout.random() < 0.5
+    prompt = "" if silent else prompt_of(target, told=told and not same_layout)
+    return Triplet(use, content, style, target, prompt)
 
 
-def _shifted(placed: Placed, rng: np.random.Generator) -> Placed:
-    """The subject at another place, whole tokens away; where there is no other place, at its own."""
-    steps = np.arange(-4, 5) * TOKEN
-    places = [
-        (placed.x + dx, placed.y + dy)
-        for dx in steps
-        for dy in steps
-        if (dx or dy)
-        and all(
-            placed.side / 2 - OVERLAP <= at <= 1 - placed.side / 2 + OVERLAP
-            for at in (placed.x + dx, placed.y + dy)
-        )
-    ] or [(placed.x, placed.y)]
-    x, y = places[int(rng.integers(len(places)))]
-    return dataclasses.replace(placed, x=float(x), y=float(y))
+def _laid_out(centred: Placed, other: Placed, rng: np.random.Generator) -> tuple[Placed, bool]:
+    """Where the target shows a subject, and whether the prompt tells it; a kept subject is not mirrored."""
+    kind = rng.random()
+    if kind < SHIFTED_CHANCE:
+        across, down = ((TOKEN, 0), (-TOKEN, 0), (0, TOKEN), (0, -TOKEN))[int(rng.integers(4))]
+        return dataclasses.replace(centred, x=0.5 + across, y=0.5 + down), True
+    if kind < SHIFTED_CHANCE + KEPT_CHANCE:
+        return centred, False
+    return dataclasses.replace(other, mirrored=centred.mirrored), bool(rng.random() < PLACE_TOLD_CHANCE)
 
 
 def prompt_of(scene: Scene, *, told: bool) -> str:

@@ -303,7 +303,7 @@ class Teaching:
 
 def _reach(part: float) -> int:
     """How many tokens far practice moves a picture, after a part of the practice."""
-    return 0 if part < 0.1 else 1 if part < 0.18 else 3
+    return 0 if part < 0.1 else 1
 
 
 def _levels(steps: int) -> Tensor:

@@ -75,7 +75,8 @@ def questions(world: World, cell: Cell, count: int) -> list[Triplet]:
     """Lessons that no training saw.
 
     Subjects of content pictures, and those of style pictures, are held out; the subjects that a style-driven
-    prompt names are of the core, since the base must know them by name.
+    prompt names are of the core, since the base must know them by name. Where subjects are kept, only lessons
+    count that ask for another place or size.
     """
     held_out = Styles(
         tuple(name for name in world.sets if name in world.held_out),
@@ -85,7 +86,9 @@ def questions(world: World, cell: Cell, count: int) -> list[Triplet]:
     styles = held_out if cell.held_out_style else seen_styles(world, RENDERED)
     subjects = world.core if cell.use == "style" else world.gallery
     cast = Cast(subjects, world.gallery, seen_styles(world, CONTENT_RENDERED), styles)
-    return [draw_triplet(cast, QUESTION_SEED + cell.seed, i, cell.use) for i in range(count)]
+    drawn = (draw_triplet(cast, QUESTION_SEED + cell.seed, i, cell.use) for i in itertools.count())
+    asked = (t for t in drawn if cell.use != "subject" or t.target.placed != t.content.placed)
+    return list(itertools.islice(asked, count))
 
 
 @dataclass(frozen=True, slots=True)
