@@ -27,6 +27,7 @@ from usoflow.training.loop import Recipe, Training
 from usoflow.training.reward import StyleEncoder, StyleReward
 from usoflow.training.tower import Contrast, TowerStage, batch_captions, loss_function
 from usoflow.training.triplets import (
+    TOKEN,
     USES,
     Encoders,
     Use,

@@ -27,6 +27,7 @@ LATENT_SEED = 11  # of the scenes whose latents are cached
 STATISTICS = 1024  # scenes whose latents are measured for folding
 SHEET_SIDE = 128  # pixels of a picture on a sheet
 QUESTIONS = 300  # of the evaluation
+DISTILLED_CFG = 1.7  # what distillation left to do; at 1, one evaluation per step, pictures are fair
 CHECKPOINT = "usoflow-pocket.safetensors"
 
 
@@ -89,8 +90,8 @@ class Workshop:
 
     @property
     def cfg(self) -> float:
-        """At which pictures are made: 1 where guidance is distilled, else with the empty caption against."""
-        return 1.0 if (self.folder / "guided" / "state.pt").exists() else GUIDANCE
+        """At which pictures of a caption alone are made, with the empty caption against."""
+        return DISTILLED_CFG if (self.folder / "guided" / "state.pt").exists() else GUIDANCE
 
     def package(self) -> None:
         """Write the checkpoint from the weights of the last stage that has been run."""

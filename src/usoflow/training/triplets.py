@@ -39,7 +39,8 @@ RENDERED, LOOKED = 0.45, 0.4  # of the style pictures
 CONTENT_RENDERED, CONTENT_LOOKED = 0.25, 0.1
 CONTENT_SIDES = (0.5, 0.75)  # of a subject on a content picture, in whose middle it is
 SAME_LAYOUT_CHANCE = 0.35
-# Where a target shows the subject: as it is, one token further, where the prompt tells; as it is, where it is;
+ALIKE = 0.35
+# Where a target shows the subject: as it is, one token further, where the prompt tells; as and where it is;
 # or anywhere, of any size and angle. A small transformer learns first what it can take over token by token.
 SHIFTED_CHANCE, KEPT_CHANCE = 0.65, 0.2
 TOKEN = 1 / 8  # side of a token, as a fraction of the side of a pocket picture
@@ -82,12 +83,14 @@ class Cast:
         subjects: of content and target.
         others: subjects of style pictures.
         content, style: styles of content and style pictures.
+        alike: chance that, given both, the style picture has the content's style: nothing is to be changed.
     """
 
     subjects: tuple[str, ...]
     others: tuple[str, ...]
     content: Styles
     style: Styles
+    alike: float = 0.0
 
 
 def seen_styles(world: World, rendered: float, looked: float = 0.0) -> Styles:
@@ -99,7 +102,7 @@ def lesson_cast(world: World, use: Use) -> Cast:
     """Of the lessons: seen subjects and styles. What the base must know by name is of the core."""
     subjects = world.core if use in ("style", "text") else world.lesson_subjects
     content = seen_styles(world, CONTENT_RENDERED, CONTENT_LOOKED)
-    return Cast(subjects, world.lesson_subjects, content, seen_styles(world, RENDERED, LOOKED))
+    return Cast(subjects, world.lesson_subjects, content, seen_styles(world, RENDERED, LOOKED), ALIKE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,14 +137,20 @@ def draw_triplet(cast: Cast, seed: int, index: int, use: Use) -> Triplet:
     same_layout = use == "both" and layout.random() < SAME_LAYOUT_CHANCE
     if use in ("subject", "both"):
         placed, told = _laid_out(centred, placed, layout)
-    source = content if use == "subject" else style
-    target = dataclasses.replace(
-        content if same_layout else _scene(placed, rng),
-        drawing_set=source.drawing_set, rendering=source.rendering, look=source.look,
-    )  # fmt: skip
     silent = same_layout and layout.random() < 0.5
+    if use == "both" and layout.random() < cast.alike:
+        style = in_style_of(style, content)
+    shown = content if same_layout else _scene(placed, rng)
+    target = in_style_of(shown, content if use == "subject" else style)
     prompt = "" if silent else prompt_of(target, told=told and not same_layout)
     return Triplet(use, content, style, target, prompt)
+
+
+def in_style_of(scene: Scene, other: Scene) -> Scene:
+    """A scene as the hand of another drew it."""
+    return dataclasses.replace(
+        scene, drawing_set=other.drawing_set, rendering=other.rendering, look=other.look
+    )
 
 
 def _laid_out(centred: Placed, other: Placed, rng: np.random.Generator) -> tuple[Placed, bool]:
