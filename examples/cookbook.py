@@ -160,9 +160,9 @@ PICTURES: tuple[tuple[str, str, Callable[[Studio], Labelled], bool], ...] = (
     ("many.md", "seeds.png", seeds, False),
     ("many.md", "sweep.png", sweep, False),
     ("inpaint.md", "inpaint.png", inpaint, False),
-    ("subject.md", "subject.png", referring(f"a penguin {SCENE}", subject=True), True),
+    ("subject.md", "subject.png", referring(f"a penguin on the left {SCENE}", subject=True), True),
     ("style.md", "style.png", referring(f"a rocket {SCENE}", style=True), True),
-    ("both.md", "both.png", referring(f"a penguin {SCENE}", subject=True, style=True), True),
+    ("both.md", "both.png", referring(f"a penguin on the left {SCENE}", subject=True, style=True), True),
     ("layout.md", "layout.png", referring("", subject=True, style=True), True),
 )
 
