@@ -39,7 +39,10 @@ VARIATIONS: dict[str, tuple[dict[str, Path], str]] = {
     "text": ({}, "CLIPTextEncode.text=a rocket in the night sky, flat style"),
     "subject": ({"47": SUBJECT}, "CLIPTextEncode.text=a robot on the left in a forest"),
     "style": ({"88": STYLES[0], "91": STYLES[0]}, "CLIPTextEncode.text=a house in a meadow"),
-    "both": ({"47": SUBJECT, "112:46": STYLES[0], "112:53": STYLES[0]}, "CLIPTextEncode.text=a robot on a pink background"),
+    "both": (
+        {"47": SUBJECT, "112:46": STYLES[0], "112:53": STYLES[0]},
+        "CLIPTextEncode.text=a robot on a pink background",
+    ),
     "two-styles": ({"88": STYLES[0], "91": STYLES[1]}, "CLIPTextEncode.text=a house in a meadow"),
 }
 
