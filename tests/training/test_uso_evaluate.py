@@ -110,13 +110,13 @@ def test_every_row_of_every_cell_is_written(
         contender(small_models), judge, sprites, count=2, output=tmp_path / "out", say=said.append
     )
     assert list(tables) == list(CELLS)
-    wanted = {"all", "no LoRA", "no projector", "wrong reference", "real target", "reference given back"}
+    wanted = {"whole", "no LoRA", "no projector", "wrong reference", "real target", "reference given back"}
     assert set(tables["both"]) == wanted | {"chance"}
     assert set(tables["subject"]) == wanted - {"no projector"} | {"chance"}
     assert len(said) == 3 + 3 + 3 + 4 + 4
     written = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert written["both"] == tables["both"]
-    assert (tmp_path / "out" / "both-all.png").exists()
+    assert (tmp_path / "out" / "both-whole.png").exists()
     assert "| real target |" in (tmp_path / "out" / "evaluation.md").read_text()
 
 

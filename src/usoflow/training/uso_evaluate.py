@@ -102,7 +102,7 @@ class Given:
 
 def contenders(use: Use) -> dict[str, Given]:
     """The whole model first, then what can be left out of it where it is given `use`."""
-    rows = {"all": Given(), "no LoRA": Given(lora=False)}
+    rows = {"whole": Given(), "no LoRA": Given(lora=False)}
     if use != "subject":
         rows["no projector"] = Given(style=False)
     if use != "style":
