@@ -12,7 +12,7 @@ from torch import Tensor
 
 from usoflow.errors import UsoflowError
 from usoflow.execution.cache import OutputCache, Outputs, constants, keys
-from usoflow.execution.memory import PeakMemory
+from usoflow.execution.memory import PeakMemory, kept_memory
 from usoflow.execution.progress import (
     Cancellation,
     Listener,
@@ -91,7 +91,8 @@ class Executor:
             UsoflowError: `cancelled`.
         """
         run = _Run(self, prompt, folders, workflow, listen, cancellation or Cancellation(), reserve)
-        return run.execute(targets)
+        with kept_memory():
+            return run.execute(targets)
 
 
 class _Run:

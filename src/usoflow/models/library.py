@@ -153,6 +153,7 @@ def _view(base: L) -> L:
     for ours, theirs in zip(view.modules(), base.modules(), strict=True):
         if isinstance(ours, Linear) and isinstance(theirs, Linear):
             ours.scale_weight, ours.quantised = theirs.scale_weight, theirs.quantised
+            ours.scratch = theirs.scratch
     return view.eval()
 
 
