@@ -67,7 +67,7 @@ def test_narrow_storage(models: Path) -> None:
     library, (whole, _) = ModelLibrary(CPU32), components(models)
     wide, narrow = (library.flux(whole["flux"], (), dtype) for dtype in ("default", "fp8_e4m3fn"))
     assert narrow.double_blocks[0].img_attn.qkv.weight.dtype == torch.float8_e4m3fn
-    assert narrow.img_in.weight.dtype == wide.img_in.weight.dtype == torch.float16
+    assert narrow.img_in.weight.dtype == torch.float16  # as stored: only blocks are narrowed
     torch.manual_seed(0)
     latent, text = torch.randn(1, 16, 4, 4), torch.randn(1, 4, FLUX.text_dim)
     first, second = (

@@ -76,6 +76,8 @@ class Engine:
         output: where pictures are written; default USOFLOW_OUTPUT, else `output` here.
         device: "auto", "cpu", "cuda" or "mps".
         dtype: of the transformer: "auto", "bf16", "fp16" or "fp32".
+        vram: memory for the transformer's weights, as "8GB"; default a part of what is free. On a CPU, RAM.
+        compiled: compile the transformer's blocks at their first use: pays on a GPU from some pictures on.
         custom_nodes: folder of your own nodes, as ComfyUI's `custom_nodes`; their code is run.
     """
 
@@ -88,9 +90,12 @@ class Engine:
         device: str = "auto",
         dtype: str = "auto",
         custom_nodes: str | Path | None = None,
+        vram: str | None = None,
+        compiled: bool = False,
     ) -> None:
         self._models, self._inputs, self._output = _path(models), _path(inputs), _path(output)
         self._device, self._dtype = device, dtype
+        self._vram, self._compiled = vram, compiled
         self._custom_nodes = _path(custom_nodes)
         self._executor: Executor | None = None
         self._temp: tempfile.TemporaryDirectory[str] | None = None
@@ -135,15 +140,16 @@ class Engine:
         """Choose the device and get ready to load models; otherwise the first run does.
 
         Raises:
-            UsoflowError: `device_unavailable`.
+            UsoflowError: `device_unavailable`, `budget_invalid`.
         """
         if self._executor is not None:
             return
         from usoflow.execution.executor import Executor
         from usoflow.models.library import ModelLibrary
-        from usoflow.models.placement import Placement
+        from usoflow.models.placement import Placement, bytes_of
 
-        placement = Placement.choose(self._device, self._dtype)
+        budget = None if self._vram is None else bytes_of(self._vram)
+        placement = Placement.choose(self._device, self._dtype, budget=budget, compiled=self._compiled)
         self._executor = Executor(self.nodes, ModelLibrary(placement))
 
     def run(

@@ -153,7 +153,7 @@ class _Run:
         self.listen(NodeStarted(node_id, node.class_type))
         peak, start = PeakMemory(self.executor.library.placement.device), time.perf_counter()
         try:
-            outputs = self._call(node_id)
+            outputs = self._call_within_memory(node_id)
             _check_finite(outputs)
         except UsoflowError as error:
             if error.code == "cancelled":
@@ -169,6 +169,17 @@ class _Run:
         self.finished.append(record)
         self.listen(record)
         return outputs
+
+    def _call_within_memory(self, node_id: str) -> Outputs:
+        """Where memory runs out, once more with less of it for weights."""
+        try:
+            return self._call(node_id)
+        except Exception as error:
+            smaller = self.executor.library.holds_models and not is_custom(self._schema(node_id))
+            if not (smaller and _is_out_of_memory(error)):
+                raise
+        self.executor.library.make_smaller()
+        return self._call(node_id)
 
     def _call(self, node_id: str) -> Outputs:
         node = self.prompt.nodes[node_id]

@@ -94,6 +94,10 @@ class Linear(nn.Module):
             y = branch(x, y)
         return F.gelu(y, approximate="tanh") if gelu else y
 
+    def plain_weight(self, dtype: torch.dtype) -> Tensor:
+        """The weight [out, in] in a dtype, its scale applied; the stored one if that is the same."""
+        return self._weight(torch.empty(0, dtype=dtype, device=self.weight.device))
+
     def _weight(self, x: Tensor) -> Tensor:
         if self.quantised is not None:
             return dequantise(self.weight, self.quantised, x.dtype)
@@ -106,7 +110,7 @@ class Linear(nn.Module):
         return weight * factor if own else weight.mul_(factor)
 
     def _widened(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu":
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
             return widened(self.weight, x)
         if self._regular is None:
             self._regular = self.weight.dtype != torch.float8_e4m3fn or not has_nan(self.weight)
