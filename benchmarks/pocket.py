@@ -20,15 +20,17 @@ from benchmarks.quality import psnr, ssim
 from benchmarks.report import Plot, Table
 from benchmarks.server import server
 from usoflow.api.engine import Engine, Result
+from usoflow.api.workflow import Workflow
 from usoflow.settings import POCKET_MODELS
 
+GRAPH = Path("examples/pocket.json")
 SIZE, STEPS = (128, 128), 20
 PROMPTS = ("a red apple", "a yellow duck on grass", "a blue fish under water", "a green tree in the snow")
 THRESHOLDS = (0.05, 0.1, 0.2, 0.4)
 
 
 def cold_and_warm(rounds: int) -> Iterator[Table]:
-    """`usoflow generate` as a new process, and in one that has drawn a picture already."""
+    """`usoflow run examples/pocket.json` as a new process, and in one that has drawn a picture already."""
     with tempfile.TemporaryDirectory() as folder:
         cold = [_cold(Path(folder), seed) for seed in range(rounds)]
         with Engine(models=POCKET_MODELS, output=folder) as engine:
@@ -37,7 +39,7 @@ def cold_and_warm(rounds: int) -> Iterator[Table]:
     phases = list(dict.fromkeys(phase for run in (*cold, *warm) for phase in run))
     rows = [[phase, _median(cold, phase), _median(warm, phase)] for phase in phases]
     yield Table(
-        "Pocket: generate, phase by phase",
+        "Pocket, phase by phase",
         f"{SIZE[0]}x{SIZE[1]}, {STEPS} steps, text only; ms, medians of {rounds}. Cold is from the start of"
         " the process to its end with the file written.",
         ["", "cold", "warm, another seed"],
@@ -141,7 +143,25 @@ def _skips() -> Iterator[list[int]]:
 def _drawn(
     engine: Engine, prompt: str, seed: int, *, steps: int = STEPS, easycache: float | None = None
 ) -> Result:
-    return engine.generate(prompt, size=SIZE, steps=steps, seed=seed, easycache=easycache)
+    return engine.run(_workflow(prompt, seed, steps, easycache))
+
+
+def _workflow(prompt: str, seed: int, steps: int, easycache: float | None) -> Workflow:
+    """The example with its values set, and with EasyCache before the sampler on request."""
+    graph = json.loads(GRAPH.read_text(encoding="utf-8"))
+    text = next(node for node in graph.values() if node["class_type"] == "CLIPTextEncode")
+    sampler = next(node for node in graph.values() if node["class_type"] == "KSampler")
+    text["inputs"]["text"] = prompt
+    sampler["inputs"] |= {"seed": seed, "steps": steps}
+    if easycache is not None:
+        inputs = {"reuse_threshold": easycache, "start_percent": 0.15, "end_percent": 0.95, "verbose": False}
+        node = {"class_type": "EasyCache", "inputs": inputs | {"model": sampler["inputs"]["model"]}}
+        sampler["inputs"]["model"] = ["easycache", 0]
+        graph["easycache"] = node
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(graph, file)
+        file.flush()
+        return Workflow.load(file.name)
 
 
 def _sampling(result: Result) -> float:
@@ -157,9 +177,8 @@ def _phases(result: Result) -> dict[str, float]:
 
 def _cold(folder: Path, seed: int) -> dict[str, float]:
     command = [
-        sys.executable, "-m", "usoflow", "generate", PROMPTS[0], "--size", f"{SIZE[0]}x{SIZE[1]}",
-        "--steps", str(STEPS), "--seed", str(seed), "--models", str(POCKET_MODELS), "--output", str(folder),
-        "--json",
+        sys.executable, "-m", "usoflow", "run", str(GRAPH), "--seed", str(seed),
+        "--models", str(POCKET_MODELS), "--output", str(folder), "--json",
     ]  # fmt: skip
     start = time.perf_counter()
     done = subprocess.run(command, check=True, capture_output=True, text=True)
