@@ -1,8 +1,7 @@
-"""What `make demo` runs: pictures by the pocket model, then the official template's variations on a photo.
+"""What `make demo` runs: pictures by the pocket model, then the official template's variations.
 
-The pocket model (`usoflow.pocket`) is small and trained; docs/pocket.md says what it can and cannot do. There
-is no trained pocket USO yet: the four variations run on untrained models of the true layout and give noise.
-They show that the official workflows run. Each command is printed, so that it can be repeated by hand.
+The pocket models (`usoflow.pocket`) are small and trained; docs/pocket.md says what they can and cannot do.
+Each command is printed, so that it can be repeated by hand.
 """
 
 from __future__ import annotations
@@ -13,6 +12,8 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+
+from PIL import Image
 
 import usoflow
 from usoflow.api.sheet import contact_sheet
@@ -32,13 +33,14 @@ PROMPTS = (
     "a laptop in a city at night, flat style",
 )
 
-PHOTO, STYLE = HERE / "astronaut.jpg", HERE / "stained_glass.png"
-# What each workflow needs beside the file: pictures by LoadImage node, and the latent node whose size is set.
+SUBJECT, STYLES = HERE / "robot.png", (HERE / "pixels.png", HERE / "blueprint.png")
+# For each variation its pictures by LoadImage node, and its prompt.
 VARIATIONS: dict[str, tuple[dict[str, Path], str]] = {
-    "text": ({}, "EmptyLatentImage"),
-    "subject": ({"47": PHOTO}, "EmptySD3LatentImage"),
-    "style": ({"88": STYLE, "91": STYLE}, "EmptyLatentImage"),
-    "both": ({"47": PHOTO, "112:46": STYLE, "112:53": STYLE}, "EmptySD3LatentImage"),
+    "text": ({}, "CLIPTextEncode.text=a rocket in the night sky, flat style"),
+    "subject": ({"47": SUBJECT}, "CLIPTextEncode.text=a robot on the left in a forest"),
+    "style": ({"88": STYLES[0], "91": STYLES[0]}, "CLIPTextEncode.text=a house in a meadow"),
+    "both": ({"47": SUBJECT, "112:46": STYLES[0], "112:53": STYLES[0]}, "CLIPTextEncode.text=a robot on a pink background"),
+    "two-styles": ({"88": STYLES[0], "91": STYLES[1]}, "CLIPTextEncode.text=a house in a meadow"),
 }
 
 
@@ -66,22 +68,22 @@ def pocket() -> None:
 
 
 def variations() -> None:
-    """The official template, its groups switched for each use."""
-    models = OUT / "models"
-    if not models.exists():
-        from usoflow.pocket.untrained import write_untrained
-
-        write_untrained(models)
-    print(f"The official template's four variations with untrained models ({models}), so they show noise:")
-    for name, (pictures, latent) in VARIATIONS.items():
-        arguments = ["run", str(HERE / f"{name}.json"), "--models", str(models), "--output", str(OUT)]
-        arguments += [f"--set={latent}.{side}={SIZE}" for side in ("width", "height")]
-        arguments += [f"--set=SaveImage.filename_prefix={name}"]
+    """The official template, its groups switched for each use, with the pocket models of USO."""
+    print("The official USO graphs with the pocket models: only names and sizes are changed.")
+    shown = [("subject", Image.open(SUBJECT)), *(("style", Image.open(style)) for style in STYLES)]
+    for name, (pictures, prompt) in VARIATIONS.items():
+        graph = "style" if name == "two-styles" else name
+        arguments = ["run", str(HERE / "pocket" / f"{graph}.json"), "--models", os.path.relpath(POCKET)]
+        arguments += ["--output", str(OUT), f"--set={prompt}", f"--set=SaveImage.filename_prefix={name}"]
         arguments += [f"--image={node}={path}" for node, path in pictures.items()]
-        run(name, arguments)
+        shown.append((f"{name}: {prompt.partition('=')[2]}", Image.open(run(name, arguments))))
+    contact_sheet([(label, image.resize((SIZE, SIZE))) for label, image in shown], columns=4).save(
+        OUT / "variations.png"
+    )
+    print(f"  references and results: {OUT / 'variations.png'}")
 
 
-def run(name: str, arguments: list[str]) -> None:
+def run(name: str, arguments: list[str]) -> Path:
     """One variation: the command, then file, time and memory."""
     print(f"{name}\n  usoflow {shlex.join(arguments)}")
     done = subprocess.run(
@@ -93,6 +95,7 @@ def run(name: str, arguments: list[str]) -> None:
     peak = max(node["peak_bytes"] for node in record["nodes"]) / 1e9
     steps = next(node["seconds"] for node in record["nodes"] if node["class_type"] == "KSampler")
     print(f"  {record['images'][0]}  {record['seconds']:.1f} s (sampling {steps:.1f} s), peak {peak:.2f} GB")
+    return Path(record["images"][0])
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from discs import WORLD, paint_sprites
 from usoflow.models.checkpoint import TensorFile
 from usoflow.models.library import load_flux, load_projector, load_siglip
 from usoflow.models.lora import attach
@@ -17,19 +18,28 @@ from usoflow.models.vision import SiglipVision
 from usoflow.models.weights import Linear
 from usoflow.training import autoencoder, package
 from usoflow.training.autoencoder import VaeStage
+from usoflow.training.backgrounds import BACKGROUNDS
 from usoflow.training.base import BaseStage, Pocket
 from usoflow.training.captions import CaptionTokenizer, Vocabulary
-from usoflow.training.drawings import SPRITE_SIDES, Sprites
+from usoflow.training.drawings import Sprites
 from usoflow.training.initial import initialise
 from usoflow.training.loop import Recipe, Training
 from usoflow.training.reward import StyleEncoder, StyleReward
-from usoflow.training.scenes import full_caption
 from usoflow.training.tower import Contrast, TowerStage, batch_captions, loss_function
-from usoflow.training.triplets import USES, Encoders, cache_triplets, draw_triplet, style_states
+from usoflow.training.triplets import (
+    TOKEN,
+    USES,
+    Encoders,
+    Use,
+    cache_triplets,
+    draw_triplet,
+    lesson_cast,
+    style_states,
+)
 from usoflow.training.uso import Lessons, Teaching, UsoStage, add_lora, lora_parameters, new_projector
 from usoflow.training.world import World
 
-WORLD = World.load()
+WHOLE = World.load()
 RECIPE = Recipe(samples=400, batch=4, rate=3e-3, warmup=0, save_every=1000)
 TOWER = TowerStage(RECIPE, dim=32, mlp_dim=32)
 STAGE = UsoStage(RECIPE, RECIPE, lessons=8, style_tokens=2, rank=4, reward_batch=2)
@@ -38,18 +48,8 @@ SIZES = {"hidden": 64, "double": 1, "single": 1, "text_dim": 32, "text_layers": 
 
 @pytest.fixture(scope="module")
 def sprites(tmp_path_factory: pytest.TempPathFactory) -> Sprites:
-    """Discs of one colour per subject and set: the drawings themselves are not part of the repository."""
     folder = tmp_path_factory.mktemp("sprites")
-    rng = np.random.default_rng(0)
-    colours = rng.integers(0, 255, (len(WORLD.subjects), len(WORLD.sets), 1, 1, 3)).astype(np.uint8)
-    for side in SPRITE_SIDES:
-        row = np.arange(side) - (side - 1) / 2
-        disc = (row[:, None] ** 2 + row**2 < (side / 2.2) ** 2).astype(np.uint8)[..., None]
-        shape = (len(WORLD.subjects), len(WORLD.sets), side, side, 4)
-        stored = np.lib.format.open_memmap(
-            folder / f"sprites-{side}.npy", mode="w+", dtype=np.uint8, shape=shape
-        )
-        stored[..., :3], stored[..., 3:] = colours * disc, 255 * disc
+    paint_sprites(folder)
     return Sprites(WORLD, folder)
 
 
@@ -59,7 +59,10 @@ def teaching(sprites: Sprites, tmp_path_factory: pytest.TempPathFactory) -> Teac
     vae = autoencoder.new_autoencoder(VaeStage(RECIPE, widths=(8, 8, 8, 16)))
     tower = contrast_of(sprites).tower
     encoders = Encoders(vae, tower, sprites, side=64)
-    sets = {use: cache_triplets(encoders, folder / use, use=use, seed=51, count=8) for use in USES}
+    sets = {
+        use: cache_triplets(encoders, folder / use, cast=lesson_cast(WORLD, use), use=use, seed=51, count=8)
+        for use in USES
+    }
     texts = [text for found in sets.values() for text in (*found.prompts, "")]
     tokenizer = CaptionTokenizer(24, 32)
     words = Vocabulary.of(tokenizer.t5(texts)), Vocabulary.of(tokenizer.clip(texts))
@@ -67,7 +70,7 @@ def teaching(sprites: Sprites, tmp_path_factory: pytest.TempPathFactory) -> Teac
     initialise(pocket.flux, torch.Generator().manual_seed(0))  # as if trained: its gates are open
     pocket.requires_grad_(False)
     projector = new_projector(STAGE, TOWER.grid**2, TOWER.dim, 64)
-    return Teaching(pocket, projector, Lessons.of(sets, pocket), STAGE, torch.float32)
+    return Teaching(pocket, projector, Lessons.of(sets, pocket.stage.tokenizer), STAGE, torch.float32)
 
 
 def contrast_of(sprites: Sprites) -> Contrast:
@@ -76,10 +79,10 @@ def contrast_of(sprites: Sprites) -> Contrast:
 
 
 @pytest.mark.parametrize("use", USES)
-def test_a_lesson_shows_what_its_use_says(use: str) -> None:
+def test_a_lesson_shows_what_its_use_says(use: Use) -> None:
     held_out = WORLD.held_out
     for index in range(200):
-        lesson = draw_triplet(WORLD, 3, index, use)  # type: ignore[arg-type]
+        lesson = draw_triplet(lesson_cast(WHOLE, use), 3, index, use)
         subject, source = (
             lesson.target.placed[0].subject,
             lesson.content if use == "subject" else lesson.style,
@@ -87,19 +90,42 @@ def test_a_lesson_shows_what_its_use_says(use: str) -> None:
         assert subject == lesson.content.placed[0].subject != lesson.style.placed[0].subject
         assert lesson.target.drawing_set == source.drawing_set
         assert lesson.target.rendering == source.rendering
+        assert lesson.target.look == source.look
         for scene in (lesson.content, lesson.style, lesson.target):
             assert not {scene.placed[0].subject, scene.drawing_set, scene.rendering} & held_out
         if use in ("style", "text"):
             assert subject in WORLD.core
         if lesson.prompt:
-            assert full_caption(WORLD, lesson.target).startswith(lesson.prompt + ",")
+            assert subject.replace("-", " ") in lesson.prompt
+            assert lesson.prompt.endswith(BACKGROUNDS[lesson.target.background].phrase)
 
 
 def test_layouts_are_kept_and_shifted() -> None:
-    lessons = [draw_triplet(WORLD, 3, i, "both") for i in range(400)]
-    kept = [lesson.target.placed == lesson.content.placed for lesson in lessons]
-    assert 0.2 < np.mean(kept) < 0.4
+    cast = lesson_cast(WORLD, "both")
+    lessons = [draw_triplet(cast, 3, i, "both") for i in range(400)]
+    kept = [
+        t.target.placed == t.content.placed and t.target.background == t.content.background for t in lessons
+    ]
+    assert 0.25 < np.mean(kept) < 0.5
     assert all(lesson.prompt or same for lesson, same in zip(lessons, kept, strict=True))
+    told = {"on the left": (-1, 0), "on the right": (1, 0), "at the top": (0, -1), "at the bottom": (0, 1)}
+    for lesson in lessons:
+        before, after = lesson.content.placed[0], lesson.target.placed[0]
+        if after.side == before.side and after != before:  # shifted
+            (words,) = [words for words in told if words in lesson.prompt]
+            moved = (after.x - before.x, after.y - before.y)
+            assert moved == pytest.approx([TOKEN * step for step in told[words]])
+
+
+def test_practice_asks_for_the_moved_content(teaching: Teaching) -> None:
+    rng = np.random.default_rng(0)
+    batch, still = teaching._practice(rng, 4, reach=0)
+    assert torch.equal(still, teaching.lessons.sets["subject"].rows("content", batch.indices))
+    batch, moved = teaching._practice(rng, 4, reach=1)
+    content = teaching.lessons.sets["subject"].rows("content", batch.indices)
+    for x, y in zip(content, moved, strict=True):
+        rolled = [torch.roll(x, (2 * i, 2 * j), (1, 2)) for i in (-1, 0, 1) for j in (-1, 0, 1)]
+        assert any(torch.equal(y, other) for other in rolled)
 
 
 def test_encoded_lessons_are_the_scenes(teaching: Teaching, sprites: Sprites) -> None:
@@ -108,7 +134,8 @@ def test_encoded_lessons_are_the_scenes(teaching: Teaching, sprites: Sprites) ->
     states = lessons.states(np.arange(3))
     assert tuple(states) == tuple(LEVELS.values())
     assert all(state.shape == (3, 64, TOWER.dim) for state in states.values())
-    assert lessons.prompts == [draw_triplet(WORLD, 51, i, "both").prompt for i in range(8)]
+    cast = lesson_cast(WORLD, "both")
+    assert lessons.prompts == [draw_triplet(cast, 51, i, "both").prompt for i in range(8)]
 
 
 def test_contrast_pulls_a_batch_together(sprites: Sprites, tmp_path: Path) -> None:
@@ -120,18 +147,18 @@ def test_contrast_pulls_a_batch_together(sprites: Sprites, tmp_path: Path) -> No
 
 
 def test_style_alignment_trains_the_projector_alone(teaching: Teaching, tmp_path: Path) -> None:
-    before = {name: p.clone() for name, p in teaching.pocket.named_parameters()}
+    before = {name: p.clone() for name, p in teaching.base.named_parameters()}
     flow = teaching.flow_loss((("style", 1.0),), RECIPE)
     training = Training(dict(teaching.projector.named_parameters()), RECIPE, tmp_path)
     losses = [training.step(lambda _: flow(0)) for _ in range(40)]
     assert losses[-1] < losses[0]
-    assert all(torch.equal(before[name], p) for name, p in teaching.pocket.named_parameters())
+    assert all(torch.equal(before[name], p) for name, p in teaching.base.named_parameters())
 
 
 def test_lora_begins_as_nothing_and_its_file_computes_the_same(teaching: Teaching, tmp_path: Path) -> None:
     flow = teaching.flow_loss((("subject", 0.5), ("both", 0.5)), RECIPE)
     before = flow(0).item()
-    branches = add_lora(teaching.pocket.flux, STAGE.rank, seed=1)
+    branches = add_lora(teaching.base.flux, STAGE.rank, seed=1)
     assert flow(0).item() == pytest.approx(before, rel=1e-5)
     training = Training(lora_parameters(branches), RECIPE, tmp_path / "state")
     losses = [training.step(lambda _: flow(0)) for _ in range(40)]
@@ -143,15 +170,15 @@ def test_lora_begins_as_nothing_and_its_file_computes_the_same(teaching: Teachin
     attach(plain, lora, 1.0)
     lesson = teaching.lessons.sets["subject"]
     x, content = (lesson.rows(name, np.arange(1)) for name in ("target", "content"))
-    text = teaching.pocket.encode_texts(["a cat"])
+    text = teaching.base.encode_texts(["a cat"])
     asked = {"guidance": 1.0, "references": [content], "method": "uxo"}
     got = plain(x, torch.tensor([0.5]), plain.prepare(*text, (8, 8), **asked))
-    wanted = teaching.pocket.velocity(
+    wanted = teaching.base.velocity(
         x, torch.tensor([0.5]), text, guidance=1.0, dtype=torch.float32, references=[content]
     )
     assert torch.allclose(got, wanted, atol=2e-2)
     assert not torch.allclose(got, plain(x, torch.tensor([0.5]), plain.prepare(*text, (8, 8))), atol=2e-2)
-    for layer in teaching.pocket.flux.modules():  # the fixture is shared
+    for layer in teaching.base.flux.modules():  # the fixture is shared
         if isinstance(layer, Linear):
             layer.branches = torch.nn.ModuleList()
 
@@ -159,7 +186,7 @@ def test_lora_begins_as_nothing_and_its_file_computes_the_same(teaching: Teachin
 def written(teaching: Teaching, folder: Path, lora: dict[str, torch.nn.Parameter]) -> Path:
     """Write all files; the base as a checkpoint of its own."""
     vae = autoencoder.new_autoencoder(VaeStage(RECIPE, widths=(8, 8, 8, 16)))
-    package.write(folder / "base.safetensors", teaching.pocket, vae)
+    package.write(folder / "base.safetensors", teaching.base, vae)
     package.write_uso(folder, new_tower(), teaching.projector, lora)
     return folder
 

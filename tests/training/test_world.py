@@ -7,7 +7,14 @@ import numpy as np
 from usoflow.training.backgrounds import BACKGROUNDS
 from usoflow.training.renderings import RENDERINGS
 from usoflow.training.scenes import caption, draw_scene, held_out_scene, noun
-from usoflow.training.world import HELD_OUT_RENDERINGS, HELD_OUT_SETS, HELD_OUT_SUBJECTS, World, lowest
+from usoflow.training.world import (
+    GALLERY,
+    HELD_OUT_RENDERINGS,
+    HELD_OUT_SETS,
+    HELD_OUT_SUBJECTS,
+    World,
+    lowest,
+)
 
 WORLD = World.load()
 
@@ -15,7 +22,8 @@ WORLD = World.load()
 def test_split_follows_from_the_hash() -> None:
     subjects = lowest(WORLD.subjects, round(HELD_OUT_SUBJECTS * len(WORLD.subjects)))
     styles = lowest(WORLD.sets, HELD_OUT_SETS) | lowest(WORLD.renderings, HELD_OUT_RENDERINGS)
-    assert subjects | styles == WORLD.held_out
+    things = lowest(WORLD.things, GALLERY - len(subjects))
+    assert subjects | styles | things == WORLD.held_out
 
 
 def test_seen_and_held_out_are_disjoint_and_complete() -> None:
@@ -24,6 +32,14 @@ def test_seen_and_held_out_are_disjoint_and_complete() -> None:
     assert seen | held_out == set(WORLD.subjects)
     assert set(WORLD.core) < seen
     assert len(WORLD.held_out & ({*WORLD.sets} | {*WORLD.renderings})) >= 3
+
+
+def test_lessons_show_what_is_not_in_the_gallery() -> None:
+    assert len(WORLD.gallery) == GALLERY
+    assert set(WORLD.gallery) <= WORLD.held_out
+    assert not set(WORLD.lesson_subjects) & WORLD.held_out
+    assert {*WORLD.lesson_subjects, *WORLD.gallery} == set(WORLD.drawn)
+    assert len(set(WORLD.drawn)) == len(WORLD.drawn)
 
 
 def test_training_scenes_show_nothing_held_out() -> None:

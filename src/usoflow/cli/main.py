@@ -10,6 +10,7 @@ import typer
 
 from usoflow.cli.convert import convert
 from usoflow.cli.doctor import doctor
+from usoflow.cli.evaluate import evaluate
 from usoflow.cli.generate import Generate, generate
 from usoflow.cli.models import app as models
 from usoflow.cli.nodes import nodes
@@ -33,6 +34,7 @@ app.add_typer(models, name="models")
 app.command()(doctor)
 app.command()(serve)
 app.command()(train)
+app.command()(evaluate)
 
 
 def main() -> None:

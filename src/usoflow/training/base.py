@@ -13,7 +13,8 @@ pictures are then made with cfg 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +35,8 @@ PREFIXES: Mapping[str, str] = {
     "t5": "text_encoders.t5xxl.transformer.",
     "clip": "text_encoders.clip_l.transformer.",
 }
+METHOD = "uxo"  # where reference tokens lie: USO's
+MANY = 16  # samples of a batch for which compiling is worth its time
 ZERO = ("_mod.lin", "modulation.lin", "adaLN_modulation.1", "final_layer.linear")
 
 
@@ -134,13 +137,16 @@ class Pocket(nn.Module):
         self.flux = Flux(stage.flux)
         self.t5 = T5Encoder(stage.t5(len(t5_words.rows)))
         self.clip = ClipText(stage.clip(len(clip_words.rows)))
-        self._step: Callable[..., Tensor] = self.flux.forward
+        self._step_of_many: Callable[..., Tensor] = self.flux.forward
         generator = torch.Generator().manual_seed(stage.recipe.seed)
         initialise(self, generator, zero=ZERO)
 
     def compiled(self) -> Pocket:
-        """Compute the transformer's steps compiled, about twice as fast on a CPU; the same weights."""
-        self._step = torch.compile(self.flux.forward, dynamic=False)
+        """Compute the transformer's steps compiled, about twice as fast on a CPU; the same weights.
+
+        Only for batches of training: each size is compiled for itself, which takes a minute.
+        """
+        self._step_of_many = torch.compile(self.flux.forward, dynamic=False)
         return self
 
     def encode(self, t5_ids: Ids, clip_ids: Ids) -> tuple[Tensor, Tensor]:
@@ -167,11 +173,27 @@ class Pocket(nn.Module):
         """The transformer's answer, [B, 16, h, w]; references and style as `Flux.prepare` takes them."""
         size = (x.shape[-2], x.shape[-1])
         inputs = self.flux.prepare(
-            *text, size, batch=len(x), guidance=guidance, references=references, method="uxo", style=style,
+            *text, size, batch=len(x), guidance=guidance, references=references, method=METHOD, style=style,
             dtype=dtype,
         )  # fmt: skip
-        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels are slower at lengths of a few dozen
-            return self._step(x, sigma, inputs)
+        step = self._step_of_many if len(x) >= MANY else self.flux.forward
+        with short_attention():
+            return step(x, sigma, inputs)
+
+
+@contextlib.contextmanager
+def short_attention() -> Iterator[None]:
+    """Attention as plain products in the inputs' dtype: for a few dozen tokens on a CPU the quickest.
+
+    The fused kernels are slower at these lengths, and the plain one would compute bf16 in fp32.
+    """
+    before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(before)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 The official vocabularies have 81 000 rows of which the captions of the world use a few hundred. Training
 holds only those (`Vocabulary.compact`); packaging writes the full tables (`Vocabulary.expand`), in which
-every other row is the mean of the trained ones. Used by `latents`, `base` and `package`.
+every other row is what training made of unknown words, row 0. Used by `latents`, `base` and `package`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Vocabulary:
 
     def expand(self, table: Tensor, total: int) -> Tensor:
         """The small table [rows, dim] -> the official one [total, dim]."""
-        full = table.mean(dim=0, keepdim=True).repeat(total, 1)
+        full = table[:1].repeat(total, 1)
         full[list(self.rows)] = table
         return full
 

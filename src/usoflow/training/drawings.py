@@ -105,19 +105,22 @@ def on_paper(sprite: Pixels) -> Pixels:
     return np.clip(pixels, 0, 255).round().astype(np.uint8)
 
 
-def render_sprites(world: World, packages: Path, folder: Path) -> None:
-    """Render every subject in every set into `folder/sprites-SIDE.npy`, unless that has been done.
+def rendered(folder: Path) -> bool:
+    """Whether `render_sprites` has been here."""
+    return all(_sprite_file(folder, side).exists() for side in SPRITE_SIDES)
 
-    Shape of each file: [subjects, sets, side, side, 4] uint8, premultiplied RGBA.
+
+def render_sprites(world: World, packages: Path, folder: Path) -> None:
+    """Render every subject in every set into `folder/sprites-SIDE.npy`.
+
+    Shape of each file: [drawn, sets, side, side, 4] uint8, premultiplied RGBA.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if all(_sprite_file(folder, side).exists() for side in SPRITE_SIDES):
-        return
     large = SPRITE_SIDES[0]
-    sprites = np.zeros((len(world.subjects), len(world.sets), large, large, 4), np.uint8)
+    sprites = np.zeros((len(world.drawn), len(world.sets), large, large, 4), np.uint8)
     for column, name in enumerate(world.sets):
         drawings = DrawingSet.read(_archive(packages, name) or packages, name)
-        for row, subject in enumerate(world.subjects):
+        for row, subject in enumerate(world.drawn):
             sprite = render_svg(drawings.svg(subject), large)
             sprites[row, column] = on_paper(sprite) if name in INK_ONLY else sprite
     for side in SPRITE_SIDES:
@@ -145,5 +148,5 @@ class Sprites:
         """Premultiplied RGBA [S, S, 4] uint8; S: smallest stored side >= `at_least`, else the largest."""
         sides = [i for i, side in enumerate(SPRITE_SIDES) if side >= at_least]
         level = self._levels[max(sides, default=0)]
-        sprite: Pixels = level[self.world.subject_index[subject], self.world.set_index[drawing_set]]
+        sprite: Pixels = level[self.world.drawn_index[subject], self.world.set_index[drawing_set]]
         return sprite

@@ -30,6 +30,7 @@ class Plan:
     uso: UsoStage
     reward: Recipe
     judge: Recipe
+    uso_judge: Recipe
 
     @classmethod
     def read(cls, path: Path | None) -> Plan:
@@ -48,6 +49,7 @@ class Plan:
                 UsoStage(**_section(data["uso"])),
                 Recipe(**data["reward"]),
                 Recipe(**data["judge"]),
+                Recipe(**data["uso_judge"]),
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UsoflowError("training_config", f"{path}: {error}.") from None

@@ -18,7 +18,7 @@ from usoflow.models.vae import AutoEncoder, LatentFormat
 from usoflow.training.drawings import Sprites
 from usoflow.training.loop import Recipe, Training, swap
 from usoflow.training.scenes import Scene, draw_scene, generator, pictures_of
-from usoflow.training.triplets import draw_style
+from usoflow.training.triplets import RENDERED, seen_styles
 from usoflow.training.world import World
 
 REWARD_SEED = 41  # of its scenes
@@ -50,7 +50,7 @@ class StyleEncoder(nn.Module):
 def style_scene(world: World, index: int) -> Scene:
     """Scene number `index` of the encoder's training: any seen subject in any seen style."""
     scene = draw_scene(world, REWARD_SEED, index)
-    return draw_style(world, scene, generator(REWARD_SEED + 1, index))
+    return seen_styles(world, RENDERED).give(scene, generator(REWARD_SEED + 1, index))
 
 
 def train_style_encoder(sprites: Sprites, recipe: Recipe, folder: Path, *, side: int) -> StyleEncoder:

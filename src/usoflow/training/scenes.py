@@ -18,6 +18,7 @@ from torch import Tensor
 
 from usoflow.training.backgrounds import BACKGROUNDS
 from usoflow.training.drawings import Sprites
+from usoflow.training.looks import look
 from usoflow.training.renderings import RENDERINGS
 from usoflow.training.world import World, words
 
@@ -29,6 +30,7 @@ STYLE_TOLD_CHANCE = 0.8  # the caption names the style
 PLACE_TOLD_CHANCE = 0.5  # the caption names position, size or tilt, where they are unusual
 SMALL, LARGE = 0.55, 0.78  # below and above, a subject is called small or large
 OFF_CENTRE = 0.08
+SIDES = (0.42, 0.92)
 TILTED = 25.0  # degrees
 CALM_SIDES = (0.66, 0.9)
 CALM_ANGLE = 6.0  # degrees
@@ -61,6 +63,7 @@ class Scene:
         rendering: the whole-picture style, or None for the drawings as they are.
         background: a key of `BACKGROUNDS`.
         paint_seed: what random detail of background and rendering follows from.
+        look: number of a random look over all that (`looks`), or None.
     """
 
     placed: tuple[Placed, ...]
@@ -68,6 +71,7 @@ class Scene:
     rendering: str | None
     background: str
     paint_seed: int
+    look: int | None = None
 
 
 def generator(seed: int, index: int) -> np.random.Generator:
@@ -121,9 +125,9 @@ def held_out_scene(world: World, seed: int, index: int) -> Scene:
     )
 
 
-def alone(name: str, rng: np.random.Generator) -> Placed:
+def alone(name: str, rng: np.random.Generator, *, sides: tuple[float, float] = SIDES) -> Placed:
     """One subject of any size at any place, mostly upright."""
-    side = float(rng.uniform(0.42, 0.92))
+    side = float(rng.uniform(*sides))
     room = (1 - side) / 2
     x, y = 0.5 + room * rng.uniform(-1, 1, 2) * 0.9
     return Placed(name, side, float(x), float(y), _angle(rng), bool(rng.random() < 0.25))
@@ -151,7 +155,8 @@ def compose(scene: Scene, sprites: Sprites, *, side: int) -> Picture:
     for placed in scene.placed:
         picture = _paste(picture, placed, sprites, scene.drawing_set)
     picture = np.clip(picture, 0, 1)
-    return RENDERINGS[scene.rendering](picture, rng) if scene.rendering else picture
+    picture = RENDERINGS[scene.rendering](picture, rng) if scene.rendering else picture
+    return picture if scene.look is None else look(picture, scene.look)
 
 
 def pictures_of(sprites: Sprites, scenes: Sequence[Scene], side: int) -> Tensor:
@@ -177,7 +182,7 @@ def caption(world: World, scene: Scene) -> str:
     rng = np.random.Generator(np.random.Philox(key=[scene.paint_seed, 1]))
     told = rng.random() < PLACE_TOLD_CHANCE
     if len(scene.placed) == 1:
-        what = _described(scene.placed[0]) if told else noun(scene.placed[0].subject)
+        what = described(scene.placed[0]) if told else noun(scene.placed[0].subject)
     else:
         what = " and ".join(noun(p.subject) for p in scene.placed)
     text = f"{what} {BACKGROUNDS[scene.background].phrase}"
@@ -196,7 +201,8 @@ def style_words(world: World, scene: Scene) -> str:
     return world.renderings[scene.rendering] if scene.rendering else world.sets[scene.drawing_set]
 
 
-def _described(placed: Placed) -> str:
+def described(placed: Placed) -> str:
+    """A subject with what is unusual about its size, tilt and place."""
     size = "small " if placed.side < SMALL else "large " if placed.side > LARGE else ""
     tilt = "tilted " if abs(placed.angle) > TILTED else ""
     return f"{noun(placed.subject, size + tilt)}{_position(placed)}"

@@ -6,7 +6,7 @@ Each stage reads what the ones before left in the folder and continues where it 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -27,6 +27,7 @@ LATENT_SEED = 11  # of the scenes whose latents are cached
 STATISTICS = 1024  # scenes whose latents are measured for folding
 SHEET_SIDE = 128  # pixels of a picture on a sheet
 QUESTIONS = 300  # of the evaluation
+DISTILLED_CFG = 1.7  # what distillation left to do; at 1, one evaluation per step, pictures are fair
 CHECKPOINT = "usoflow-pocket.safetensors"
 
 
@@ -38,18 +39,21 @@ class Workshop:
     plan: Plan
     dtype: torch.dtype = torch.bfloat16
     compiled: bool = False
+    world: World = field(default_factory=World.load)
 
     @functools.cached_property
     def sprites(self) -> Sprites:
-        return Sprites(World.load(), self.folder / "sprites")
+        return Sprites(self.world, self.folder / "sprites")
 
     @property
     def checkpoint(self) -> Path:
         return self.folder / CHECKPOINT
 
     def render(self) -> None:
-        """Fetch and render the drawings, and show what training will see."""
-        world = self.sprites.world
+        """Fetch and render the drawings, unless they are there, and show what training will see."""
+        world = self.world
+        if drawings.rendered(self.folder / "sprites"):
+            return
         drawings.fetch(world, self.folder / "npm")
         drawings.render_sprites(world, self.folder / "npm", self.folder / "sprites")
         scenes = [draw_scene(world, LATENT_SEED, i) for i in range(80)]
@@ -86,8 +90,8 @@ class Workshop:
 
     @property
     def cfg(self) -> float:
-        """At which pictures are made: 1 where guidance is distilled, else with the empty caption against."""
-        return 1.0 if (self.folder / "guided" / "state.pt").exists() else GUIDANCE
+        """At which pictures of a caption alone are made, with the empty caption against."""
+        return DISTILLED_CFG if (self.folder / "guided" / "state.pt").exists() else GUIDANCE
 
     def package(self) -> None:
         """Write the checkpoint from the weights of the last stage that has been run."""

@@ -29,15 +29,80 @@ from usoflow.training.autoencoder import encode
 from usoflow.training.backgrounds import BACKGROUNDS
 from usoflow.training.captions import CaptionTokenizer, Ids
 from usoflow.training.drawings import Sprites
-from usoflow.training.scenes import Scene, alone, generator, noun, pictures_of
+from usoflow.training.scenes import Placed, Scene, alone, described, generator, noun, pictures_of
 from usoflow.training.world import World
 
 Use = Literal["subject", "style", "both", "text"]
 USES: tuple[Use, ...] = ("subject", "style", "both", "text")
 CHUNK = 32
-RENDERING_CHANCE = 0.45  # of a style; otherwise a drawing set as it is
-SAME_LAYOUT_CHANCE = 0.3
-STATES = "states.npy"
+RENDERED, LOOKED = 0.45, 0.4  # of the style pictures
+CONTENT_RENDERED, CONTENT_LOOKED = 0.25, 0.1
+CONTENT_SIDES = (0.5, 0.75)  # of a subject on a content picture, in whose middle it is
+SAME_LAYOUT_CHANCE = 0.35
+ALIKE = 0.35
+# Where a target shows the subject: as it is, one token further, where the prompt tells; as and where it is;
+# or anywhere, of any size and angle. A small transformer learns first what it can take over token by token.
+SHIFTED_CHANCE, KEPT_CHANCE = 0.65, 0.2
+TOKEN = 1 / 8  # side of a token, as a fraction of the side of a pocket picture
+PLACE_TOLD_CHANCE = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Styles:
+    """Styles to draw from.
+
+    Attributes:
+        sets, renderings: their names.
+        rendered: chance of a rendering; otherwise a drawing set as it is.
+        looked: chance of a random look over it.
+    """
+
+    sets: tuple[str, ...]
+    renderings: tuple[str, ...]
+    rendered: float
+    looked: float = 0.0
+
+    def give(self, scene: Scene, rng: np.random.Generator) -> Scene:
+        """The scene in one of the styles."""
+        drawing_set = self.sets[int(rng.integers(len(self.sets)))]
+        rendering = self.renderings[int(rng.integers(len(self.renderings)))]
+        rendered, looked = rng.random() < self.rendered, rng.random() < self.looked
+        return dataclasses.replace(
+            scene,
+            drawing_set=drawing_set,
+            rendering=rendering if rendered else None,
+            look=int(rng.integers(2**62)) if looked else None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """Who and what appears in lessons.
+
+    Attributes:
+        subjects: of content and target.
+        others: subjects of style pictures.
+        content, style: styles of content and style pictures.
+        alike: chance that, given both, the style picture has the content's style: nothing is to be changed.
+    """
+
+    subjects: tuple[str, ...]
+    others: tuple[str, ...]
+    content: Styles
+    style: Styles
+    alike: float = 0.0
+
+
+def seen_styles(world: World, rendered: float, looked: float = 0.0) -> Styles:
+    """The styles that training shows."""
+    return Styles(world.seen_sets, world.seen_renderings, rendered, looked)
+
+
+def lesson_cast(world: World, use: Use) -> Cast:
+    """Of the lessons: seen subjects and styles. What the base must know by name is of the core."""
+    subjects = world.core if use in ("style", "text") else world.lesson_subjects
+    content = seen_styles(world, CONTENT_RENDERED, CONTENT_LOOKED)
+    return Cast(subjects, world.lesson_subjects, content, seen_styles(world, RENDERED, LOOKED), ALIKE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,37 +123,58 @@ class Triplet:
     prompt: str
 
 
-def draw_triplet(world: World, seed: int, index: int, use: Use) -> Triplet:
-    """Lesson number `index`. What the base must know by name ("style", "text") is of the core."""
+def draw_triplet(cast: Cast, seed: int, index: int, use: Use) -> Triplet:
+    """Lesson number `index`."""
     rng = generator(seed, index)
-    subjects = world.core if use in ("style", "text") else world.seen_subjects
-    subject, other = (subjects[int(i)] for i in rng.choice(len(subjects), 2, replace=False))
-    content = draw_style(world, _scene(world, subject, rng), rng)
-    style = draw_style(world, _scene(world, other, rng), rng)
-    same_layout = use == "both" and rng.random() < SAME_LAYOUT_CHANCE
-    target = content if same_layout else _scene(world, subject, rng)
-    source = content if use == "subject" else style
-    target = dataclasses.replace(target, drawing_set=source.drawing_set, rendering=source.rendering)
-    silent = same_layout and rng.random() < 0.5
-    return Triplet(use, content, style, target, "" if silent else plain_prompt(target))
+    subject = cast.subjects[int(rng.integers(len(cast.subjects)))]
+    others = [name for name in cast.others if name != subject]
+    other = others[int(rng.integers(len(others)))]
+    centred = dataclasses.replace(alone(subject, rng, sides=CONTENT_SIDES), x=0.5, y=0.5)
+    content = cast.content.give(_scene(centred, rng), rng)
+    style = cast.style.give(_scene(alone(other, rng), rng), rng)
+    placed, told = alone(subject, rng), rng.random() < PLACE_TOLD_CHANCE
+    layout = generator(seed + 1, index)
+    same_layout = use == "both" and layout.random() < SAME_LAYOUT_CHANCE
+    if use in ("subject", "both"):
+        placed, told = _laid_out(centred, placed, layout)
+    silent = same_layout and layout.random() < 0.5
+    if use == "both" and layout.random() < cast.alike:
+        style = in_style_of(style, content)
+    shown = content if same_layout else _scene(placed, rng)
+    target = in_style_of(shown, content if use == "subject" else style)
+    prompt = "" if silent else prompt_of(target, told=told and not same_layout)
+    return Triplet(use, content, style, target, prompt)
 
 
-def plain_prompt(scene: Scene) -> str:
-    """Subject and background, no style."""
-    return f"{noun(scene.placed[0].subject)} {BACKGROUNDS[scene.background].phrase}"
+def in_style_of(scene: Scene, other: Scene) -> Scene:
+    """A scene as the hand of another drew it."""
+    return dataclasses.replace(
+        scene, drawing_set=other.drawing_set, rendering=other.rendering, look=other.look
+    )
 
 
-def draw_style(world: World, scene: Scene, rng: np.random.Generator) -> Scene:
-    """The scene in a style drawn at random from the seen ones."""
-    drawing_set = world.seen_sets[int(rng.integers(len(world.seen_sets)))]
-    rendering = world.seen_renderings[int(rng.integers(len(world.seen_renderings)))]
-    rendered = rng.random() < RENDERING_CHANCE
-    return dataclasses.replace(scene, drawing_set=drawing_set, rendering=rendering if rendered else None)
+def _laid_out(centred: Placed, other: Placed, rng: np.random.Generator) -> tuple[Placed, bool]:
+    """Where the target shows a subject, and whether the prompt tells it; a kept subject is not mirrored."""
+    kind = rng.random()
+    if kind < SHIFTED_CHANCE:
+        across, down = ((TOKEN, 0), (-TOKEN, 0), (0, TOKEN), (0, -TOKEN))[int(rng.integers(4))]
+        return dataclasses.replace(centred, x=0.5 + across, y=0.5 + down), True
+    if kind < SHIFTED_CHANCE + KEPT_CHANCE:
+        return centred, False
+    return dataclasses.replace(other, mirrored=centred.mirrored), bool(rng.random() < PLACE_TOLD_CHANCE)
 
 
-def _scene(world: World, subject: str, rng: np.random.Generator) -> Scene:
+def prompt_of(scene: Scene, *, told: bool) -> str:
+    """Subject and background, and the subject's size and place where that is `told`; no style."""
+    placed = scene.placed[0]
+    what = described(placed) if told else noun(placed.subject)
+    return f"{what} {BACKGROUNDS[scene.background].phrase}"
+
+
+def _scene(placed: Placed, rng: np.random.Generator) -> Scene:
+    """A subject on a random background; the style is given later."""
     background = list(BACKGROUNDS)[int(rng.integers(len(BACKGROUNDS)))]
-    return Scene((alone(subject, rng),), world.seen_sets[0], None, background, int(rng.integers(2**62)))
+    return Scene((placed,), "", None, background, int(rng.integers(2**62)))
 
 
 @dataclass(frozen=True)
@@ -96,8 +182,8 @@ class TripletSet:
     """Encoded lessons of one use.
 
     Attributes:
-        folder: of `content.npy`, `target.npy` (model latents, float16 [N, 16, h, w]), `states.npy` (float16
-            [N, 3, patches, dim], from high to low) and `prompts.json`.
+        folder: of `target.npy` and, where the use has them, `content.npy` (model latents, float16
+            [N, 16, h, w]) and `states.npy` (float16 [N, 3, patches, dim], from high to low); `prompts.json`.
     """
 
     folder: Path
@@ -109,7 +195,7 @@ class TripletSet:
 
     def rows(self, name: str, indices: npt.NDArray[np.int64]) -> Tensor:
         """Rows of `content`, `target` or `states`, float32."""
-        return torch.from_numpy(self._stored[name][indices].astype(np.float32))
+        return torch.from_numpy(self._stored(name)[indices].astype(np.float32))
 
     def states(self, indices: npt.NDArray[np.int64]) -> Mapping[int, Tensor]:
         """Hidden states of the style pictures, as the projector takes them."""
@@ -120,45 +206,59 @@ class TripletSet:
         """T5 and CLIP ids of all prompts."""
         return tokenizer.t5(self.prompts), tokenizer.clip(self.prompts)
 
-    @functools.cached_property
-    def _stored(self) -> Mapping[str, npt.NDArray[np.float16]]:
-        names = ("content", "target", "states")
-        return {name: np.load(self.folder / f"{name}.npy", mmap_mode="r") for name in names}
+    def _stored(self, name: str) -> npt.NDArray[np.float16]:
+        return _mapped(self.folder / f"{name}.npy")
+
+
+@functools.lru_cache(maxsize=32)
+def _mapped(path: Path) -> npt.NDArray[np.float16]:
+    stored: npt.NDArray[np.float16] = np.load(path, mmap_mode="r")
+    return stored
 
 
 @dataclass(frozen=True)
 class Encoders:
-    """The frozen networks through which lessons are seen."""
+    """The frozen networks through which lessons are seen, and the side of the pictures they make."""
 
     vae: AutoEncoder
     tower: SiglipVision
     sprites: Sprites
     side: int
+    dtype: torch.dtype = torch.float32
+
+    @torch.no_grad()
+    def latents(self, scenes: Sequence[Scene]) -> Tensor:
+        """Model latents of scenes, [B, 16, h, w]."""
+        pictures = pictures_of(self.sprites, scenes, self.side)
+        return LatentFormat().to_model(encode(self.vae, pictures, dtype=self.dtype))
+
+    def states(self, scenes: Sequence[Scene]) -> Tensor:
+        """Hidden states of scenes, as style pictures, shrunk as a workflow does; [B, 3, patches, dim]."""
+        return style_states(self.tower, pictures_of(self.sprites, scenes, self.side))
+
+    def rows(self, triplets: Sequence[Triplet]) -> dict[str, Tensor]:
+        """What a use needs of its lessons, by the names of `TripletSet`."""
+        found = {"target": self.latents([t.target for t in triplets])}
+        if triplets[0].use in ("subject", "both"):
+            found["content"] = self.latents([t.content for t in triplets])
+        if triplets[0].use in ("style", "both"):
+            found["states"] = self.states([t.style for t in triplets])
+        return found
 
 
-def cache_triplets(encoders: Encoders, folder: Path, *, use: Use, seed: int, count: int) -> TripletSet:
+def cache_triplets(
+    encoders: Encoders, folder: Path, *, cast: Cast, use: Use, seed: int, count: int
+) -> TripletSet:
     """Encode lessons 0 to `count` of a use, unless they are there."""
     if not (folder / "prompts.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        world = encoders.sprites.world
-        triplets = [draw_triplet(world, seed, i, use) for i in range(count)]
-        starts = range(0, count, CHUNK)
-        parts = [encode_triplets(encoders, triplets[i : i + CHUNK]) for i in starts]
-        for name, rows in zip(("content", "target", "states"), zip(*parts, strict=True), strict=True):
-            np.save(folder / f"{name}.npy", torch.cat(rows).numpy().astype(np.float16))
+        triplets = [draw_triplet(cast, seed, i, use) for i in range(count)]
+        parts = [encoders.rows(triplets[i : i + CHUNK]) for i in range(0, count, CHUNK)]
+        for name in parts[0]:
+            rows = torch.cat([part[name] for part in parts])
+            np.save(folder / f"{name}.npy", rows.numpy().astype(np.float16))
         (folder / "prompts.json").write_text(json.dumps([t.prompt for t in triplets]), "utf-8")
     return TripletSet(folder)
-
-
-@torch.no_grad()
-def encode_triplets(encoders: Encoders, triplets: Sequence[Triplet]) -> tuple[Tensor, Tensor, Tensor]:
-    """Content and target latents [B, 16, h, w] and style states [B, 3, patches, dim]."""
-    sprites, side = encoders.sprites, encoders.side
-    pictures = (pictures_of(sprites, [t.content for t in triplets], side),
-                pictures_of(sprites, [t.target for t in triplets], side))  # fmt: skip
-    content, target = (LatentFormat().to_model(encode(encoders.vae, part)) for part in pictures)
-    style = pictures_of(sprites, [t.style for t in triplets], encoders.tower.config.image_size)
-    return content, target, style_states(encoders.tower, style)
 
 
 @torch.no_grad()

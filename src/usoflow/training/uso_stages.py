@@ -16,14 +16,22 @@ from usoflow.models.vision import SiglipVision
 from usoflow.models.weights import LowRank
 from usoflow.training import autoencoder, package
 from usoflow.training.base import Pocket
-from usoflow.training.loop import LossFunction, Recipe, Training, load_average, swap
+from usoflow.training.loop import LossFunction, Training, load_average, swap
 from usoflow.training.reward import StyleEncoder, StyleReward, train_style_encoder
 from usoflow.training.scenes import pictures_of
 from usoflow.training.sheets import contact_sheet, loss_curve
 from usoflow.training.stages import Workshop
 from usoflow.training.tower import train_tower
-from usoflow.training.triplets import Encoders, Use, cache_triplets, draw_triplet
-from usoflow.training.uso import LESSON_SEED, Lessons, Mix, Teaching, add_lora, lora_parameters, new_projector
+from usoflow.training.triplets import Encoders, Use, cache_triplets, draw_triplet, lesson_cast
+from usoflow.training.uso import (
+    LESSON_SEED,
+    Lessons,
+    StageName,
+    Teaching,
+    add_lora,
+    lora_parameters,
+    new_projector,
+)
 
 SHOWN = 12  # lessons on a sheet
 
@@ -42,16 +50,15 @@ def style(workshop: Workshop) -> None:
     """Style alignment: train the projector on the frozen base."""
     teaching = _teaching(workshop)
     parameters = dict(teaching.projector.requires_grad_(True).named_parameters())
-    _run(workshop, teaching, parameters, teaching.stage.style, teaching.stage.style_mix, "style")
+    _run(workshop, teaching, parameters, "style")
 
 
 def subject(workshop: Workshop) -> None:
     """Content-style disentanglement: train the LoRA beside the frozen projector."""
     teaching = _teaching(workshop)
     load_average(workshop.folder / "style", dict(teaching.projector.named_parameters()))
-    recipe, mix = teaching.stage.subject, teaching.stage.subject_mix
-    branches = add_lora(teaching.pocket.flux, teaching.stage.rank, recipe.seed)
-    _run(workshop, teaching, lora_parameters(branches), recipe, mix, "subject")
+    branches = add_lora(teaching.base.flux, teaching.stage.rank, teaching.stage.subject.seed)
+    _run(workshop, teaching, lora_parameters(branches), "subject")
 
 
 def package_all(workshop: Workshop) -> None:
@@ -74,30 +81,31 @@ def trained(workshop: Workshop, pocket: Pocket) -> tuple[StyleProjector, dict[st
 
 def _teaching(workshop: Workshop) -> Teaching:
     pocket = workshop.finished().requires_grad_(False)
-    encoders = Encoders(
-        workshop.trained_vae, _tower(workshop), workshop.sprites, workshop.plan.base.large_side
-    )
-    count, folder = workshop.plan.uso.lessons, workshop.folder
+    encoders = _encoders(workshop)
+    count, folder, world = workshop.plan.uso.lessons, workshop.folder, workshop.sprites.world
     stage = workshop.plan.uso
     shown = dict.fromkeys(use for use, _ in (*stage.style_mix, *stage.subject_mix))
     sets = {
-        use: cache_triplets(encoders, folder / f"lessons-{use}", use=use, seed=LESSON_SEED, count=count)
+        use: cache_triplets(
+            encoders,
+            folder / f"lessons-{use}",
+            cast=lesson_cast(world, use),
+            use=use,
+            seed=LESSON_SEED,
+            count=count,
+        )
         for use in shown
     }
     projector = _projector(workshop).requires_grad_(False)
-    return Teaching(pocket, projector, Lessons.of(sets, pocket), stage, workshop.dtype)
+    return Teaching(pocket, projector, Lessons.of(sets, pocket.stage.tokenizer), stage, workshop.dtype)
 
 
 def _run(
-    workshop: Workshop,
-    teaching: Teaching,
-    parameters: dict[str, nn.Parameter],
-    recipe: Recipe,
-    mix: Mix,
-    name: str,
+    workshop: Workshop, teaching: Teaching, parameters: dict[str, nn.Parameter], name: StageName
 ) -> None:
     rewarding = StyleReward(_reward(workshop), workshop.trained_vae.requires_grad_(False))
-    loss_of: LossFunction = teaching.loss(mix, recipe, rewarding, workshop.sprites)
+    loss_of: LossFunction = teaching.loss(name, rewarding, workshop.sprites)
+    recipe, mix = teaching.stage.of(name)
     training = Training(parameters, recipe, workshop.folder / name)
     training.resume()
 
@@ -117,12 +125,18 @@ def write_sheet(path: Path, teaching: Teaching, workshop: Workshop, use: Use) ->
     sprites, side = workshop.sprites, workshop.plan.base.large_side
     made = teaching.sample(teaching.lessons.first(use, SHOWN), seed=0)
     drawn = autoencoder.decode(workshop.trained_vae, LatentFormat().from_model(made))
-    lessons = [draw_triplet(sprites.world, LESSON_SEED, i, use) for i in range(SHOWN)]
+    cast = lesson_cast(sprites.world, use)
+    lessons = [draw_triplet(cast, LESSON_SEED, i, use) for i in range(SHOWN)]
     scenes = [scene for t in lessons for scene in (t.content, t.style, t.target)]
     real = pictures_of(sprites, scenes, side).unflatten(0, (SHOWN, 3))
     rows = torch.cat([real, drawn[:, None]], dim=1).flatten(0, 1)
     labels = [text for t in lessons for text in ("content", "style", t.prompt or "(no prompt)", "made")]
     contact_sheet(path, list(rows.numpy()), labels, columns=12, zoom=1)
+
+
+def _encoders(workshop: Workshop) -> Encoders:
+    side = workshop.plan.base.large_side
+    return Encoders(workshop.trained_vae, _tower(workshop), workshop.sprites, side, workshop.dtype)
 
 
 def _tower(workshop: Workshop) -> SiglipVision:

@@ -16,6 +16,7 @@ from importlib import resources
 HELD_OUT_SUBJECTS = 0.1  # of all subjects
 HELD_OUT_SETS = 1
 HELD_OUT_RENDERINGS = 3
+GALLERY = 100  # held-out subjects in all, things included
 
 
 def rank(name: str) -> str:
@@ -35,6 +36,7 @@ class World:
     Attributes:
         subjects: names in the drawing sets ("hot-dog"), sorted.
         core: the seen subjects that the shipped base was trained on.
+        things, signs: what only the lessons of Pocket USO show beside the subjects; signs look much alike.
         sets: drawing sets and the words that name them in captions.
         renderings: whole-picture styles and the words that name them.
         held_out: names of subjects, sets and renderings that no training picture shows.
@@ -42,6 +44,8 @@ class World:
 
     subjects: tuple[str, ...]
     core: tuple[str, ...]
+    things: tuple[str, ...]
+    signs: tuple[str, ...]
     sets: Mapping[str, str]
     renderings: Mapping[str, str]
     held_out: frozenset[str]
@@ -56,14 +60,21 @@ class World:
         return cls(
             subjects=tuple(data["subjects"]),
             core=tuple(data["core"]),
+            things=tuple(data["things"]),
+            signs=tuple(data["signs"]),
             sets=data["sets"],
             renderings=data["renderings"],
             held_out=frozenset(data["held_out"]),
         )
 
+    @property
+    def drawn(self) -> tuple[str, ...]:
+        """Everything that is rendered."""
+        return (*self.subjects, *self.things, *self.signs)
+
     @functools.cached_property
-    def subject_index(self) -> Mapping[str, int]:
-        return {name: i for i, name in enumerate(self.subjects)}
+    def drawn_index(self) -> Mapping[str, int]:
+        return {name: i for i, name in enumerate(self.drawn)}
 
     @functools.cached_property
     def set_index(self) -> Mapping[str, int]:
@@ -76,6 +87,16 @@ class World:
     @functools.cached_property
     def held_out_subjects(self) -> tuple[str, ...]:
         return tuple(name for name in self.subjects if name in self.held_out)
+
+    @functools.cached_property
+    def lesson_subjects(self) -> tuple[str, ...]:
+        """What the lessons of Pocket USO show."""
+        return tuple(name for name in self.drawn if name not in self.held_out)
+
+    @functools.cached_property
+    def gallery(self) -> tuple[str, ...]:
+        """The held-out subjects and things, among which Pocket USO is measured."""
+        return tuple(name for name in self.drawn if name in self.held_out)
 
     @functools.cached_property
     def seen_sets(self) -> tuple[str, ...]:

@@ -1,0 +1,43 @@
+"""`usoflow evaluate`: are the subject kept and the style applied? In numbers, for any model folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from usoflow.cli.options import Device, Dtype, InDtype, Models, OnDevice
+
+
+def evaluate(
+    models: Models = None,
+    work: Annotated[
+        Path, typer.Option(help="Work folder of `usoflow train`, with drawings and judge.")
+    ] = Path("training"),
+    output: Annotated[Path, typer.Option(help="Folder for tables and contact sheets.")] = Path("evaluation"),
+    count: Annotated[int, typer.Option(help="Questions of each cell.", min=1)] = 200,
+    size: Annotated[int, typer.Option(help="Side of the pictures, in pixels.", min=64)] = 128,
+    device: OnDevice = Device.auto,
+    dtype: InDtype = Dtype.auto,
+) -> None:
+    """Measure the USO models of a folder on held-out subjects and styles, beside ceiling, cheat and chance.
+
+    Drawings and judge are fetched and trained first, where the work folder has none: ten minutes on a CPU.
+    """
+    from usoflow.models.library import ModelLibrary
+    from usoflow.models.placement import Placement
+    from usoflow.settings import find_folders
+    from usoflow.training.plan import Plan
+    from usoflow.training.stages import Workshop
+    from usoflow.training.uso_evaluate import Contender
+    from usoflow.training.uso_judge import train_uso_judge
+    from usoflow.training.uso_report import evaluate as measure
+
+    library = ModelLibrary(Placement.choose(device.value, dtype.value))
+    contender = Contender.of(find_folders(models=models), library, side=size)
+    workshop = Workshop(work, Plan.read(None))
+    workshop.render()
+    judge = train_uso_judge(workshop.sprites, workshop.plan.uso_judge, work / "uso-judge")
+    measure(contender, judge, workshop.sprites, count=count, output=output, say=typer.echo)
+    typer.echo(f"Tables and sheets: {output}")

@@ -1,0 +1,282 @@
+"""The stages `style` and `subject` on FLUX.1 itself: files of the official width, a frozen base.
+
+    accelerate launch -m usoflow.training.full_size style --models MODELS --work DIR
+    accelerate launch -m usoflow.training.full_size subject --models MODELS --work DIR --fp8
+
+Lessons, losses, token order and position ids are those of the pocket (`uso`); only the base is another
+(`FullBase`): read from a model folder, never changed, in bf16 or held in fp8, its blocks recomputed in the
+backward pass (gradient checkpointing, arXiv 1604.06174), so that only one block's activations are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from usoflow.errors import UsoflowError
+from usoflow.models.checkpoint import Component
+from usoflow.models.flux import Flux
+from usoflow.models.library import ModelLibrary, load_clip, load_siglip, load_t5, load_vae
+from usoflow.models.placement import Placement
+from usoflow.models.style_projector import StyleProjector
+from usoflow.models.text import ClipText, T5Encoder
+from usoflow.settings import find_folders
+from usoflow.training.base import METHOD, BaseStage
+from usoflow.training.captions import Ids, end_positions
+from usoflow.training.loop import LossFunction, Recipe
+from usoflow.training.plan import Plan
+from usoflow.training.reward import StyleReward, train_style_encoder
+from usoflow.training.stages import Workshop
+from usoflow.training.triplets import Encoders, cache_triplets, lesson_cast
+from usoflow.training.uso import (
+    LESSON_SEED,
+    Lessons,
+    StageName,
+    Teaching,
+    UsoStage,
+    add_lora,
+    lora_parameters,
+    new_projector,
+)
+from usoflow.training.uso_evaluate import components_of
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+NEEDED = ("flux", "clip_l", "t5", "vae", "siglip")
+OUTPUT = {"style": "projector.safetensors", "subject": "uso-lora.safetensors"}
+
+
+@dataclass(frozen=True)
+class FullBase:
+    """FLUX.1 and its text encoders, frozen, as `uso.Teaching` asks them; computes on one device."""
+
+    flux: Flux
+    clip: ClipText
+    t5: T5Encoder
+    stage: BaseStage
+
+    @classmethod
+    def read(
+        cls, parts: Mapping[str, Component], placement: Placement, stage: BaseStage, *, fp8: bool
+    ) -> FullBase:
+        """From the components of files.
+
+        Args:
+            parts: by kind.
+            placement: where and in which dtype the transformer computes.
+            stage: whose noise levels are used.
+            fp8: hold the blocks' weights in fp8 (e4m3fn), half the memory of bf16.
+        """
+        held = "fp8_e4m3fn" if fp8 else "default"
+        flux = ModelLibrary(placement).flux(parts["flux"], (), held)
+        recomputed(flux)
+        clip, t5 = placement.settle(load_clip(parts["clip_l"])), placement.settle(load_t5(parts["t5"]))
+        stage = dataclasses.replace(stage, t5_length=t5.config.min_length, clip_length=clip.config.positions)
+        return cls(flux, clip, t5, stage)
+
+    def encode(self, t5_ids: Ids, clip_ids: Ids) -> tuple[Tensor, Tensor]:
+        """Ids -> context [B, T, text_dim] and pooled [B, clip_dim]."""
+        device = self.t5.shared.weight.device
+        ends = end_positions(clip_ids).to(device)
+        pooled = self.clip(torch.from_numpy(clip_ids).to(device), ends)[1]
+        return self.t5(torch.from_numpy(t5_ids).to(device)), pooled
+
+    def velocity(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        text: tuple[Tensor, Tensor],
+        *,
+        guidance: float,
+        dtype: torch.dtype,
+        references: Sequence[Tensor] = (),
+        style: Tensor | None = None,
+    ) -> Tensor:
+        """The transformer's answer, [B, 16, h, w], on the CPU, where lessons are."""
+        device = text[0].device
+        inputs = self.flux.prepare(
+            *text, (x.shape[-2], x.shape[-1]), batch=len(x), guidance=guidance,
+            references=[latent.to(device) for latent in references], method=METHOD,
+            style=None if style is None else style.to(device), dtype=dtype,
+        )  # fmt: skip
+        answer: Tensor = self.flux(x.to(device), sigma.to(device), inputs).cpu()
+        return answer
+
+
+def recomputed(flux: Flux) -> None:
+    """Let every block compute its activations again in the backward pass instead of keeping them."""
+    for block in (*flux.double_blocks, *flux.single_blocks):
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+
+class Step(nn.Module):
+    """A loss as a module: what `accelerate` distributes. Holds what is learned, and nothing of the base."""
+
+    def __init__(self, learned: Mapping[str, nn.Parameter], loss_of: LossFunction) -> None:
+        super().__init__()
+        self.learned = nn.ParameterList(learned.values())
+        self.loss_of = loss_of
+
+    def forward(self, done: int) -> Tensor:
+        """The loss of the batch that begins at sample `done`."""
+        return self.loss_of(done)
+
+
+def learn(step: Step, recipe: Recipe, accelerator: Accelerator) -> list[float]:
+    """Run the recipe with AdamW, on as many processes as `accelerate` was launched with; the losses.
+
+    Raises:
+        UsoflowError: "non_finite" if a loss is no number.
+    """
+    optimiser = torch.optim.AdamW(step.parameters(), lr=recipe.rate, weight_decay=recipe.decay)
+    parameters = list(step.parameters())
+    step, optimiser = accelerator.prepare(step, optimiser)
+    losses: list[float] = []
+    for first in range(0, recipe.samples, recipe.batch * accelerator.num_processes):
+        for group in optimiser.param_groups:
+            group["lr"] = recipe.rate_at(first)
+        loss = step(first + recipe.batch * accelerator.process_index)
+        losses.append(float(loss.detach()))
+        if not torch.isfinite(loss.detach()):
+            raise UsoflowError("non_finite", f"The loss is {losses[-1]} after {first} samples.")
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+        accelerator.print(
+            f"{first + recipe.batch * accelerator.num_processes} samples, loss {losses[-1]:.4f}"
+        )
+    return losses
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the command line says.
+
+    Attributes:
+        name: "style" or "subject".
+        models: the folder of FLUX.1 and SigLIP; None for the usual places.
+        workshop: the folder of drawings, lessons and results, and the settings that are not here.
+        side: of the pictures, in pixels.
+        fp8: hold the base's blocks in fp8.
+        lessons, style_tokens, rank: as in `UsoStage`.
+        recipe: length and speed.
+    """
+
+    name: StageName
+    models: Path | None
+    workshop: Workshop
+    side: int
+    fp8: bool
+    lessons: int
+    style_tokens: int
+    rank: int
+    recipe: Recipe
+
+
+def run(task: Task, accelerator: Accelerator) -> list[float]:
+    """One stage: encode its lessons, learn, write the projector or the LoRA in the official layout."""
+    placement = Placement(accelerator.device, torch.bfloat16)
+    parts = components_of(find_folders(models=task.models))
+    missing = [kind for kind in NEEDED if kind not in parts]
+    if missing:
+        raise UsoflowError("model_missing", f"The model folders hold no {', no '.join(missing)}.")
+    workshop, plan = task.workshop, task.workshop.plan
+    workshop.render()
+    stage = dataclasses.replace(
+        plan.uso, style=task.recipe, subject=task.recipe, lessons=task.lessons,
+        style_tokens=task.style_tokens, rank=task.rank, reward_batch=task.recipe.batch,
+    )  # fmt: skip
+    teaching, encoders = _teaching(task, parts, placement, stage)
+    learned = _learned(task, teaching)
+    style_encoder = train_style_encoder(
+        workshop.sprites, plan.reward, workshop.folder / "reward", side=task.side
+    )
+    reward = StyleReward(style_encoder, encoders.vae)
+    step = Step(learned, teaching.loss(task.name, reward, workshop.sprites))
+    losses = learn(step, task.recipe, accelerator)
+    if accelerator.is_main_process:
+        written = {name: p.detach().to("cpu", torch.bfloat16).contiguous() for name, p in learned.items()}
+        save_file(written, workshop.folder / OUTPUT[task.name])
+    return losses
+
+
+def _teaching(
+    task: Task,
+    parts: Mapping[str, Component],
+    placement: Placement,
+    stage: UsoStage,
+) -> tuple[Teaching, Encoders]:
+    workshop = task.workshop
+    vae, tower = load_vae(parts["vae"]), load_siglip(parts["siglip"])
+    encoders = Encoders(vae, tower, workshop.sprites, task.side)
+    world, name = workshop.world, f"lessons-{task.side}"
+    sets = {
+        use: cache_triplets(
+            encoders, workshop.folder / f"{name}-{use}", cast=lesson_cast(world, use), use=use,
+            seed=LESSON_SEED, count=stage.lessons,
+        )
+        for use, _ in stage.of(task.name)[1]
+    }  # fmt: skip
+    base = FullBase.read(parts, placement, workshop.plan.base, fp8=task.fp8)
+    patches = (tower.config.image_size // tower.config.patch) ** 2
+    projector = new_projector(stage, patches, tower.config.dim, base.flux.config.hidden)
+    lessons = Lessons.of(sets, base.stage.tokenizer)
+    return Teaching(base, projector.requires_grad_(False), lessons, stage, placement.dtype), encoders
+
+
+def _learned(task: Task, teaching: Teaching) -> dict[str, nn.Parameter]:
+    """What a stage learns: the projector, or the LoRA beside the projector that `style` wrote."""
+    projector: StyleProjector = teaching.projector
+    if task.name == "style":
+        return dict(projector.requires_grad_(True).named_parameters())
+    aligned = task.workshop.folder / OUTPUT["style"]
+    if not aligned.exists():
+        raise UsoflowError("file_not_found", f"{aligned} is not there: run the stage style first.")
+    projector.load_state_dict({name: value.float() for name, value in load_file(aligned).items()})
+    flux = teaching.base.flux
+    branches = add_lora(flux, task.rank, task.recipe.seed)
+    for branch in branches.values():
+        branch.to(flux.img_in.weight.device)
+    return lora_parameters(branches)
+
+
+def main(arguments: Sequence[str] | None = None) -> list[float]:
+    """The command line; returns the losses."""
+    from accelerate import Accelerator
+
+    parser = argparse.ArgumentParser(description="Train USO's projector or LoRA on FLUX.1.")
+    parser.add_argument("stage", choices=tuple(OUTPUT))
+    parser.add_argument("--models", type=Path, help="a ComfyUI folder or its models folder")
+    parser.add_argument("--work", type=Path, default=Path("training-full"))
+    parser.add_argument("--side", type=int, default=512, help="of the pictures, in pixels")
+    parser.add_argument("--fp8", action="store_true", help="hold the base's blocks in fp8")
+    parser.add_argument("--lessons", type=int, default=2000, help="triplets of each use")
+    parser.add_argument("--samples", type=int, default=100_000)
+    parser.add_argument("--batch", type=int, default=1, help="per process")
+    parser.add_argument("--rate", type=float, default=1e-4)
+    parser.add_argument("--rank", type=int, default=128, help="of the LoRA")
+    parser.add_argument("--style-tokens", type=int, default=64, help="per level of the projector")
+    said = parser.parse_args(arguments)
+    recipe = Recipe(said.samples, said.batch, said.rate, warmup=min(500, said.samples // 10))
+    workshop = Workshop(said.work, Plan.read(None))
+    task = Task(
+        said.stage, said.models, workshop, said.side, said.fp8, said.lessons, said.style_tokens, said.rank,
+        recipe,
+    )  # fmt: skip
+    return run(task, Accelerator())
+
+
+if __name__ == "__main__":
+    main()
