@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from usoflow.models import kernels
 from usoflow.models.kernels import Scratch, attention, has_nan, linear, pack, widen
+from usoflow.models.weights import Linear
 
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
@@ -65,6 +69,55 @@ def test_fp8_nan_is_found() -> None:
     assert not has_nan(weight)
     weight.view(torch.uint8)[1, 2] = 255
     assert has_nan(weight)
+
+
+def test_a_product_of_what_does_not_lie_in_order() -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(96, 7).t(), torch.randn(96, 160).t()
+    with torch.inference_mode():
+        assert relative(linear(x, weight, None), x.double() @ weight.double().t()) < BOUNDS[torch.float32]
+        rows = torch.randn(3, 2, 200)[..., :96]
+        assert relative(linear(rows, weight, None), rows.double() @ weight.double().t()) < 1e-5
+
+
+def test_weights_are_not_packed_where_gradients_may_be_asked_for() -> None:
+    weight = torch.randn(8, 8).bfloat16()
+    assert pack(weight) is weight
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_a_layer_that_was_packed_still_computes_otherwise(dtype: torch.dtype) -> None:
+    """With gradients, and in other dtypes than it was packed for."""
+    torch.manual_seed(0)
+    layer = Linear(64, 32)
+    layer.requires_grad_(False)
+    layer.weight.normal_()
+    layer.bias.zero_()
+    weight = layer.weight.bfloat16()
+    with torch.inference_mode(False), torch.no_grad():
+        layer.weight = nn.Parameter(pack(weight), requires_grad=False)
+    x = torch.randn(3, 64).to(dtype).requires_grad_()
+    y = layer(x)
+    y.sum().backward()
+    assert relative(y.detach(), x.detach().double() @ weight.double().t()) < BOUNDS[dtype]
+    assert relative(x.grad, weight.double().sum(0).expand(3, 64)) < BOUNDS[dtype]
+    with torch.no_grad():
+        assert relative(layer(x), y.detach()) < BOUNDS[dtype]
+
+
+def test_scratch_written_in_inference_is_written_after_it() -> None:
+    scratch, weight = Scratch(), torch.ones(4, 8).to(torch.float8_e4m3fn)
+    with torch.inference_mode():
+        widen(weight, torch.float32, scratch)
+    with torch.no_grad():
+        assert torch.equal(widen(weight, torch.float32, scratch), torch.ones(4, 8))
+
+
+def test_threads_do_not_share_scratch() -> None:
+    scratch = Scratch()
+    with ThreadPoolExecutor(1) as other:
+        theirs = other.submit(scratch.take, torch.Size([8]), torch.float32).result()
+    assert theirs.data_ptr() != scratch.take(torch.Size([8]), torch.float32).data_ptr()
 
 
 def test_scratch_is_used_again() -> None:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from usoflow.errors import UsoflowError
 from usoflow.models.checkpoint import TensorFile
 from usoflow.models.flux import Flux
 from usoflow.models.library import ModelLibrary, load_flux
 from usoflow.models.pages import mapped
-from usoflow.models.placement import Placement, bytes_of
-from usoflow.models.residence import Sizes
+from usoflow.models.placement import Placement, _free_in_container
+from usoflow.models.residence import Sizes, settle_on_gpu
 
 CPU = torch.device("cpu")
 
@@ -22,7 +22,8 @@ CPU = torch.device("cpu")
 def flux_of(models: Path, budget: int | None, dtype: torch.dtype) -> Flux:
     path = models / "checkpoints" / "flux1-dev-fp8.safetensors"
     library = ModelLibrary(Placement(CPU, dtype, budget))
-    return library.flux(TensorFile.open(path).components()["flux"], (), "default")
+    with torch.inference_mode():  # as the executor loads it
+        return library.flux(TensorFile.open(path).components()["flux"], (), "default")
 
 
 def velocity(flux: Flux, dtype: torch.dtype) -> Tensor:
@@ -66,23 +67,41 @@ def test_memory_of_ones_own_has_no_pages_to_give_back(small_models: Path) -> Non
 def test_blocks_fill_a_budget_from_the_first() -> None:
     sizes = Sizes(stored=100, ready=200, blocks=(20, 20, 20, 20))
     assert sizes.resident(100) == 4
-    assert sizes.resident(99) == 1  # 20 that are no block's, two blocks on their way, and one that fits
+    assert sizes.resident(99) == 2  # 20 that are no block's, one that passes, and two that fit
     assert sizes.resident(10) == 0
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [("8GB", 8 * 10**9), ("6.5 gb", 6_500_000_000), ("512M", 512 * 10**6), ("7GiB", 7 * 10**9), ("123", 123)],
-)
-def test_amounts_of_memory(text: str, expected: int) -> None:
-    assert bytes_of(text) == expected
+@pytest.mark.parametrize("fit", [0, 1, None])
+def test_blocks_that_do_not_fit_a_device_come_and_leave(small_models: Path, fit: int | None) -> None:
+    """The copies' device is the CPU too: what is tested is which blocks come, when, and that they leave."""
+    path = small_models / "checkpoints" / "flux1-dev-fp8.safetensors"
+    flux = load_flux(TensorFile.open(path).components()["flux"])
+    expected = velocity(flux, torch.float32)
+    sizes = Sizes.of(flux, flux.blocks, torch.float32)
+    rest = sizes.stored - sum(sizes.blocks) + max(sizes.blocks)
+    budget = sizes.stored if fit is None else rest + sum(sizes.blocks[:fit])
+    home = [[parameter.data_ptr() for parameter in block.parameters()] for block in flux.blocks]
+    assert settle_on_gpu(flux, flux.blocks, CPU, budget) == (len(home) if fit is None else fit)
+    away: list[int] = []
+    for number, block in enumerate(flux.blocks):
+        block.register_forward_pre_hook(
+            lambda module, _inputs, number=number: (
+                away.append(number)
+                if all(a.data_ptr() != b for a, b in zip(module.parameters(), home[number], strict=True))
+                else None
+            )
+        )
+    assert torch.equal(velocity(flux, torch.float32), expected)
+    assert away == ([] if fit is None else list(range(fit, len(home))))
+    assert [[parameter.data_ptr() for parameter in block.parameters()] for block in flux.blocks] == home
 
 
-@pytest.mark.parametrize("text", ["", "GB", "-1GB", "eight", "0GB", "8 GB GB"])
-def test_what_is_no_amount_of_memory(text: str) -> None:
-    with pytest.raises(UsoflowError) as caught:
-        bytes_of(text)
-    assert caught.value.code == "budget_invalid"
+def test_a_container_has_its_own_limit(tmp_path: Path) -> None:
+    assert _free_in_container(tmp_path) > 10**15
+    (tmp_path / "memory.current").write_text("300\n")
+    for limit, free in (("max\n", sys.maxsize), ("1000\n", 700), ("200\n", 0)):
+        (tmp_path / "memory.max").write_text(limit)
+        assert _free_in_container(tmp_path) == free
 
 
 def test_a_smaller_plan_has_half() -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Self
 from usoflow.api.checking import Job, check
 from usoflow.api.official import RANDOM_SEEDS, Request, build
 from usoflow.api.workflow import Workflow
-from usoflow.settings import Folders, find_folders
+from usoflow.settings import Folders, bytes_of, find_folders
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -77,8 +77,10 @@ class Engine:
         device: "auto", "cpu", "cuda" or "mps".
         dtype: of the transformer: "auto", "bf16", "fp16" or "fp32".
         vram: memory for the transformer's weights, as "8GB"; default a part of what is free. On a CPU, RAM.
-        compiled: compile the transformer's blocks at their first use: pays on a GPU from some pictures on.
         custom_nodes: folder of your own nodes, as ComfyUI's `custom_nodes`; their code is run.
+
+    Raises:
+        UsoflowError: `budget_invalid`.
     """
 
     def __init__(
@@ -91,11 +93,10 @@ class Engine:
         dtype: str = "auto",
         custom_nodes: str | Path | None = None,
         vram: str | None = None,
-        compiled: bool = False,
     ) -> None:
         self._models, self._inputs, self._output = _path(models), _path(inputs), _path(output)
         self._device, self._dtype = device, dtype
-        self._vram, self._compiled = vram, compiled
+        self._budget = None if vram is None else bytes_of(vram)
         self._custom_nodes = _path(custom_nodes)
         self._executor: Executor | None = None
         self._temp: tempfile.TemporaryDirectory[str] | None = None
@@ -140,16 +141,15 @@ class Engine:
         """Choose the device and get ready to load models; otherwise the first run does.
 
         Raises:
-            UsoflowError: `device_unavailable`, `budget_invalid`.
+            UsoflowError: `device_unavailable`.
         """
         if self._executor is not None:
             return
         from usoflow.execution.executor import Executor
         from usoflow.models.library import ModelLibrary
-        from usoflow.models.placement import Placement, bytes_of
+        from usoflow.models.placement import Placement
 
-        budget = None if self._vram is None else bytes_of(self._vram)
-        placement = Placement.choose(self._device, self._dtype, budget=budget, compiled=self._compiled)
+        placement = Placement.choose(self._device, self._dtype, self._budget)
         self._executor = Executor(self.nodes, ModelLibrary(placement))
 
     def run(

@@ -171,15 +171,22 @@ class _Run:
         return outputs
 
     def _call_within_memory(self, node_id: str) -> Outputs:
-        """Where memory runs out, once more with less of it for weights."""
+        """Where memory runs out, once more with less of it for weights; if that does not help, as before."""
         try:
             return self._call(node_id)
         except Exception as error:
             smaller = self.executor.library.holds_models and not is_custom(self._schema(node_id))
             if not (smaller and _is_out_of_memory(error)):
                 raise
-        self.executor.library.make_smaller()
-        return self._call(node_id)
+        library = self.executor.library
+        before = library.placement
+        library.make_smaller()
+        try:
+            return self._call(node_id)
+        except Exception as error:
+            if _is_out_of_memory(error):
+                library.plan(before)
+            raise
 
     def _call(self, node_id: str) -> Outputs:
         node = self.prompt.nodes[node_id]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import re
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,7 +17,7 @@ _RESET_PEAK = "5"  # proc(5): resets the high water mark of the resident set
 
 # mallopt(3). Above M_MMAP_THRESHOLD (glibc raises it by itself, to 32 MiB at most) each allocation is made of
 # new pages and given back when it is freed.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _GLIBC_MOST = 32 << 20
 _KEPT = 1 << 30  # an activation of a run is smaller
 
@@ -29,14 +28,13 @@ def kept_memory() -> Iterator[None]:
 
     The activations of a step are tens to hundreds of MB. glibc would map each of them anew, and the system
     clear every page at its first touch, which takes as long as the arithmetic on it; so it is told to keep
-    what is freed, until the end. Elsewhere than with glibc nothing happens.
+    what is freed, until the end. That holds for the main thread: of what others free, glibc keeps 64 MiB.
+    Elsewhere than with glibc nothing happens.
     """
     libc = _glibc()
     if libc is None:
         yield
         return
-    if threading.current_thread() is not threading.main_thread():
-        libc.mallopt(_M_ARENA_MAX, 1)  # else those of other threads hold 64 MiB at most
     libc.mallopt(_M_MMAP_THRESHOLD, _KEPT)
     libc.mallopt(_M_TRIM_THRESHOLD, 2 * _KEPT - 1)
     try:

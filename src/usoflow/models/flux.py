@@ -128,11 +128,6 @@ class Flux(nn.Module):
         """All blocks, in the order in which they are passed."""
         return [*self.double_blocks, *self.single_blocks]
 
-    def compile_blocks(self) -> None:
-        """Compile each kind of block once (not the whole network, which would take ten times as long)."""
-        for block in self.blocks:
-            block.compile(dynamic=False)
-
     def prepare(
         self,
         text: Tensor,
@@ -252,7 +247,7 @@ class QKNorm(nn.Module):
         """The same in few passes: q and k together, turned as complex numbers, never rounded to bf16."""
         parts = qkv.view(*qkv.shape[:2], 3, heads, -1)
         x = parts[:, :, :2].float()  # [B, L, 2, heads, D]
-        scales = torch.stack(list(self.parameters())).float()[:, None]  # [2, 1, D]
+        scales = torch.stack([scale.float() for scale in self.parameters()])[:, None]  # [2, 1, D]
         power = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1]
         pairs = (x * (power + NORM_EPS).rsqrt() * scales).unflatten(-1, (-1, 2))
         turned = torch.view_as_complex(pairs) * torch.complex(*rope)[:, None, None]

@@ -8,8 +8,9 @@ On other devices and processors everything here is torch's own.
 
 from __future__ import annotations
 
+import functools
 import platform
-from dataclasses import dataclass, field
+import threading
 
 import torch
 import torch.nn.functional as F
@@ -21,19 +22,25 @@ WIDENED_AT_ONCE = 1 << 19  # values: the intermediate stays in the cache
 
 _X86 = platform.machine().lower() in ("x86_64", "amd64")
 _ONEDNN = _X86 and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-_MULTIPLIED = (torch.float32, torch.bfloat16)
+_MOVED_TO = (torch.float32, torch.bfloat16)  # what fp8 is widened to by bits
 
 # e4m3 is sign, 4 bits of exponent with bias 7, 3 bits of mantissa. Moved to where the wider format has sign,
 # exponent and mantissa, it is too small by the difference of the biases: 127 - 7.
 _REBIAS = 2.0**120
 
 
+@functools.cache
+def _multiplied() -> frozenset[torch.dtype]:
+    """In which dtypes oneDNN multiplies here: bf16 needs AVX-512."""
+    bf16 = _ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return frozenset({torch.float32, torch.bfloat16} if bf16 else {torch.float32} if _ONEDNN else ())
+
+
 def fast(x: Tensor) -> bool:
     """Whether products with x are oneDNN's: on an x86 CPU, in fp32 or bf16, with no gradient asked for."""
     return (
-        _ONEDNN
-        and x.device.type == "cpu"
-        and x.dtype in _MULTIPLIED
+        x.device.type == "cpu"
+        and x.dtype in _multiplied()
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
     )
@@ -44,7 +51,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool = False
 
     Args:
         x: [..., in].
-        weight: [out, in] in the dtype of x, or packed by `pack`.
+        weight: [out, in] in the dtype of x; of `pack` only where `fast(x)`.
         bias: [out] in the dtype of x.
     """
     if fast(x):
@@ -56,13 +63,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool = False
 def pack(weight: Tensor) -> Tensor:
     """A weight [out, in] in the order in which oneDNN multiplies bf16; else `linear` reorders it each time.
 
-    The result takes as many bytes; it has the shape and the dtype of the weight, and nothing else can be done
-    with it. Where `linear` is torch's own, the weight itself.
+    The result takes as many bytes; it has the shape and the dtype of the weight, and all that can be done
+    with it else is `to_dense`. Where `fast` will not be, the weight itself: so too where gradients may be
+    asked for.
     """
-    if not _ONEDNN or weight.dtype != torch.bfloat16:
+    if weight.dtype != torch.bfloat16 or not fast(weight):
         return weight
-    with torch.no_grad():
-        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
     return packed
 
 
@@ -103,17 +110,21 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None, then: str = 
     return y
 
 
-@dataclass
-class Scratch:
-    """Memory that weights are widened into, one after another: as large as the largest of them."""
+class Scratch(threading.local):
+    """Memory that weights are widened into, one after another: as large as the largest of them.
 
-    _bytes: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
+    Each thread has its own.
+    """
+
+    def __init__(self) -> None:
+        self._bytes = torch.empty(0, dtype=torch.uint8)
 
     def take(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """A tensor that holds until the next one is taken."""
+        """A tensor that holds until the next one is taken in this thread."""
         size = shape.numel() * dtype.itemsize
         if self._bytes.numel() < size:
-            self._bytes = torch.empty(size, dtype=torch.uint8)
+            with torch.inference_mode(False):  # else only inference may write it again
+                self._bytes = torch.empty(size, dtype=torch.uint8)
         return self._bytes[:size].view(dtype).view(shape)
 
 
@@ -130,7 +141,7 @@ def widen(weight: Tensor, dtype: torch.dtype, scratch: Scratch | None = None) ->
     if weight.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return weight.to(dtype)
     out = scratch.take(weight.shape, dtype) if scratch else torch.empty(weight.shape, dtype=dtype)
-    if weight.dtype == torch.float8_e4m3fn and dtype in _MULTIPLIED and weight.is_contiguous():
+    if weight.dtype == torch.float8_e4m3fn and dtype in _MOVED_TO and weight.is_contiguous():
         return _widen_e4m3(weight, out)
     return out.copy_(weight)
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from usoflow.models import flux, style_projector, text, vae, vision
+from usoflow.models import flux, pages, style_projector, text, vae, vision
 from usoflow.models.checkpoint import Component
 from usoflow.models.flux import OFFICIAL_DEPTH, Flux, FluxConfig
 from usoflow.models.lora import attach
@@ -30,7 +30,7 @@ from usoflow.models.weights import Linear, build
 
 logger = logging.getLogger(__name__)
 
-KEPT_ENCODINGS = 64  # prompts and pictures: some MB each
+KEPT_ENCODINGS = 16  # of prompts and pictures: up to 13 MB each
 M = TypeVar("M", bound=nn.Module)
 E = TypeVar("E")
 L = TypeVar("L", Flux, ClipText, T5Encoder)  # what LoRAs are for
@@ -74,7 +74,8 @@ class ModelLibrary:
         """
         used = tuple((_key(use.lora), use.strength) for use in loras)
         key = ("text", _key(clip_l), _key(t5), prompt, clip_prompt, used)
-        return self._encoded(key, lambda: self._encode_text(clip_l, t5, prompt, clip_prompt, loras))
+        found = self._encoded(key, lambda: self._encode_text(clip_l, t5, prompt, clip_prompt, loras))
+        return TextEncoding(found.context.clone(), found.pooled.clone())  # custom nodes may change theirs
 
     def _encode_text(
         self,
@@ -107,7 +108,7 @@ class ModelLibrary:
             with self.placement.borrow(self._module(component, load_vae)) as module:
                 return module.encode(images, dtype=self.placement.vae_dtype)
 
-        return self._encoded(("vae", _key(component), _content(images)), encode)
+        return self._encoded(("vae", _key(component), _content(images)), encode).clone()  # likewise
 
     def vae_decode(self, component: Component, latents: Tensor) -> Tensor:
         """Latents [B, 16, h, w], unscaled, to pictures [B, H, W, 3] in 0..1."""
@@ -136,8 +137,8 @@ class ModelLibrary:
 
     def clear(self) -> None:
         """Forget every model and encoding, and give the memory back."""
-        self._modules, self._views = {}, {}
         self._encodings.clear()
+        self._forget_models()
 
     @property
     def holds_models(self) -> bool:
@@ -146,23 +147,31 @@ class ModelLibrary:
 
     def make_smaller(self) -> None:
         """After memory ran out: forget the models, and load them with half of the memory for weights."""
-        self._modules, self._views = {}, {}
-        if self.placement.device.type == "cuda":
-            torch.cuda.empty_cache()
-        self.placement = self.placement.smaller
+        budget = self.placement.smaller
+        self.plan(budget)
         logger.warning(
             "Memory ran out: once more, with at most %.1f GB for the transformer's weights.",
-            self.placement.weight_bytes / 1e9,
+            budget.weight_bytes / 1e9,
         )
 
+    def plan(self, placement: Placement) -> None:
+        """Load models by another plan from now on: those that are here are forgotten."""
+        self._forget_models()
+        self.placement = placement
+
+    def _forget_models(self) -> None:
+        self._modules, self._views = {}, {}
+        pages.trim()
+        if self.placement.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def _encoded(self, key: Key, encode: Callable[[], E]) -> E:
-        """What is known under this key, else what `encode` gives; nobody changes it."""
-        if key not in self._encodings:
-            self._encodings[key] = encode()
-            if len(self._encodings) > KEPT_ENCODINGS:
-                self._encodings.popitem(last=False)
-        self._encodings.move_to_end(key)
-        return cast(E, self._encodings[key])
+        """What is known under this key, else what `encode` gives. Not to be changed."""
+        found = self._encodings.pop(key) if key in self._encodings else encode()
+        self._encodings[key] = found
+        if len(self._encodings) > KEPT_ENCODINGS:
+            self._encodings.popitem(last=False)
+        return cast(E, found)
 
     def _module(self, component: Component, load: Callable[[Component], M], *variant: str) -> M:
         key = (*_key(component), *variant)
@@ -182,8 +191,6 @@ class ModelLibrary:
         if weight_dtype == "fp8_e4m3fn":
             _narrow(module)
         self.placement.settle(module, module.blocks, as_stored=weight_dtype != "default")
-        if self.placement.compiled:
-            module.compile_blocks()
         return module
 
     def _with_loras(self, role: str, base: L, loras: tuple[LoraUse, ...]) -> L:
@@ -195,8 +202,6 @@ class ModelLibrary:
             view = _view(base)
             for use in loras:
                 attach(view, use.lora, use.strength, role=role, device=self.placement.device)
-            if self.placement.compiled and isinstance(view, Flux):
-                view.compile_blocks()
             self._views[role] = key, view
         return cast(L, self._views[role][1])
 

@@ -1,4 +1,4 @@
-"""Pages of mapped model files: read ahead before they are needed, given back after.
+"""Pages of memory given back to the system; those of mapped model files, also read ahead.
 
 A mapped file counts as memory of the process while its pages are touched. Giving them back loses nothing:
 what is touched again comes from the system's file cache or the disk. Linux only; elsewhere nothing happens.
@@ -18,6 +18,7 @@ from torch import Tensor
 Range = tuple[int, int]  # first address, bytes: whole pages
 
 _MAPS = Path("/proc/self/maps")
+_DELETED = "(deleted)"  # so the system names files that are gone, and also memory that never was a file
 _WILL_NEED, _DO_NOT_NEED = 3, 4  # madvise(2)
 
 
@@ -26,7 +27,8 @@ def mapped(tensors: Iterable[Tensor]) -> list[Range]:
     if not sys.platform.startswith("linux"):
         return []
     files = _files()
-    places = ((tensor.data_ptr(), tensor.nbytes) for tensor in tensors if tensor.layout == torch.strided)
+    strided = (tensor for tensor in tensors if tensor.layout == torch.strided and tensor.device.type == "cpu")
+    places = ((tensor.data_ptr(), tensor.nbytes) for tensor in strided)
     inside = (
         (start, size) for start, size in places if any(a <= start and start + size <= b for a, b in files)
     )
@@ -52,10 +54,22 @@ def _advise(ranges: Sequence[Range], advice: int) -> None:
 
 
 def _files() -> list[Range]:
-    """First and last address of every private mapping of a file that the process does not execute."""
+    """First and last address of every mapping of a file's data."""
     lines = (line.split(maxsplit=5) for line in _MAPS.read_text(encoding="utf-8").splitlines())
-    spans = (parts[0].split("-") for parts in lines if len(parts) == 6 and parts[5].startswith("/"))
+    spans = (parts[0].split("-") for parts in lines if len(parts) == 6 and _is_data(parts[1], parts[5]))
     return [(int(first, 16), int(last, 16)) for first, last in spans]
+
+
+def _is_data(permissions: str, name: str) -> bool:
+    return name.startswith("/") and not name.endswith(_DELETED) and "x" not in permissions
+
+
+def trim() -> None:
+    """Give the system back what was freed and is kept for the next allocation (glibc; else nothing)."""
+    if sys.platform.startswith("linux"):
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "malloc_trim"):
+            libc.malloc_trim(0)
 
 
 def _whole_pages(start: int, size: int) -> Range:

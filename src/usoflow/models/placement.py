@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import platform
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -33,8 +34,6 @@ LARGE = 1 << 30  # bytes of an encoder that are worth giving back
 PART_OF_CPU, PART_OF_GPU = 0.5, 0.8  # of what is free, for the transformer's weights
 SMALLER = 0.5  # the next plan's budget, after memory ran out
 
-_UNITS: Mapping[str, int] = MappingProxyType({"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12})
-
 
 @dataclass(frozen=True, slots=True)
 class Placement:
@@ -42,24 +41,15 @@ class Placement:
 
     Attributes:
         budget: bytes for the transformer's weights; None is a part of what is free when they are loaded.
-        compiled: whether its blocks are compiled.
     """
 
     device: torch.device
     dtype: torch.dtype
     budget: int | None = None
-    compiled: bool = False
 
     @classmethod
-    def choose(
-        cls,
-        device: str = "auto",
-        dtype: str = "auto",
-        *,
-        budget: int | None = None,
-        compiled: bool = False,
-    ) -> Self:
-        """From what a user asks for: `auto`, `cpu`, `cuda`, `mps`; `auto`, `bf16`, `fp16`, `fp32`.
+    def choose(cls, device: str = "auto", dtype: str = "auto", budget: int | None = None) -> Self:
+        """From what a user asks for: `auto`, `cpu`, `cuda`, `mps`; `auto`, `bf16`, `fp16`, `fp32`; bytes.
 
         Raises:
             UsoflowError: `device_unavailable`.
@@ -68,7 +58,7 @@ class Placement:
         if chosen.type not in _devices():
             raise UsoflowError("device_unavailable", f"There is no {device} device here.")
         dtype_ = _best_dtype(chosen) if dtype == "auto" else DTYPES[dtype]
-        return cls(chosen, dtype_, budget, compiled)
+        return cls(chosen, dtype_, budget)
 
     @property
     def vae_dtype(self) -> torch.dtype:
@@ -89,19 +79,20 @@ class Placement:
         """The same with half of the memory for weights: where it ran out."""
         return replace(self, budget=int(SMALLER * self.weight_bytes))
 
-    def settle(self, module: M, blocks: Sequence[nn.Module], *, as_stored: bool = False) -> M:
-        """The transformer with its parameters where they are used, to stay, as far as the budget goes.
+    def settle(self, module: M, blocks: Sequence[nn.Module] = (), *, as_stored: bool = False) -> M:
+        """The module with its parameters on the device, to stay.
 
         Args:
             module: all of it.
-            blocks: its parts that are used one after another, in order.
+            blocks: of the transformer, in the order of their use; as many lie ready as the budget has room
+                for.
             as_stored: never widened for good, however much memory there is.
         """
-        if self.device.type == "cpu":
+        if blocks and self.device.type == "cpu":
             residence.settle_on_cpu(module, blocks, self.dtype, self.weight_bytes, as_stored=as_stored)
-        elif self.device.type == "cuda":
+        elif blocks and self.device.type == "cuda":
             residence.settle_on_gpu(module, blocks, self.device, self.weight_bytes)
-        else:
+        elif self.device.type != "cpu":
             module.to(self.device)
         return module
 
@@ -122,24 +113,21 @@ class Placement:
                 parameter.data = home[name]
 
 
-def bytes_of(text: str) -> int:
-    """Bytes of "8GB", "512 MB", "6.5G": decimal units, as memory is sold.
-
-    Raises:
-        UsoflowError: `budget_invalid`.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
-    if not match or not float(match[1]):
-        raise UsoflowError("budget_invalid", f"{text!r} is not an amount of memory.")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
-
-
 def _free_memory() -> int:
-    """Bytes that could be had without swapping."""
+    """Bytes that could be had without swapping, here and in the container that the process is in."""
     info = Path("/proc/meminfo")
     if info.exists() and (match := re.search(r"^MemAvailable:\s+(\d+) kB", info.read_text(), re.MULTILINE)):
-        return int(match[1]) * 1024
+        return min(int(match[1]) * 1024, _free_in_container(Path("/sys/fs/cgroup")))
     return 8 * 10**9  # where the system does not tell: half of what is usual
+
+
+def _free_in_container(group: Path) -> int:
+    """Bytes below the limit of a control group (cgroup v2) as a container sees it; without one no limit."""
+    try:
+        limit, used = (group / "memory.max").read_text().strip(), (group / "memory.current").read_text()
+    except OSError:
+        return sys.maxsize
+    return sys.maxsize if limit == "max" else max(0, int(limit) - int(used))
 
 
 def _devices() -> list[str]:

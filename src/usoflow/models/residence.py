@@ -6,8 +6,8 @@ On a CPU, from fast and large to slow and small:
 - stored: as the file has them, mapped; each is widened when it is used, into one buffer
 - passing: the same, and a block's pages are given back when it is done, while the next one's are read
 
-On a GPU, blocks are resident as stored, as many as fit; the others pass through from pinned memory, the copy
-of the next under the computation of this one. `Placement` says how much memory there is.
+On a GPU, blocks are resident as stored, as many as fit; the others come for each use and leave after it.
+`Placement` says how much memory there is.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +24,8 @@ from usoflow.models.kernels import Scratch, pack
 from usoflow.models.weights import Linear
 
 logger = logging.getLogger(__name__)
+
+WORTH_GIVING_BACK = 1 << 20  # bytes of a weight: to find its pages takes some ms
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +50,10 @@ class Sizes:
         )
 
     def resident(self, budget: int) -> int:
-        """How many blocks, from the first, stay within a budget; two of the others pass through at a time."""
+        """How many blocks, from the first, stay within a budget; the others pass through, one at a time."""
         if self.stored <= budget:
             return len(self.blocks)
-        left = budget - (self.stored - sum(self.blocks)) - 2 * max(self.blocks, default=0)
+        left = budget - (self.stored - sum(self.blocks)) - max(self.blocks, default=0)
         count = 0
         for size in self.blocks:
             left -= size
@@ -91,53 +92,29 @@ def settle_on_cpu(
 def settle_on_gpu(module: nn.Module, blocks: Sequence[nn.Module], device: torch.device, budget: int) -> int:
     """Move a network to a GPU, but for the blocks that do not fit; how many blocks are resident."""
     resident = Sizes.of(module, blocks, torch.bfloat16).resident(budget)
-    passing = blocks[resident:]
     for part in (*blocks[:resident], *_but(module, blocks)):
         part.to(device)
-    if passing:
-        Passage(passing, device).attach()
+    for block in blocks[resident:]:
+        _let_pass(block, device)
+    if resident < len(blocks):
         logger.info("%d of %d blocks stay on the GPU, the others pass through.", resident, len(blocks))
     return resident
 
 
-class Passage:
-    """Blocks whose weights come from pinned memory to a GPU, one ahead, and leave after use."""
+def _let_pass(block: nn.Module, device: torch.device) -> None:
+    """Let a block's weights come to a device when it is called, and leave when it is done."""
+    home = [(parameter, parameter.data) for parameter in block.parameters()]
 
-    def __init__(self, blocks: Sequence[nn.Module], device: torch.device) -> None:
-        self.blocks, self.device = blocks, device
-        self.home = [[(p, p.data.pin_memory()) for p in block.parameters()] for block in blocks]
-        self.copies = torch.cuda.Stream(device)
-        self.arrived: dict[int, Any] = {}
+    def enter(_module: nn.Module, _inputs: object) -> None:
+        for parameter, stored in home:
+            parameter.data = stored.to(device, copy=True)
 
-    def attach(self) -> None:
-        """Let the blocks ask for their weights when they are called."""
-        for number, block in enumerate(self.blocks):
-            for parameter, pinned in self.home[number]:
-                parameter.data = pinned
-            block.register_forward_pre_hook(lambda _module, _inputs, number=number: self._enter(number))
-            block.register_forward_hook(lambda _module, _inputs, _out, number=number: self._leave(number))
+    def leave(_module: nn.Module, _inputs: object, _out: object) -> None:
+        for parameter, stored in home:
+            parameter.data = stored
 
-    def _enter(self, number: int) -> None:
-        self._fetch(number)
-        torch.cuda.current_stream(self.device).wait_event(self.arrived.pop(number))
-        if len(self.blocks) > 1:
-            self._fetch((number + 1) % len(self.blocks))
-
-    def _fetch(self, number: int) -> None:
-        if number in self.arrived or self.home[number][0][0].device == self.device:
-            return
-        with torch.cuda.stream(self.copies):
-            for parameter, pinned in self.home[number]:
-                parameter.data = pinned.to(self.device, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record(self.copies)
-        self.arrived[number] = event
-
-    def _leave(self, number: int) -> None:
-        """The allocator must not hand the memory to the copies before the computation is done with it."""
-        for parameter, pinned in self.home[number]:
-            parameter.data.record_stream(torch.cuda.current_stream(self.device))
-            parameter.data = pinned
+    block.register_forward_pre_hook(enter)
+    block.register_forward_hook(leave, always_call=True)
 
 
 def _make_ready(layer: Linear, dtype: torch.dtype) -> None:
@@ -146,7 +123,8 @@ def _make_ready(layer: Linear, dtype: torch.dtype) -> None:
     wide: Tensor = layer.plain_weight(dtype)
     layer.weight = nn.Parameter(pack(wide), requires_grad=False)
     layer.quantised = layer.scale_weight = None
-    if layer.weight.data is not before:
+    moved = layer.weight.is_mkldnn or layer.weight.data_ptr() != before.data_ptr()
+    if moved and before.nbytes >= WORTH_GIVING_BACK:
         pages.give_back(pages.mapped([before]))
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from usoflow.errors import UsoflowError
 from usoflow.models.checkpoint import QUANTISED, Component, matches_any, some
 from usoflow.models.gguf_file import arrays, is_gguf
-from usoflow.models.kernels import Scratch, has_nan, linear, widen
+from usoflow.models.kernels import Scratch, fast, has_nan, linear, widen
 from usoflow.models.quantised import dequantise
 
 SCALE = "scale_weight"
@@ -101,17 +101,20 @@ class Linear(nn.Module):
     def _weight(self, x: Tensor) -> Tensor:
         if self.quantised is not None:
             return dequantise(self.weight, self.quantised, x.dtype)
-        weight = self._widened(x)
+        weight = self._widened(x)  # a new tensor or the scratch, if it is not of that dtype already
         if self.scale_weight is None:
             return weight
         scale = self.scale_weight.reshape(-1, 1) if self.scale_weight.numel() > 1 else self.scale_weight
         factor = widened(scale.to(x.device), x)
-        own = weight is self.weight or torch.is_grad_enabled()
-        return weight * factor if own else weight.mul_(factor)
+        ours = weight.dtype != self.weight.dtype and not torch.is_grad_enabled()
+        return weight.mul_(factor) if ours else weight * factor
 
     def _widened(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu" or torch.compiler.is_compiling():
             return widened(self.weight, x)
+        if self.weight.is_mkldnn:  # packed for the usual dtype, where no gradient is asked for
+            as_packed = x.dtype == self.weight.dtype and fast(x)
+            return self.weight if as_packed else widened(self.weight.to_dense(), x)
         if self._regular is None:
             self._regular = self.weight.dtype != torch.float8_e4m3fn or not has_nan(self.weight)
         return widen(self.weight, x.dtype, self.scratch) if self._regular else widened(self.weight, x)
