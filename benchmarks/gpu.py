@@ -35,7 +35,7 @@ def _steps(models: Path, rounds: int, *, gpu: bool, quick: bool) -> Table:
     device, side = ("cuda", 1024) if gpu else ("cpu", 128)
     path = models / CHECKPOINT.format("bf16")
     contest = step.Contest(path, ["bf16"], compiled=gpu and not quick, device=device)
-    fp8 = step.load(models / CHECKPOINT.format("fp8"), "bf16", device=device, compiled=gpu and not quick)
+    fp8 = step.load(models / CHECKPOINT.format("fp8"), "bf16", device=device)
     contest.ours["usoflow fp8"] = fp8, torch.bfloat16
     cases = [
         step.Case("text", (side, side)),
@@ -71,7 +71,8 @@ def _budgets(models: Path, rounds: int, *, gpu: bool) -> Table:
     for budget in budgets:
         _reset(device)
         library = ModelLibrary(Placement.choose(device, "bf16", budget=int(budget * 1e9)))
-        flux = library.flux(component, (), "default")
+        with torch.inference_mode():
+            flux = library.flux(component, (), "default")
         side = 1024 if gpu else 128
         given = step.inputs_of(step.Case("text", (side, side)), flux, torch.device(device))
         one = step.ours(flux, given, torch.bfloat16)

@@ -111,14 +111,15 @@ def theirs(model: nn.Module, given: Inputs) -> Callable[[], Tensor]:
     )  # fmt: skip
 
 
-def load(path: Path, dtype: str, *, device: str = "cpu", compiled: bool = False) -> Flux:
+def load(path: Path, dtype: str, *, device: str = "cpu") -> Flux:
     """The transformer as the library holds it for a run."""
-    library = ModelLibrary(Placement.choose(device, dtype, compiled=compiled))
-    return library.flux(TensorFile.open(path).components()["flux"], (), "default")
+    library = ModelLibrary(Placement.choose(device, dtype))
+    with torch.inference_mode():
+        return library.flux(TensorFile.open(path).components()["flux"], (), "default")
 
 
 class Contest:
-    """The models that compete: each dtype's ours and theirs, eager and (if wanted) compiled."""
+    """The models that compete: each dtype's ours and theirs; theirs also compiled, if wanted."""
 
     def __init__(self, path: Path, dtypes: Sequence[str], *, compiled: bool, device: str = "cpu") -> None:
         self.device = torch.device(device)
@@ -131,7 +132,6 @@ class Contest:
             model = peer.twin(plain, dtype).to(self.device)
             self.theirs[f"diffusers {name}"] = model
             if compiled:
-                self.ours[f"usoflow {name} compiled"] = load(path, name, device=device, compiled=True), dtype
                 self.theirs[f"diffusers {name} compiled"] = torch.compile(model)  # type: ignore[assignment]
 
     def ways(self, case: Case) -> Mapping[str, Callable[[], Tensor]]:

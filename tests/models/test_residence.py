@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from usoflow.models.checkpoint import TensorFile
+from usoflow.models.checkpoint import Component, TensorFile
 from usoflow.models.flux import Flux
 from usoflow.models.library import ModelLibrary, load_flux
 from usoflow.models.pages import mapped
 from usoflow.models.placement import Placement, _free_in_container
-from usoflow.models.residence import Sizes, settle_on_gpu
+from usoflow.models.residence import Sizes, settle_on_cpu, settle_on_gpu
+from usoflow.models.weights import Linear
 
 CPU = torch.device("cpu")
 
@@ -24,6 +25,14 @@ def flux_of(models: Path, budget: int | None, dtype: torch.dtype) -> Flux:
     library = ModelLibrary(Placement(CPU, dtype, budget))
     with torch.inference_mode():  # as the executor loads it
         return library.flux(TensorFile.open(path).components()["flux"], (), "default")
+
+
+def component_of(models: Path) -> Component:
+    return TensorFile.open(models / "checkpoints" / "flux1-dev-fp8.safetensors").components()["flux"]
+
+
+def linear_layers(flux: Flux) -> list[Linear]:
+    return [layer for layer in flux.modules() if isinstance(layer, Linear)]
 
 
 def velocity(flux: Flux, dtype: torch.dtype) -> Tensor:
@@ -40,17 +49,41 @@ def velocity(flux: Flux, dtype: torch.dtype) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_plan_gives_the_same_numbers(small_models: Path, dtype: torch.dtype) -> None:
-    ready = velocity(flux_of(small_models, None, dtype), dtype)
-    stored = Sizes.of(plain := flux_of(small_models, 10_000_000_000, dtype), plain.blocks, dtype).stored
-    for budget in (stored, stored - 1, 1):
-        assert torch.equal(velocity(flux_of(small_models, budget, dtype), dtype), ready)
+    found = {}
+    for budget, as_stored in ((10**9, False), (10**9, True), (1, False)):
+        flux = load_flux(component_of(small_models))
+        with torch.inference_mode():
+            plan = settle_on_cpu(flux, flux.blocks, dtype, budget, as_stored=as_stored)
+        found[plan] = velocity(flux, dtype)
+    assert set(found) == {"ready", "stored", "passing"}
+    assert torch.equal(found["ready"], found["stored"])
+    assert torch.equal(found["ready"], found["passing"])
+
+
+def test_plans_are_what_they_say(small_models: Path) -> None:
+    """Ready: all wide, in the order in which they are multiplied; else as the file has them."""
+    ready, passing = (flux_of(small_models, budget, torch.bfloat16) for budget in (10**9, 1))
+    stored = load_flux(component_of(small_models))
+    assert all(layer.weight.dtype == torch.bfloat16 for layer in linear_layers(ready))
+    for one, other in zip(linear_layers(passing), linear_layers(stored), strict=True):
+        assert one.weight.dtype == other.weight.dtype
+
+
+def test_training_finds_weights_as_stored(small_models: Path) -> None:
+    component = component_of(small_models)
+    flux = ModelLibrary(Placement(CPU, torch.bfloat16, 1)).flux(component, (), "default")
+    assert not any(block._forward_pre_hooks for block in flux.blocks)
+    for one, other in zip(linear_layers(flux), linear_layers(load_flux(component)), strict=True):
+        assert one.weight.dtype == other.weight.dtype
+        assert one.scratch is None
 
 
 def test_pages_that_were_given_back_are_read_again(small_models: Path) -> None:
     """Twice through the blocks: the second time from pages that had left."""
     path = small_models / "checkpoints" / "flux1-dev-fp8.safetensors"
     component = TensorFile.open(path).components()["flux"]
-    flux = ModelLibrary(Placement(CPU, torch.float32, 1)).flux(component, (), "default")
+    with torch.inference_mode():
+        flux = ModelLibrary(Placement(CPU, torch.float32, 1)).flux(component, (), "default")
     assert mapped(flux.blocks[0].parameters()), "the file is mapped"
     first, second = (velocity(flux, torch.float32) for _ in range(2))
     assert torch.equal(first, second)

@@ -147,11 +147,11 @@ class ModelLibrary:
 
     def make_smaller(self) -> None:
         """After memory ran out: forget the models, and load them with half of the memory for weights."""
-        budget = self.placement.smaller
-        self.plan(budget)
+        self._forget_models()
+        self.placement = self.placement.smaller
         logger.warning(
             "Memory ran out: once more, with at most %.1f GB for the transformer's weights.",
-            budget.weight_bytes / 1e9,
+            self.placement.weight_bytes / 1e9,
         )
 
     def plan(self, placement: Placement) -> None:
@@ -217,7 +217,7 @@ def _view(base: L) -> L:
         ours._forward_hooks.update(theirs._forward_hooks)
         if isinstance(ours, Linear) and isinstance(theirs, Linear):
             ours.scale_weight, ours.quantised = theirs.scale_weight, theirs.quantised
-            ours.scratch = theirs.scratch
+            ours.scratch, ours.regular = theirs.scratch, theirs.regular
     return view.eval()
 
 

@@ -84,13 +84,14 @@ class Placement:
 
         Args:
             module: all of it.
-            blocks: of the transformer, in the order of their use; as many lie ready as the budget has room
-                for.
+            blocks: of the transformer, in the order of their use, to be held within the budget. Not in
+                training: where gradients may be asked for, all weights are there as the file has them.
             as_stored: never widened for good, however much memory there is.
         """
-        if blocks and self.device.type == "cpu":
+        budgeted = bool(blocks) and not torch.is_grad_enabled()
+        if budgeted and self.device.type == "cpu":
             residence.settle_on_cpu(module, blocks, self.dtype, self.weight_bytes, as_stored=as_stored)
-        elif blocks and self.device.type == "cuda":
+        elif budgeted and self.device.type == "cuda":
             residence.settle_on_gpu(module, blocks, self.device, self.weight_bytes)
         elif self.device.type != "cpu":
             module.to(self.device)

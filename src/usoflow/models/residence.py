@@ -114,7 +114,7 @@ def _let_pass(block: nn.Module, device: torch.device) -> None:
             parameter.data = stored
 
     block.register_forward_pre_hook(enter)
-    block.register_forward_hook(leave, always_call=True)
+    block.register_forward_hook(leave)
 
 
 def _make_ready(layer: Linear, dtype: torch.dtype) -> None:

@@ -82,7 +82,7 @@ class Linear(nn.Module):
         self.scale_weight: Tensor | None = None
         self.scratch: Scratch | None = None
         self.branches = nn.ModuleList()
-        self._regular: bool | None = None  # an fp8 weight without NaNs; None: not looked at yet
+        self.regular: bool | None = None  # an fp8 weight without NaNs; None: not looked at yet
 
     def forward(self, x: Tensor, *, gelu: bool = False) -> Tensor:
         """x: [..., in] -> [..., out], in the dtype of x; through GELU (tanh approximation) on request."""
@@ -115,9 +115,9 @@ class Linear(nn.Module):
         if self.weight.is_mkldnn:  # packed for the usual dtype, where no gradient is asked for
             as_packed = x.dtype == self.weight.dtype and fast(x)
             return self.weight if as_packed else widened(self.weight.to_dense(), x)
-        if self._regular is None:
-            self._regular = self.weight.dtype != torch.float8_e4m3fn or not has_nan(self.weight)
-        return widen(self.weight, x.dtype, self.scratch) if self._regular else widened(self.weight, x)
+        if self.regular is None:
+            self.regular = self.weight.dtype != torch.float8_e4m3fn or not has_nan(self.weight)
+        return widen(self.weight, x.dtype, self.scratch) if self.regular else widened(self.weight, x)
 
 
 class Conv2d(nn.Module):
