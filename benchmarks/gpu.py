@@ -32,15 +32,16 @@ def tables(scratch: Path | None, rounds: int, *, quick: bool) -> Iterator[Table]
 
 
 def _steps(models: Path, rounds: int, *, gpu: bool, quick: bool) -> Table:
-    device, side = ("cuda", 1024) if gpu else ("cpu", 128)
+    device, side = ("cuda", 1024) if gpu else ("cpu", 64)
+    text = step.TEXT_TOKENS if gpu else step.QUICK_TEXT
     path = models / CHECKPOINT.format("bf16")
     contest = step.Contest(path, ["bf16"], compiled=gpu and not quick, device=device)
     fp8 = step.load(models / CHECKPOINT.format("fp8"), "bf16", device=device)
     contest.ours["usoflow fp8"] = fp8, torch.bfloat16
     cases = [
-        step.Case("text", (side, side)),
-        step.Case("+ subject and style", (side, side), (side // 2,), style=True),
-        step.Case("four, + subject and style", (side, side), (side,), style=True, batch=4),
+        step.Case("text", (side, side), text=text),
+        step.Case("+ subject and style", (side, side), (side // 2,), style=True, text=text),
+        step.Case("four, + subject and style", (side, side), (side,), style=True, batch=4, text=text),
     ]
     rate = _rate(device, side=SIDE if gpu else 512)
     rows, raw = [], {}
@@ -74,7 +75,8 @@ def _budgets(models: Path, rounds: int, *, gpu: bool) -> Table:
         with torch.inference_mode():
             flux = library.flux(component, (), "default")
         side = 1024 if gpu else 128
-        given = step.inputs_of(step.Case("text", (side, side)), flux, torch.device(device))
+        text = step.TEXT_TOKENS if gpu else step.QUICK_TEXT
+        given = step.inputs_of(step.Case("text", (side, side), text=text), flux, torch.device(device))
         one = step.ours(flux, given, torch.bfloat16)
         with torch.inference_mode():
             one()

@@ -8,9 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.report import Plot, Table
-from benchmarks.step import Case, Contest
+from benchmarks.step import QUICK_TEXT, TEXT_TOKENS, Case, Contest
 from benchmarks.timing import Times
 
+QUICK_SIZES = ((64, 64), (128, 128))
 SIZES = ((256, 512), (512, 768), (768, 832), (896, 1024), (1024, 1408))  # 1k to 6k tokens with 512 of text
 REFERENCES = range(5)
 BATCHES = (1, 2, 4, 8)
@@ -19,16 +20,18 @@ BATCHES = (1, 2, 4, 8)
 def tables(path: Path, rounds: int, *, quick: bool) -> Iterator[Table]:
     """Tokens, references, batch."""
     contest = Contest(path, ["bf16"], compiled=False)
-    sizes = SIZES[:2] if quick else SIZES
-    by_tokens = [Case(f"{height}x{width}", (height, width)) for height, width in sizes]
+    sizes, text = (QUICK_SIZES, QUICK_TEXT) if quick else (SIZES, TEXT_TOKENS)
+    by_tokens = [Case(f"{height}x{width}", (height, width), text=text) for height, width in sizes]
     yield _table("tokens", by_tokens, [case.tokens for case in by_tokens], contest, rounds)
     side = 64 if quick else 256
     count = 2 if quick else len(REFERENCES)
-    by_references = [Case(f"{n} references", (side, side), (256,) * n) for n in REFERENCES[:count]]
+    by_references = [
+        Case(f"{n} references", (side, side), (side,) * n, text=text) for n in REFERENCES[:count]
+    ]
     tokens = [case.tokens for case in by_references]
     yield _table("references", by_references, tokens, contest, rounds)
     batches = BATCHES[:2] if quick else BATCHES
-    by_batch = [Case(f"batch {n}", (side, side), batch=n) for n in batches]
+    by_batch = [Case(f"batch {n}", (side, side), batch=n, text=text) for n in batches]
     yield _table("batch", by_batch, list(batches), contest, rounds)
 
 

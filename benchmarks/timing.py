@@ -26,11 +26,11 @@ class Times:
         return statistics.median(theirs / ours for theirs, ours in pairs)
 
 
-def in_turn(ways: Mapping[str, Callable[[], object]], rounds: int) -> Times:
-    """Run every way once to warm up, then all of them in turn, `rounds` times."""
+def in_turn(ways: Mapping[str, Callable[[], object]], rounds: int, *, warm: bool = False) -> Times:
+    """Run every way once to warm up (unless all are warm), then all of them in turn, `rounds` times."""
     found: dict[str, list[float]] = {name: [] for name in ways}
     with torch.inference_mode():
-        for way in ways.values():
+        for way in () if warm else ways.values():
             way()
         for _ in range(rounds):
             for name, way in ways.items():

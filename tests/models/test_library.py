@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -62,6 +64,15 @@ def test_split_files_are_the_checkpoint(models: Path) -> None:
 
 
 @torch.inference_mode()
+def test_one_transformer_is_held_at_a_time(models: Path) -> None:
+    library, (whole, _) = ModelLibrary(CPU32), components(models)
+    first = weakref.ref(library.flux(whole["flux"], (), "default"))
+    assert first() is library.flux(whole["flux"], (), "default")
+    library.flux(whole["flux"], (), "fp8_e4m3fn")
+    gc.collect()
+    assert first() is None
+
+
 def test_narrow_storage(models: Path) -> None:
     """weight_dtype fp8_e4m3fn: the blocks' weights are stored so, the rest stays, the result is near."""
     library, (whole, _) = ModelLibrary(CPU32), components(models)

@@ -165,6 +165,12 @@ class ModelLibrary:
         if self.placement.device.type == "cuda":
             torch.cuda.empty_cache()
 
+    def _forget_transformers(self) -> None:
+        """The budget is for one."""
+        self._modules = {key: m for key, m in self._modules.items() if not isinstance(m, Flux)}
+        self._views.pop("flux", None)
+        pages.trim()
+
     def _encoded(self, key: Key, encode: Callable[[], E]) -> E:
         """What is known under this key, else what `encode` gives. Not to be changed."""
         found = self._encodings.pop(key) if key in self._encodings else encode()
@@ -187,6 +193,7 @@ class ModelLibrary:
         self._modules = kept
 
     def _resident_flux(self, component: Component, weight_dtype: str) -> Flux:
+        self._forget_transformers()
         module = load_flux(component)
         if weight_dtype == "fp8_e4m3fn":
             _narrow(module)
