@@ -35,6 +35,20 @@ def test_linear_is_a_product(dtype: torch.dtype, gelu: bool, packed: bool) -> No
     assert relative(found, expected) < BOUNDS[dtype]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_without_onednn_everything_is_torchs(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """As on processors other than x86."""
+    monkeypatch.setattr(kernels, "_multiplied", frozenset)
+    torch.manual_seed(0)
+    x, weight, bias = (torch.randn(shape).to(dtype) for shape in ((2, 300, 64), (64, 64), (64,)))
+    q, k, v = (torch.randn(2, 3, 300, 16).to(dtype) for _ in range(3))
+    with torch.inference_mode():
+        assert pack(weight) is weight
+        assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
+        expected = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        assert torch.equal(attention(q.float(), k.float(), v), expected)
+
+
 def test_gradients_flow_where_they_are_asked_for() -> None:
     x, weight = torch.randn(3, 8, requires_grad=True), torch.randn(4, 8, requires_grad=True)
     linear(x, weight, None).sum().backward()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from usoflow.models.checkpoint import Component, TensorFile
 from usoflow.models.flux import Flux
@@ -15,7 +15,7 @@ from usoflow.models.library import ModelLibrary, load_flux
 from usoflow.models.pages import mapped
 from usoflow.models.placement import Placement, _free_in_container
 from usoflow.models.residence import Sizes, settle_on_cpu, settle_on_gpu
-from usoflow.models.weights import Linear
+from usoflow.models.weights import Linear, LowRank
 
 CPU = torch.device("cpu")
 
@@ -76,6 +76,43 @@ def test_training_finds_weights_as_stored(small_models: Path) -> None:
     for one, other in zip(linear_layers(flux), linear_layers(load_flux(component)), strict=True):
         assert one.weight.dtype == other.weight.dtype
         assert one.scratch is None
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_picture_is_drawn_as_it_is_learnt(
+    small_models: Path, dtype: torch.dtype, bound: float, scaled: bool
+) -> None:
+    """Ready weights and fast products against torch's with gradients: batch, references, style, branches
+    on part of each layer's rows, scaled fp8."""
+
+    def made() -> Flux:
+        flux = load_flux(component_of(small_models))
+        torch.manual_seed(0)
+        for layer in linear_layers(flux):
+            if scaled:
+                layer.weight = nn.Parameter((layer.weight.float() * 8).to(torch.float8_e4m3fn), False)
+                layer.scale_weight = torch.rand(layer.shape[0]) / 8
+            down, up = torch.randn(4, layer.shape[1]), torch.randn(layer.shape[0] // 2, 4)
+            layer.branches.append(LowRank(down / layer.shape[1] ** 0.5, up, strength=0.1, first_row=3))
+        return flux
+
+    def answer(flux: Flux) -> Tensor:
+        torch.manual_seed(1)
+        c = flux.config
+        latent, reference = torch.randn(2, c.channels, 40, 24), torch.randn(1, c.channels, 6, 4)
+        text, pooled = torch.randn(1, 4, c.text_dim), torch.randn(1, c.pooled_dim)
+        inputs = flux.prepare(
+            text, pooled, (40, 24), batch=2, references=[reference], style=torch.randn(1, 5, c.hidden),
+            dtype=dtype,
+        )  # fmt: skip
+        return flux(latent, torch.tensor([0.5, 0.7]), inputs).detach()
+
+    learnt, drawn = answer(made()), made()
+    with torch.inference_mode():
+        assert settle_on_cpu(drawn, drawn.blocks, dtype, 10**9) == "ready"
+        difference = answer(drawn) - learnt
+    assert float(difference.norm() / learnt.norm()) < bound
 
 
 def test_pages_that_were_given_back_are_read_again(small_models: Path) -> None:
