@@ -13,6 +13,7 @@ import argparse
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -81,9 +82,8 @@ SECTIONS: Mapping[str, Callable[[argparse.Namespace], Iterable[Table]]] = {
 }
 
 
-def _shallow(options: argparse.Namespace):  # type: ignore[no-untyped-def]
-    spec = synthetic.checkpoint(synthetic.SHALLOW, "BF16", t5_layers=1)
-    return synthetic.written({SHALLOW: spec}, options.scratch)
+def _shallow(options: argparse.Namespace) -> AbstractContextManager[Path]:
+    return synthetic.written({SHALLOW: synthetic.transformer(synthetic.SHALLOW, "BF16")}, options.scratch)
 
 
 def _options() -> argparse.Namespace:

@@ -24,8 +24,8 @@ def tables(scratch: Path | None, rounds: int, *, quick: bool) -> Iterator[Table]
     """On the GPU at full size; where there is none, small on the CPU, and the title says so."""
     gpu = torch.cuda.is_available()
     depth = synthetic.FULL if gpu and not quick else synthetic.SHALLOW
-    files = {CHECKPOINT.format("bf16"): synthetic.checkpoint(depth, "BF16", t5_layers=1)}
-    files[CHECKPOINT.format("fp8")] = synthetic.checkpoint(depth, "F8_E4M3", t5_layers=1)
+    files = {CHECKPOINT.format("bf16"): synthetic.transformer(depth, "BF16")}
+    files[CHECKPOINT.format("fp8")] = synthetic.transformer(depth, "F8_E4M3")
     with synthetic.written(files, scratch) as models:
         yield _steps(models, rounds, gpu=gpu, quick=quick)
         yield _budgets(models, rounds, gpu=gpu)

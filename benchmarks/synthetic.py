@@ -30,6 +30,12 @@ FULL = (19, 38)
 SPARE = 2 << 30  # bytes of disk to leave free
 
 
+def transformer(depth: tuple[int, int], dtype: str) -> Spec:
+    """The transformer alone."""
+    double, single = depth
+    return {name: (shape, dtype) for name, shape in synth.flux(double=double, single=single).items()}
+
+
 def checkpoint(depth: tuple[int, int], dtype: str, *, t5_layers: int) -> Spec:
     """The all-in-one file: transformer and T5 in `dtype`, CLIP in F16, VAE in F32."""
     double, single = depth
