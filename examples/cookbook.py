@@ -3,7 +3,7 @@
     python examples/cookbook.py                        # the pocket models of the package
     python examples/cookbook.py --models ~/ComfyUI --size 1024
 
-Subjects and styles are pictures that the model has drawn itself, unless --subject and --style name others.
+Subject and style are the robot and the blueprint beside this file, unless --subject and --style name others.
 The pages with references need USO's LoRA and projector and SigLIP beside the checkpoint; without these they
 are left as they are, and it says so.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -37,14 +37,13 @@ PROMPTS = (
     "a strawberry at sunset, blob style",
     "a cactus on red stripes, emojione style",
 )
-SUBJECT, STYLE, SCENE = (
-    "a penguin on a white background",
-    "a house in a meadow, watercolour",
-    "in the night sky",
-)
+SUBJECT, STYLE = HERE / "robot.png", HERE / "blueprint.png"
+LARGEST_SUBJECT = 512  # pixels; as USO was trained
+CFG = 1.7  # of the pocket model, for words alone
 # What a file of a kind is called in the graph: the kind's words in the inventory, and the loader's field.
+CHECKPOINT = "CheckpointLoaderSimple.ckpt_name"
 LOADERS = {
-    "FLUX.1 transformer": "CheckpointLoaderSimple.ckpt_name",
+    "FLUX.1 transformer": CHECKPOINT,
     "USO DiT LoRA": "LoraLoaderModelOnly.lora_name",
     "USO style projector": "ModelPatchLoader.name",
     "SigLIP vision tower": "CLIPVisionLoader.clip_name",
@@ -63,6 +62,7 @@ class Studio:
         size: of the pictures, which are square.
         steps: of the sampler, unless a page says otherwise.
         place: a folder for what is drawn on the way.
+        subject, style: the pictures that are given.
     """
 
     engine: usoflow.Engine
@@ -70,7 +70,8 @@ class Studio:
     size: int
     steps: int
     place: Path
-    given: dict[str, Path] = field(default_factory=dict)
+    subject: Path
+    style: Path
 
     @property
     def has_uso(self) -> bool:
@@ -78,19 +79,15 @@ class Studio:
         return set(self.names) == set(LOADERS.values())
 
     def draw(self, request: Request, steps: int | None = None) -> Image.Image:
-        """One picture: by the official graph, or, of a text alone and without USO, by the plain one."""
-        request = replace(request, size=(self.size, self.size), steps=steps or self.steps)
-        workflow = build(request) if self.has_uso else plain(request)
+        """One picture: by the official graph, or, of words alone, by the plain one."""
+        side = min(LARGEST_SUBJECT, self.size)
+        request = replace(request, size=(self.size, self.size), subject_size=side, steps=steps or self.steps)
+        referring = bool(request.subjects or request.styles)
+        workflow = build(request) if referring else plain(request)
         for target, name in self.names.items():
-            workflow = workflow.set(target, name)
+            if referring or target == CHECKPOINT:
+                workflow = workflow.set(target, name)
         return self.engine.run(workflow).images[0]
-
-    def reference(self, name: str, prompt: str) -> Path:
-        """The picture of a subject or style: as given, else drawn."""
-        if name not in self.given:
-            self.given[name] = self.place / f"{name}.png"
-            self.draw(Request(prompt, seed=1)).save(self.given[name])
-        return self.given[name]
 
 
 def plain(request: Request) -> usoflow.Workflow:
@@ -109,32 +106,33 @@ def plain(request: Request) -> usoflow.Workflow:
 
 
 def text(studio: Studio) -> Labelled:
-    return [(prompt.rpartition(",")[0], studio.draw(Request(prompt))) for prompt in PROMPTS]
+    return [(prompt.rpartition(",")[0], studio.draw(Request(prompt, guidance=CFG))) for prompt in PROMPTS]
 
 
 def seeds(studio: Studio) -> Labelled:
-    return [(f"seed {seed}", studio.draw(Request(PROMPTS[1], seed=seed))) for seed in range(7, 15)]
+    return [
+        (f"seed {seed}", studio.draw(Request(PROMPTS[1], seed=seed, guidance=CFG))) for seed in range(7, 15)
+    ]
 
 
 def sweep(studio: Studio) -> Labelled:
     found = []
     for steps in (max(1, studio.steps // 5), studio.steps):
-        for guidance in (1.5, 2.5, 3.5, 5.0):
+        for guidance in (1.0, 1.7, 2.5, 3.5):
             picture = studio.draw(Request(PROMPTS[0], guidance=guidance), steps)
-            found.append((f"steps {steps} · guidance {guidance}", picture))
+            found.append((f"steps {steps} · cfg {guidance}", picture))
     return found
 
 
 def inpaint(studio: Studio) -> Labelled:
     """The middle of a picture, made anew from other words."""
     before, mask = studio.place / "before.png", studio.place / "mask.png"
-    studio.draw(Request("an owl in the snow, flat style")).save(before)
+    studio.draw(Request("an owl in the snow, flat style", guidance=CFG)).save(before)
     drawn = Image.new("RGB", (studio.size, studio.size))
     ImageDraw.Draw(drawn).ellipse([studio.size // 6] * 2 + [studio.size * 5 // 6] * 2, fill="white")
     drawn.save(mask)
     workflow = usoflow.Workflow.load(HERE / "inpaint.json").with_seed(3)
-    checkpoint = "CheckpointLoaderSimple.ckpt_name"
-    workflow = workflow.set(checkpoint, studio.names[checkpoint]).set("text.text", "a red apple in the snow")
+    workflow = workflow.set(CHECKPOINT, studio.names[CHECKPOINT]).set("text.text", "a red apple in the snow")
     workflow = workflow.set("KSampler.denoise", 1.0).set("KSampler.steps", studio.steps)
     workflow = workflow.with_picture("picture", before).with_picture("mask", mask)
     after = studio.engine.run(workflow).images[0]
@@ -145,11 +143,12 @@ def referring(prompt: str, *, subject: bool = False, style: bool = False) -> Cal
     """A page with references: what is given, and what comes out."""
 
     def draw(studio: Studio) -> Labelled:
-        subjects = (studio.reference("subject", SUBJECT),) if subject else ()
-        styles = (studio.reference("style", STYLE),) if style else ()
+        subjects = (studio.subject,) if subject else ()
+        styles = (studio.style,) if style else ()
         given = [("subject", path) for path in subjects] + [("style", path) for path in styles]
         made = studio.draw(Request(prompt, subjects=subjects, styles=styles))
-        return [*((name, Image.open(path)) for name, path in given), (prompt or "without words", made)]
+        shown = [(name, Image.open(path).resize(made.size)) for name, path in given]
+        return [*shown, (prompt or "without words", made)]
 
     return draw
 
@@ -160,9 +159,9 @@ PICTURES: tuple[tuple[str, str, Callable[[Studio], Labelled], bool], ...] = (
     ("many.md", "seeds.png", seeds, False),
     ("many.md", "sweep.png", sweep, False),
     ("inpaint.md", "inpaint.png", inpaint, False),
-    ("subject.md", "subject.png", referring(f"a penguin {SCENE}", subject=True), True),
-    ("style.md", "style.png", referring(f"a rocket {SCENE}", style=True), True),
-    ("both.md", "both.png", referring(f"a penguin {SCENE}", subject=True, style=True), True),
+    ("subject.md", "subject.png", referring("a robot on the left in a forest", subject=True), True),
+    ("style.md", "style.png", referring("a rocket in a meadow", style=True), True),
+    ("both.md", "both.png", referring("a robot on the left in a meadow", subject=True, style=True), True),
     ("layout.md", "layout.png", referring("", subject=True, style=True), True),
 )
 
@@ -173,16 +172,16 @@ def main() -> None:
     parser.add_argument("--pages", type=Path, default=PAGES, help="the folder of the cookbook")
     parser.add_argument("--size", type=int, default=128, help="side of the pictures, in pixels")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--subject", type=Path, help="a picture of a subject; else one is drawn")
-    parser.add_argument("--style", type=Path, help="a picture in a style; else one is drawn")
+    parser.add_argument("--subject", type=Path, default=SUBJECT)
+    parser.add_argument("--style", type=Path, default=STYLE)
     options = parser.parse_args()
-    given = {name: path for name in ("subject", "style") if (path := getattr(options, name))}
     with (
         tempfile.TemporaryDirectory() as place,
         usoflow.Engine(models=options.models, output=place) as engine,
     ):
+        names = dict(loaders(options.models))
         studio = Studio(
-            engine, dict(loaders(options.models)), options.size, options.steps, Path(place), given
+            engine, names, options.size, options.steps, Path(place), options.subject, options.style
         )
         for page, picture, draw, needs_uso in PICTURES:
             if needs_uso and not studio.has_uso:

@@ -38,9 +38,12 @@ SUBJECT, STYLES = HERE / "robot.png", (HERE / "pixels.png", HERE / "blueprint.pn
 VARIATIONS: dict[str, tuple[dict[str, Path], str]] = {
     "text": ({}, "CLIPTextEncode.text=a rocket in the night sky, flat style"),
     "subject": ({"47": SUBJECT}, "CLIPTextEncode.text=a robot on the left in a forest"),
-    "style": ({"88": STYLES[0], "91": STYLES[0]}, "CLIPTextEncode.text=a house in a meadow"),
-    "both": ({"47": SUBJECT, "112:46": STYLES[0], "112:53": STYLES[0]}, "CLIPTextEncode.text=a robot on a pink background"),
-    "two-styles": ({"88": STYLES[0], "91": STYLES[1]}, "CLIPTextEncode.text=a house in a meadow"),
+    "style": ({"88": STYLES[1], "91": STYLES[1]}, "CLIPTextEncode.text=a rocket in a meadow"),
+    "both": (
+        {"47": SUBJECT, "112:46": STYLES[0], "112:53": STYLES[0]},
+        "CLIPTextEncode.text=a robot on a pink background",
+    ),
+    "two-styles": ({"88": STYLES[0], "91": STYLES[1]}, "CLIPTextEncode.text=a rocket in a meadow"),
 }
 
 
@@ -74,7 +77,13 @@ def variations() -> None:
     for name, (pictures, prompt) in VARIATIONS.items():
         graph = "style" if name == "two-styles" else name
         arguments = ["run", str(HERE / "pocket" / f"{graph}.json"), "--models", os.path.relpath(POCKET)]
-        arguments += ["--output", str(OUT), f"--set={prompt}", f"--set=SaveImage.filename_prefix={name}"]
+        arguments += [
+            "--output",
+            str(OUT),
+            "--seed=0",
+            f"--set={prompt}",
+            f"--set=SaveImage.filename_prefix={name}",
+        ]
         arguments += [f"--image={node}={path}" for node, path in pictures.items()]
         shown.append((f"{name}: {prompt.partition('=')[2]}", Image.open(run(name, arguments))))
     contact_sheet([(label, image.resize((SIZE, SIZE))) for label, image in shown], columns=4).save(

@@ -27,7 +27,7 @@ def train(
     import torch
 
     from usoflow.training.plan import Plan
-    from usoflow.training.run import SHIPPED, STAGES
+    from usoflow.training.run import STAGES
     from usoflow.training.stages import Workshop
 
     if stage not in (*STAGES, "all"):
@@ -36,5 +36,5 @@ def train(
         torch.set_num_threads(threads)
     dtype = torch.float32 if full_precision else torch.bfloat16
     workshop = Workshop(work, Plan.read(config), dtype, compiled)
-    for name in SHIPPED if stage == "all" else (stage,):
+    for name in STAGES if stage == "all" else (stage,):
         STAGES[name](workshop)

@@ -22,9 +22,6 @@ from types import MappingProxyType
 from usoflow.training import uso_stages
 from usoflow.training.stages import Workshop
 
-# What made the shipped weights: `all`. The other stages are for what is to come.
-SHIPPED = ("render", "vae", "base", "large", "package", "judge", "evaluate")
-
 STAGES: Mapping[str, Callable[[Workshop], None]] = MappingProxyType(
     {
         "render": Workshop.render,
