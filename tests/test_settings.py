@@ -11,7 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from usoflow.errors import UsoflowError
-from usoflow.settings import MODEL_FOLDERS, Folders, find_folders
+from usoflow.settings import MODEL_FOLDERS, Folders, bytes_of, find_folders
 
 ESCAPES = [
     "../a.png",
@@ -298,3 +298,18 @@ class TestNames:
         file = touch(root.joinpath(*parts))
         assert find_folders(inputs=root).picture("input", "/".join(parts)) == file
         assert find_folders(inputs=root).picture("input", "\\".join(parts)) == file
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("8GB", 8 * 10**9), ("6.5 gb", 6_500_000_000), ("512M", 512 * 10**6), ("7GiB", 7 * 10**9), ("123", 123)],
+)
+def test_amounts_of_memory(text: str, expected: int) -> None:
+    assert bytes_of(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "eight", "0GB", "8 GB GB"])
+def test_what_is_no_amount_of_memory(text: str) -> None:
+    with pytest.raises(UsoflowError) as caught:
+        bytes_of(text)
+    assert caught.value.code == "budget_invalid"

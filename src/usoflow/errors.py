@@ -122,6 +122,11 @@ CATALOGUE: Mapping[str, ErrorKind] = MappingProxyType(
             "Use --device auto and --dtype auto.",
             EXIT_USAGE,
         ),
+        "budget_invalid": ErrorKind(
+            "This is not an amount of memory.",
+            "Write a number with a unit: --vram 8GB, 6.5GB, 800MB.",
+            EXIT_USAGE,
+        ),
         "cancelled": ErrorKind("The run was stopped.", "Run it again.", EXIT_CANCELLED),
         "output_unwritable": ErrorKind(
             "The file cannot be written.", "Check the folder, its permissions and the space left.", EXIT_USAGE

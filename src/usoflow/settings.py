@@ -1,4 +1,4 @@
-"""Where things are and what computes: model folders, input and output folders, device, dtype.
+"""Where things are and what computes: model folders, input and output folders, amounts of memory.
 
 Sources, the first that speaks wins: command-line options, `USOFLOW_*` variables, defaults. ComfyUI's folders
 and its `extra_model_paths.yaml` are understood (https://docs.comfy.org/development/core-concepts/models).
@@ -7,6 +7,7 @@ and its `extra_model_paths.yaml` are understood (https://docs.comfy.org/developm
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -35,6 +36,8 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".ti
 EXTRA_PATHS_FILE = "extra_model_paths.yaml"
 
 POCKET_MODELS = Path(__file__).parent / "pocket" / "models"  # small ones that ship with the package
+
+_UNITS: Mapping[str, int] = MappingProxyType({"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12})
 
 MODELS_VARIABLE = "USOFLOW_MODELS"
 INPUT_VARIABLE = "USOFLOW_INPUT"
@@ -220,3 +223,15 @@ def _is_file(path: Path) -> bool:
         return path.is_file()
     except OSError:  # a name that is too long for the file system
         return False
+
+
+def bytes_of(text: str) -> int:
+    """Bytes of "8GB", "512 MB", "6.5G": decimal units, as memory is sold.
+
+    Raises:
+        UsoflowError: `budget_invalid`.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
+    if not match or not float(match[1]):
+        raise UsoflowError("budget_invalid", f"{text!r} is not an amount of memory.")
+    return int(float(match[1]) * _UNITS[match[2].upper()])

@@ -192,6 +192,7 @@ class TestOptions:
             ("--seed", str(2**64)),
             ("--device", "tpu"),
             ("--dtype", "int4"),
+            ("--vram", "eight"),
             ("-x",),
         ],
     )

@@ -343,6 +343,11 @@ class TestOptions:
             dtype, record["dtype"]
         )
 
+    def test_less_memory_gives_the_same_picture(self, run: Any) -> None:
+        prompt = small.with_style(small.subject())
+        plain, budgeted = (run(prompt, "--dtype", "bf16", *more) for more in ((), ("--vram", "1KB")))
+        assert (pixels(budgeted) == pixels(plain)).all()
+
     def test_comfyui_folder_and_variable(
         self, run: Any, small_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +29,7 @@ from usoflow.execution.progress import (
     NodeStarted,
 )
 from usoflow.models.checkpoint import CONFIG_KEY
+from usoflow.models.flux import Flux
 from usoflow.models.library import ModelLibrary
 from usoflow.models.placement import Placement
 from usoflow.nodes import registry
@@ -389,6 +391,41 @@ class TestErrors:
         with pytest.raises(NodeError) as caught:
             bench.run(prompt)
         assert (caught.value.code, caught.value.node_id) == ("non_finite", "decode")
+
+    @pytest.mark.parametrize("times", [1, 2])
+    def test_memory_that_runs_out_once_more_with_half(
+        self,
+        bench: Bench,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+        times: int,
+    ) -> None:
+        """The second time with half of the memory for weights; the third not at all."""
+        library, forward = bench.executor.library, Flux.forward
+        library.plan(replace(library.placement, budget=10**9))
+        budgets = []
+
+        def short_of_memory(*arguments: Any) -> Any:
+            budgets.append(library.placement.budget)
+            if len(budgets) <= times:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return forward(*arguments)
+
+        monkeypatch.setattr(Flux, "forward", short_of_memory)
+        if times == 1:
+            assert bench.run(small.text_to_image()).shown
+        else:
+            with pytest.raises(NodeError) as caught:
+                bench.run(small.text_to_image())
+            assert (caught.value.code, caught.value.node_id) == ("out_of_memory", "sampler")
+        assert budgets[:2] == [10**9, 5 * 10**8]
+        assert library.placement.budget == (5 * 10**8 if times == 1 else 10**9)
+        assert (
+            caplog.messages.count(
+                "Memory ran out: once more, with at most 0.5 GB for the transformer's weights."
+            )
+            == 1
+        )
 
     def test_memory_that_runs_out(self, tmp_path: Path, small_models: Path) -> None:
         """An address space limit (setrlimit(2)) in a process of its own."""

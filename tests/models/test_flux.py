@@ -249,7 +249,7 @@ def test_golden(name: str, full_flux: Flux, synthetic, synth_models: Path, golde
 @pytest.mark.full
 @torch.inference_mode()
 def test_bf16_is_near_fp32(full_flux: Flux, synthetic, golden) -> None:
-    """The default dtype's distance to fp32 for one velocity; measured 0.71 %, docs/numerics.md."""
+    """The default dtype's distance to fp32 for one velocity, docs/numerics.md."""
     latent = synthetic("dit.x", (1, 16, 16, 16))
     text, pooled = synthetic("dit.ctx", (1, 256, 4096), 0.2), synthetic("dit.y", (1, 768))
     velocity = full_flux(

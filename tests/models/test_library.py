@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -62,12 +64,21 @@ def test_split_files_are_the_checkpoint(models: Path) -> None:
 
 
 @torch.inference_mode()
+def test_one_transformer_is_held_at_a_time(models: Path) -> None:
+    library, (whole, _) = ModelLibrary(CPU32), components(models)
+    first = weakref.ref(library.flux(whole["flux"], (), "default"))
+    assert first() is library.flux(whole["flux"], (), "default")
+    library.flux(whole["flux"], (), "fp8_e4m3fn")
+    gc.collect()
+    assert first() is None
+
+
 def test_narrow_storage(models: Path) -> None:
     """weight_dtype fp8_e4m3fn: the blocks' weights are stored so, the rest stays, the result is near."""
     library, (whole, _) = ModelLibrary(CPU32), components(models)
     wide, narrow = (library.flux(whole["flux"], (), dtype) for dtype in ("default", "fp8_e4m3fn"))
     assert narrow.double_blocks[0].img_attn.qkv.weight.dtype == torch.float8_e4m3fn
-    assert narrow.img_in.weight.dtype == wide.img_in.weight.dtype == torch.float16
+    assert narrow.img_in.weight.dtype == torch.float16  # as stored: only blocks are narrowed
     torch.manual_seed(0)
     latent, text = torch.randn(1, 16, 4, 4), torch.randn(1, 4, FLUX.text_dim)
     first, second = (

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Self
 from usoflow.api.checking import Job, check
 from usoflow.api.official import RANDOM_SEEDS, Request, build
 from usoflow.api.workflow import Workflow
-from usoflow.settings import Folders, find_folders
+from usoflow.settings import Folders, bytes_of, find_folders
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -76,7 +76,11 @@ class Engine:
         output: where pictures are written; default USOFLOW_OUTPUT, else `output` here.
         device: "auto", "cpu", "cuda" or "mps".
         dtype: of the transformer: "auto", "bf16", "fp16" or "fp32".
+        vram: memory for the transformer's weights, as "8GB"; default a part of what is free. On a CPU, RAM.
         custom_nodes: folder of your own nodes, as ComfyUI's `custom_nodes`; their code is run.
+
+    Raises:
+        UsoflowError: `budget_invalid`.
     """
 
     def __init__(
@@ -88,9 +92,11 @@ class Engine:
         device: str = "auto",
         dtype: str = "auto",
         custom_nodes: str | Path | None = None,
+        vram: str | None = None,
     ) -> None:
         self._models, self._inputs, self._output = _path(models), _path(inputs), _path(output)
         self._device, self._dtype = device, dtype
+        self._budget = None if vram is None else bytes_of(vram)
         self._custom_nodes = _path(custom_nodes)
         self._executor: Executor | None = None
         self._temp: tempfile.TemporaryDirectory[str] | None = None
@@ -143,7 +149,7 @@ class Engine:
         from usoflow.models.library import ModelLibrary
         from usoflow.models.placement import Placement
 
-        placement = Placement.choose(self._device, self._dtype)
+        placement = Placement.choose(self._device, self._dtype, self._budget)
         self._executor = Executor(self.nodes, ModelLibrary(placement))
 
     def run(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from usoflow.cli import report
-from usoflow.cli.options import AsJson, Device, Dtype, InDtype, Models, OnDevice, Output
+from usoflow.cli.options import AsJson, Device, Dtype, InDtype, Models, OnDevice, Output, Vram
 from usoflow.cli.run import execute
 from usoflow.cli.words import SeveralWords
 from usoflow.errors import UsoflowError
@@ -85,6 +85,7 @@ def generate(
     models: Models = None,
     device: OnDevice = Device.auto,
     dtype: InDtype = Dtype.auto,
+    vram: Vram = None,
     as_json: AsJson = False,
 ) -> None:
     """Generate pictures with the official USO workflow.
@@ -109,7 +110,7 @@ def generate(
     )
     sweeps = [_sweep(item) for item in sweep or ()]
     wanted = list(_variants(request, count, sweeps))
-    engine = Engine(models=models, output=output, device=device.value, dtype=dtype.value)
+    engine = Engine(models=models, output=output, device=device.value, dtype=dtype.value, vram=vram)
     results = []
     for result in _run(engine, wanted, assignments or [], save_workflow, quiet=as_json):
         results.append(result)

@@ -38,4 +38,11 @@ CustomNodes = Annotated[
 ]
 OnDevice = Annotated[Device, typer.Option(help="Where to compute.")]
 InDtype = Annotated[Dtype, typer.Option(help="Number format of the transformer.")]
+Vram = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Memory for the transformer's weights, as 8GB; else part of what is free. On a CPU, RAM.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, and no progress.")]

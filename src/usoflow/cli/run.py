@@ -11,7 +11,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from usoflow.cli import report
-from usoflow.cli.options import AsJson, CustomNodes, Device, Dtype, InDtype, Input, Models, OnDevice, Output
+from usoflow.cli.options import (
+    AsJson,
+    CustomNodes,
+    Device,
+    Dtype,
+    InDtype,
+    Input,
+    Models,
+    OnDevice,
+    Output,
+    Vram,
+)
 from usoflow.errors import UsoflowError
 
 if TYPE_CHECKING:
@@ -39,6 +50,7 @@ def run(
     custom_nodes: CustomNodes = None,
     device: OnDevice = Device.auto,
     dtype: InDtype = Dtype.auto,
+    vram: Vram = None,
     as_json: AsJson = False,
 ) -> None:
     """Run a workflow and save its pictures."""
@@ -51,6 +63,7 @@ def run(
         output=output,
         device=device.value,
         dtype=dtype.value,
+        vram=vram,
         custom_nodes=custom_nodes,
     )
     workflow = Workflow.load(file, nodes=engine.nodes)

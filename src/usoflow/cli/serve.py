@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from usoflow.cli.options import CustomNodes, Device, Dtype, InDtype, Input, Models, OnDevice, Output
+from usoflow.cli.options import CustomNodes, Device, Dtype, InDtype, Input, Models, OnDevice, Output, Vram
 from usoflow.errors import UsoflowError
 
 STATE_VARIABLE = "USOFLOW_STATE"
@@ -35,6 +35,7 @@ def serve(
     custom_nodes: CustomNodes = None,
     device: OnDevice = Device.auto,
     dtype: InDtype = Dtype.auto,
+    vram: Vram = None,
 ) -> None:
     """Serve the editor and ComfyUI's API."""
     import platformdirs
@@ -43,8 +44,9 @@ def serve(
     from usoflow.server.app import create_app
     from usoflow.server.context import ServerSettings
     from usoflow.server.serving import serve as serve_app
-    from usoflow.settings import find_folders
+    from usoflow.settings import bytes_of, find_folders
 
+    budget = None if vram is None else bytes_of(vram)
     if listen not in LOOPBACK and token is None:
         token = secrets.token_urlsafe(16)
     state = os.environ.get(STATE_VARIABLE) or platformdirs.user_data_path("usoflow") / "server"
@@ -59,7 +61,7 @@ def serve(
         custom_nodes=check_folder(custom_nodes) if custom_nodes else None,
     )
     bound = _bound(listen, port)
-    app = create_app(settings, device=device.value, dtype=dtype.value)
+    app = create_app(settings, device=device.value, dtype=dtype.value, budget=budget)
     address = f"http://{_shown(listen)}:{port}/" + (f"?token={token}" if token else "")
     print(f"usoflow: {address}", flush=True)
     if ui:

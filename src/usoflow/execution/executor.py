@@ -12,7 +12,7 @@ from torch import Tensor
 
 from usoflow.errors import UsoflowError
 from usoflow.execution.cache import OutputCache, Outputs, constants, keys
-from usoflow.execution.memory import PeakMemory
+from usoflow.execution.memory import PeakMemory, kept_memory
 from usoflow.execution.progress import (
     Cancellation,
     Listener,
@@ -91,7 +91,8 @@ class Executor:
             UsoflowError: `cancelled`.
         """
         run = _Run(self, prompt, folders, workflow, listen, cancellation or Cancellation(), reserve)
-        return run.execute(targets)
+        with kept_memory():
+            return run.execute(targets)
 
 
 class _Run:
@@ -152,7 +153,7 @@ class _Run:
         self.listen(NodeStarted(node_id, node.class_type))
         peak, start = PeakMemory(self.executor.library.placement.device), time.perf_counter()
         try:
-            outputs = self._call(node_id)
+            outputs = self._call_within_memory(node_id)
             _check_finite(outputs)
         except UsoflowError as error:
             if error.code == "cancelled":
@@ -168,6 +169,24 @@ class _Run:
         self.finished.append(record)
         self.listen(record)
         return outputs
+
+    def _call_within_memory(self, node_id: str) -> Outputs:
+        """Where memory runs out, once more with less of it for weights; if that does not help, as before."""
+        try:
+            return self._call(node_id)
+        except Exception as error:
+            smaller = self.executor.library.holds_models and not is_custom(self._schema(node_id))
+            if not (smaller and _is_out_of_memory(error)):
+                raise
+        library = self.executor.library
+        before = library.placement
+        library.make_smaller()
+        try:
+            return self._call(node_id)
+        except Exception as error:
+            if _is_out_of_memory(error):
+                library.plan(before)
+            raise
 
     def _call(self, node_id: str) -> Outputs:
         node = self.prompt.nodes[node_id]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from usoflow.errors import UsoflowError
 from usoflow.models.checkpoint import Component
+from usoflow.models.kernels import attention
 from usoflow.models.references import DEFAULT_METHOD, position_ids
 from usoflow.models.weights import LayerNorm, Linear, RMSNorm
 
@@ -122,6 +123,11 @@ class Flux(nn.Module):
         self.single_blocks = nn.ModuleList(SingleBlock(config) for _ in range(config.single_blocks))
         self.final_layer = FinalLayer(hidden, patch_dim)
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """All blocks, in the order in which they are passed."""
+        return [*self.double_blocks, *self.single_blocks]
+
     def prepare(
         self,
         text: Tensor,
@@ -223,16 +229,30 @@ class Modulation(nn.Module):
 
 
 class QKNorm(nn.Module):
-    """RMS norm of queries and keys, per head."""
+    """RMS norm of queries and keys, per head, then their rotation."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.query_norm = RMSNorm(dim, NORM_EPS, name="scale")
         self.key_norm = RMSNorm(dim, NORM_EPS, name="scale")
 
-    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """q, k: [B, heads, L, dim] -> the same."""
-        return self.query_norm(q), self.key_norm(k)
+    def forward(self, qkv: Tensor, heads: int, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """qkv: [B, L, 3 * heads * D] -> q, k (in fp32 on a CPU), v: each [B, heads, L, D]."""
+        if qkv.device.type == "cpu" and not torch.compiler.is_compiling():
+            return self._on_cpu(qkv, heads, rope)
+        q, k, v = split_heads(qkv, heads)
+        return rotate(self.query_norm(q), rope), rotate(self.key_norm(k), rope), v
+
+    def _on_cpu(self, qkv: Tensor, heads: int, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """The same in few passes: q and k together, turned as complex numbers, never rounded to bf16."""
+        parts = qkv.view(*qkv.shape[:2], 3, heads, -1)
+        x = parts[:, :, :2].float()  # [B, L, 2, heads, D]
+        scales = torch.stack([scale.float() for scale in self.parameters()])[:, None]  # [2, 1, D]
+        power = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1]
+        pairs = (x * (power + NORM_EPS).rsqrt() * scales).unflatten(-1, (-1, 2))
+        turned = torch.view_as_complex(pairs) * torch.complex(*rope)[:, None, None]
+        q, k = torch.view_as_real(turned).flatten(-2).permute(2, 0, 3, 1, 4)
+        return q, k, parts[:, :, 2].transpose(1, 2)
 
 
 class StreamAttention(nn.Module):
@@ -245,11 +265,9 @@ class StreamAttention(nn.Module):
         self.norm = QKNorm(config.head_dim)
         self.proj = Linear(config.hidden, config.hidden)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x: [B, L, hidden] -> normalised q and k, and v: each [B, heads, L, head_dim]."""
-        q, k, v = split_heads(self.qkv(x), self.heads)
-        q, k = self.norm(q, k)
-        return q, k, v
+    def forward(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """x: [B, L, hidden] -> normalised and turned q and k, and v: each [B, heads, L, head_dim]."""
+        return self.norm(self.qkv(x), self.heads, rope)
 
 
 class DoubleBlock(nn.Module):
@@ -260,16 +278,17 @@ class DoubleBlock(nn.Module):
         self.norm = LayerNorm(config.hidden, NORM_EPS, affine=False)
         self.img_mod, self.txt_mod = Modulation(config.hidden, 2), Modulation(config.hidden, 2)
         self.img_attn, self.txt_attn = StreamAttention(config), StreamAttention(config)
-        self.img_mlp, self.txt_mlp = _mlp(config), _mlp(config)
+        self.img_mlp, self.txt_mlp = Mlp(config), Mlp(config)
 
     def forward(self, text: Tensor, image: Tensor, vector: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         """text: [B, T, hidden], image: [B, I, hidden] -> the same."""
         text_mod, image_mod = self.txt_mod(vector), self.img_mod(vector)
-        text_qkv = self.txt_attn(modulate(self.norm(text), *text_mod[:2]))
-        image_qkv = self.img_attn(modulate(self.norm(image), *image_mod[:2]))
+        lengths = [text.shape[1], image.shape[1]]
+        text_rope, image_rope = zip(*(table.split(lengths) for table in rope), strict=True)
+        text_qkv = self.txt_attn(modulate(self.norm(text), *text_mod[:2]), text_rope)
+        image_qkv = self.img_attn(modulate(self.norm(image), *image_mod[:2]), image_rope)
         q, k, v = (torch.cat(pair, dim=2) for pair in zip(text_qkv, image_qkv, strict=True))
-        attended = attention(q, k, v, rope)  # [B, T + I, hidden]
-        text_part, image_part = attended.split([text.shape[1], image.shape[1]], dim=1)
+        text_part, image_part = attention(q, k, v).split(lengths, dim=1)
         text = self._finish(text, self.txt_attn.proj(text_part), text_mod, self.txt_mlp)
         image = self._finish(image, self.img_attn.proj(image_part), image_mod, self.img_mlp)
         return text, image
@@ -280,9 +299,16 @@ class DoubleBlock(nn.Module):
         return torch.addcmul(x, mod[5], mlp(modulate(self.norm(x), *mod[3:5])))
 
 
-def _mlp(config: FluxConfig) -> nn.Sequential:
-    up, down = Linear(config.hidden, config.mlp_dim), Linear(config.mlp_dim, config.hidden)
-    return nn.Sequential(up, nn.GELU(approximate="tanh"), down)
+class Mlp(nn.ModuleDict):
+    """Two linear layers around a GELU; the file numbers them 0 and 2."""
+
+    def __init__(self, config: FluxConfig) -> None:
+        up, down = Linear(config.hidden, config.mlp_dim), Linear(config.mlp_dim, config.hidden)
+        super().__init__({"0": up, "2": down})
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [B, L, hidden] -> the same."""
+        return self["2"](self["0"](x, gelu=True))
 
 
 class SingleBlock(nn.Module):
@@ -302,9 +328,7 @@ class SingleBlock(nn.Module):
         shift, scale, gate = self.modulation(vector)
         projected = self.linear1(modulate(self.norm_in(x), shift, scale))
         qkv, mlp = projected.split([3 * self.hidden, projected.shape[-1] - 3 * self.hidden], dim=-1)
-        q, k, v = split_heads(qkv, self.heads)
-        q, k = self.norm(q, k)
-        attended = attention(q, k, v, rope)
+        attended = attention(*self.norm(qkv, self.heads, rope))
         joined = torch.cat([attended, F.gelu(mlp, approximate="tanh")], dim=-1)
         return torch.addcmul(x, gate, self.linear2(joined))
 
@@ -336,12 +360,6 @@ def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """[B, L, 3 * heads * D] -> q, k, v, each [B, heads, L, D]."""
     q, k, v = qkv.view(*qkv.shape[:2], 3, heads, -1).permute(2, 0, 3, 1, 4)
     return q, k, v
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
-    """Rotary attention: q, k, v [B, heads, L, D] -> [B, L, heads * D]."""
-    out = F.scaled_dot_product_attention(rotate(q, rope), rotate(k, rope), v)
-    return out.transpose(1, 2).flatten(2)
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:

@@ -6,7 +6,9 @@ shares the weights. Encoders and VAE are on the device only while they compute (
 
 from __future__ import annotations
 
+import hashlib
 import logging
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -14,7 +16,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from usoflow.models import flux, style_projector, text, vae, vision
+from usoflow.models import flux, pages, style_projector, text, vae, vision
 from usoflow.models.checkpoint import Component
 from usoflow.models.flux import OFFICIAL_DEPTH, Flux, FluxConfig
 from usoflow.models.lora import attach
@@ -28,7 +30,9 @@ from usoflow.models.weights import Linear, build
 
 logger = logging.getLogger(__name__)
 
+KEPT_ENCODINGS = 16  # of prompts and pictures: up to 13 MB each
 M = TypeVar("M", bound=nn.Module)
+E = TypeVar("E")
 L = TypeVar("L", Flux, ClipText, T5Encoder)  # what LoRAs are for
 Key = tuple[Any, ...]  # fingerprint of the file, kind of component, variant
 
@@ -52,6 +56,7 @@ class ModelLibrary:
         self.placement = placement
         self._modules: dict[Key, nn.Module] = {}
         self._views: dict[str, tuple[Key, nn.Module]] = {}  # by role: the last LoRAs in use
+        self._encodings: OrderedDict[Key, Any] = OrderedDict()  # of prompts and pictures, the last used last
 
     def encode_text(
         self,
@@ -64,8 +69,22 @@ class ModelLibrary:
     ) -> TextEncoding:
         """A prompt (another one for CLIP, if given) through both text encoders, in fp32.
 
-        Of the LoRAs, what is for text encoders is applied.
+        Of the LoRAs, what is for text encoders is applied. What was encoded before is known: the encoders'
+        files are then not even opened.
         """
+        used = tuple((_key(use.lora), use.strength) for use in loras)
+        key = ("text", _key(clip_l), _key(t5), prompt, clip_prompt, used)
+        found = self._encoded(key, lambda: self._encode_text(clip_l, t5, prompt, clip_prompt, loras))
+        return TextEncoding(found.context.clone(), found.pooled.clone())  # custom nodes may change theirs
+
+    def _encode_text(
+        self,
+        clip_l: Component,
+        t5: Component,
+        prompt: str,
+        clip_prompt: str | None,
+        loras: tuple[LoraUse, ...],
+    ) -> TextEncoding:
         clip_module = self._with_loras("clip_l", self._module(clip_l, load_clip), loras)
         t5_module = self._with_loras("t5", self._module(t5, load_t5), loras)
         tokenizers = tokenizers_of(clip_module, t5_module)
@@ -74,14 +93,22 @@ class ModelLibrary:
 
     def encode_vision(self, siglip: Component, images: Tensor, crop: str) -> VisionOutput:
         """Pictures [B, H, W, C] in 0..1 through the vision tower, in fp32; `crop` is "center" or "none"."""
-        with self.placement.borrow(self._module(siglip, load_siglip)) as module:
-            pixels = preprocess(images, module.config.image_size, crop)
-            return cast(VisionOutput, module(pixels.to(self.placement.device), tuple(LEVELS.values())))
+
+        def encode() -> VisionOutput:
+            with self.placement.borrow(self._module(siglip, load_siglip)) as module:
+                pixels = preprocess(images, module.config.image_size, crop)
+                return cast(VisionOutput, module(pixels.to(self.placement.device), tuple(LEVELS.values())))
+
+        return self._encoded(("vision", _key(siglip), crop, _content(images)), encode)
 
     def vae_encode(self, component: Component, images: Tensor) -> Tensor:
         """Pictures [B, H, W, C] to latents [B, 16, h, w], unscaled."""
-        with self.placement.borrow(self._module(component, load_vae)) as module:
-            return module.encode(images, dtype=self.placement.vae_dtype)
+
+        def encode() -> Tensor:
+            with self.placement.borrow(self._module(component, load_vae)) as module:
+                return module.encode(images, dtype=self.placement.vae_dtype)
+
+        return self._encoded(("vae", _key(component), _content(images)), encode).clone()  # likewise
 
     def vae_decode(self, component: Component, latents: Tensor) -> Tensor:
         """Latents [B, 16, h, w], unscaled, to pictures [B, H, W, 3] in 0..1."""
@@ -109,8 +136,48 @@ class ModelLibrary:
         return self._with_loras("flux", base, loras)
 
     def clear(self) -> None:
-        """Forget every model and give the memory back."""
+        """Forget every model and encoding, and give the memory back."""
+        self._encodings.clear()
+        self._forget_models()
+
+    @property
+    def holds_models(self) -> bool:
+        """Whether there is anything that could be smaller."""
+        return bool(self._modules)
+
+    def make_smaller(self) -> None:
+        """After memory ran out: forget the models, and load them with half of the memory for weights."""
+        self._forget_models()
+        self.placement = self.placement.smaller
+        logger.warning(
+            "Memory ran out: once more, with at most %.1f GB for the transformer's weights.",
+            self.placement.weight_bytes / 1e9,
+        )
+
+    def plan(self, placement: Placement) -> None:
+        """Load models by another plan from now on: those that are here are forgotten."""
+        self._forget_models()
+        self.placement = placement
+
+    def _forget_models(self) -> None:
         self._modules, self._views = {}, {}
+        pages.trim()
+        if self.placement.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _forget_transformers(self) -> None:
+        """The budget is for one."""
+        self._modules = {key: m for key, m in self._modules.items() if not isinstance(m, Flux)}
+        self._views.pop("flux", None)
+        pages.trim()
+
+    def _encoded(self, key: Key, encode: Callable[[], E]) -> E:
+        """What is known under this key, else what `encode` gives. Not to be changed."""
+        found = self._encodings.pop(key) if key in self._encodings else encode()
+        self._encodings[key] = found
+        if len(self._encodings) > KEPT_ENCODINGS:
+            self._encodings.popitem(last=False)
+        return cast(E, found)
 
     def _module(self, component: Component, load: Callable[[Component], M], *variant: str) -> M:
         key = (*_key(component), *variant)
@@ -126,10 +193,12 @@ class ModelLibrary:
         self._modules = kept
 
     def _resident_flux(self, component: Component, weight_dtype: str) -> Flux:
+        self._forget_transformers()
         module = load_flux(component)
         if weight_dtype == "fp8_e4m3fn":
             _narrow(module)
-        return self.placement.settle(module)
+        self.placement.settle(module, module.blocks, as_stored=weight_dtype != "default")
+        return module
 
     def _with_loras(self, role: str, base: L, loras: tuple[LoraUse, ...]) -> L:
         """The network with the branches of these LoRAs, around the same weights."""
@@ -151,8 +220,11 @@ def _view(base: L) -> L:
     for (name, parameter), layer in zip(base.named_parameters(), _owners(view), strict=True):
         setattr(layer, name.rpartition(".")[2], parameter)
     for ours, theirs in zip(view.modules(), base.modules(), strict=True):
+        ours._forward_pre_hooks.update(theirs._forward_pre_hooks)  # by which blocks' weights come and go
+        ours._forward_hooks.update(theirs._forward_hooks)
         if isinstance(ours, Linear) and isinstance(theirs, Linear):
             ours.scale_weight, ours.quantised = theirs.scale_weight, theirs.quantised
+            ours.scratch, ours.regular = theirs.scratch, theirs.regular
     return view.eval()
 
 
@@ -203,6 +275,12 @@ def tokenizers_of(clip: ClipText, t5: T5Encoder) -> Tokenizers:
     return Tokenizers(
         ClipTokenizer(length=clip.config.positions), T5Tokenizer(min_length=t5.config.min_length)
     )
+
+
+def _content(images: Tensor) -> Key:
+    """What tells pictures apart: shape, and a digest of every pixel."""
+    data = images.detach().cpu().contiguous()
+    return tuple(data.shape), hashlib.sha256(data.view(torch.uint8).numpy().data).hexdigest()
 
 
 def _key(component: Component) -> Key:

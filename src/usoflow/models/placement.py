@@ -1,15 +1,19 @@
-"""Where weights live while they are needed: which device computes, in which dtype, and when encoders leave.
+"""Where weights live while they are needed: which device computes, in which dtype, within how much memory.
 
-The transformer stays on the device between runs; encoders and VAE are borrowed for one computation and give
-their device memory back. On a CPU nothing moves: weights are memory-mapped pages of the file.
+The transformer stays on the device between runs, as far as the budget goes (`residence`); encoders and VAE
+are borrowed for one computation and give their device memory back. On a CPU nothing moves: weights are
+memory-mapped pages of the file, and those of large encoders are given back after use.
 """
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator, Mapping
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Self, TypeVar
 
@@ -17,6 +21,7 @@ import torch
 from torch import nn
 
 from usoflow.errors import UsoflowError
+from usoflow.models import pages, residence
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -25,16 +30,26 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
 )
 
 
+LARGE = 1 << 30  # bytes of an encoder that are worth giving back
+PART_OF_CPU, PART_OF_GPU = 0.5, 0.8  # of what is free, for the transformer's weights
+SMALLER = 0.5  # the next plan's budget, after memory ran out
+
+
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Which device computes, and in which dtype the transformer does (encoders and VAE choose their own)."""
+    """Which device computes, and in which dtype the transformer does (encoders and VAE choose their own).
+
+    Attributes:
+        budget: bytes for the transformer's weights; None is a part of what is free when they are loaded.
+    """
 
     device: torch.device
     dtype: torch.dtype
+    budget: int | None = None
 
     @classmethod
-    def choose(cls, device: str = "auto", dtype: str = "auto") -> Self:
-        """From what a user asks for: `auto`, `cpu`, `cuda`, `mps`; `auto`, `bf16`, `fp16`, `fp32`.
+    def choose(cls, device: str = "auto", dtype: str = "auto", budget: int | None = None) -> Self:
+        """From what a user asks for: `auto`, `cpu`, `cuda`, `mps`; `auto`, `bf16`, `fp16`, `fp32`; bytes.
 
         Raises:
             UsoflowError: `device_unavailable`.
@@ -42,16 +57,43 @@ class Placement:
         chosen = torch.device(_best_device() if device == "auto" else device)
         if chosen.type not in _devices():
             raise UsoflowError("device_unavailable", f"There is no {device} device here.")
-        return cls(chosen, _best_dtype(chosen) if dtype == "auto" else DTYPES[dtype])
+        dtype_ = _best_dtype(chosen) if dtype == "auto" else DTYPES[dtype]
+        return cls(chosen, dtype_, budget)
 
     @property
     def vae_dtype(self) -> torch.dtype:
         """bf16 where the device computes it well, as the reference does; fp32 on a CPU and on request."""
         return torch.float32 if self.device.type == "cpu" or self.dtype == torch.float32 else torch.bfloat16
 
-    def settle(self, module: M) -> M:
-        """The module with its parameters on the device, to stay."""
-        if self.device.type != "cpu":
+    @property
+    def weight_bytes(self) -> int:
+        """How much the transformer's weights may take now."""
+        if self.budget is not None:
+            return self.budget
+        if self.device.type == "cuda":
+            return int(PART_OF_GPU * torch.cuda.mem_get_info(self.device)[0])
+        return int(PART_OF_CPU * _free_memory())
+
+    @property
+    def smaller(self) -> Self:
+        """The same with half of the memory for weights: where it ran out."""
+        return replace(self, budget=int(SMALLER * self.weight_bytes))
+
+    def settle(self, module: M, blocks: Sequence[nn.Module] = (), *, as_stored: bool = False) -> M:
+        """The module with its parameters on the device, to stay.
+
+        Args:
+            module: all of it.
+            blocks: of the transformer, in the order of their use, to be held within the budget. Not in
+                training: where gradients may be asked for, all weights are there as the file has them.
+            as_stored: never widened for good, however much memory there is.
+        """
+        budgeted = bool(blocks) and not torch.is_grad_enabled()
+        if budgeted and self.device.type == "cpu":
+            residence.settle_on_cpu(module, blocks, self.dtype, self.weight_bytes, as_stored=as_stored)
+        elif budgeted and self.device.type == "cuda":
+            residence.settle_on_gpu(module, blocks, self.device, self.weight_bytes)
+        elif self.device.type != "cpu":
             module.to(self.device)
         return module
 
@@ -60,6 +102,8 @@ class Placement:
         """The module on the device for a while; then its memory-mapped parameters are put back."""
         if self.device.type == "cpu":
             yield module
+            if sum(parameter.nbytes for parameter in module.parameters()) > LARGE:
+                pages.give_back(pages.mapped(module.parameters()))
             return
         home = {name: parameter.data for name, parameter in module.named_parameters()}
         module.to(self.device)
@@ -68,6 +112,23 @@ class Placement:
         finally:
             for name, parameter in module.named_parameters():
                 parameter.data = home[name]
+
+
+def _free_memory() -> int:
+    """Bytes that could be had without swapping, here and in the container that the process is in."""
+    info = Path("/proc/meminfo")
+    if info.exists() and (match := re.search(r"^MemAvailable:\s+(\d+) kB", info.read_text(), re.MULTILINE)):
+        return min(int(match[1]) * 1024, _free_in_container(Path("/sys/fs/cgroup")))
+    return 8 * 10**9  # where the system does not tell: half of what is usual
+
+
+def _free_in_container(group: Path) -> int:
+    """Bytes below the limit of a control group (cgroup v2) as a container sees it; without one no limit."""
+    try:
+        limit, used = (group / "memory.max").read_text().strip(), (group / "memory.current").read_text()
+    except OSError:
+        return sys.maxsize
+    return sys.maxsize if limit == "max" else max(0, int(limit) - int(used))
 
 
 def _devices() -> list[str]:

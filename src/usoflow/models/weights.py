@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from usoflow.errors import UsoflowError
 from usoflow.models.checkpoint import QUANTISED, Component, matches_any, some
 from usoflow.models.gguf_file import arrays, is_gguf
+from usoflow.models.kernels import Scratch, fast, has_nan, linear, widen
 from usoflow.models.quantised import dequantise
 
 SCALE = "scale_weight"
@@ -69,6 +70,7 @@ class Linear(nn.Module):
     """y = x W^T + b, weight [out, in] in any storage dtype, with optional scale and low-rank branches.
 
     A weight of a GGUF file is held as bytes [out, bytes of a row]; `quantised` then names its format.
+    `scratch`, which the layers of a network share, is where weights are widened on a CPU.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
@@ -78,23 +80,44 @@ class Linear(nn.Module):
         self.weight = _parameter(out_features, in_features)
         self.bias = _parameter(out_features) if bias else None
         self.scale_weight: Tensor | None = None
+        self.scratch: Scratch | None = None
         self.branches = nn.ModuleList()
+        self.regular: bool | None = None  # an fp8 weight without NaNs; None: not looked at yet
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [..., in] -> [..., out], in the dtype of x."""
+    def forward(self, x: Tensor, *, gelu: bool = False) -> Tensor:
+        """x: [..., in] -> [..., out], in the dtype of x; through GELU (tanh approximation) on request."""
         bias = None if self.bias is None else widened(self.bias, x)
-        y = F.linear(x, self._weight(x), bias)
+        if not self.branches:
+            return linear(x, self._weight(x), bias, gelu=gelu)
+        y = linear(x, self._weight(x), bias)
         for branch in self.branches:
             y = branch(x, y)
-        return y
+        return F.gelu(y, approximate="tanh") if gelu else y
+
+    def plain_weight(self, dtype: torch.dtype) -> Tensor:
+        """The weight [out, in] in a dtype, its scale applied; the stored one if that is the same."""
+        return self._weight(torch.empty(0, dtype=dtype, device=self.weight.device))
 
     def _weight(self, x: Tensor) -> Tensor:
         if self.quantised is not None:
             return dequantise(self.weight, self.quantised, x.dtype)
+        weight = self._widened(x)  # a new tensor or the scratch, if it is not of that dtype already
         if self.scale_weight is None:
-            return widened(self.weight, x)
+            return weight
         scale = self.scale_weight.reshape(-1, 1) if self.scale_weight.numel() > 1 else self.scale_weight
-        return widened(self.weight, x) * widened(scale.to(x.device), x)
+        factor = widened(scale.to(x.device), x)
+        ours = weight.dtype != self.weight.dtype and not torch.is_grad_enabled()
+        return weight.mul_(factor) if ours else weight * factor
+
+    def _widened(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
+            return widened(self.weight, x)
+        if self.weight.is_mkldnn:  # packed for the usual dtype, where no gradient is asked for
+            as_packed = x.dtype == self.weight.dtype and fast(x)
+            return self.weight if as_packed else widened(self.weight.to_dense(), x)
+        if self.regular is None:
+            self.regular = self.weight.dtype != torch.float8_e4m3fn or not has_nan(self.weight)
+        return widen(self.weight, x.dtype, self.scratch) if self.regular else widened(self.weight, x)
 
 
 class Conv2d(nn.Module):

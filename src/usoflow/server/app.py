@@ -30,7 +30,9 @@ from usoflow.service.worker import WorkerSettings
 RETRY_AFTER = 5  # seconds, while the queue is full or the server restarts
 
 
-def create_app(settings: ServerSettings, *, device: str = "auto", dtype: str = "auto") -> FastAPI:
+def create_app(
+    settings: ServerSettings, *, device: str = "auto", dtype: str = "auto", budget: int | None = None
+) -> FastAPI:
     """The application with a worker process of its own.
 
     Raises:
@@ -38,7 +40,9 @@ def create_app(settings: ServerSettings, *, device: str = "auto", dtype: str = "
     """
     settings = settings.with_inputs(settings.examples)
     lock = hold(settings.state / "lock")  # until this process ends
-    worker = WorkerSettings(settings.folders, settings.jobs_file, device, dtype, settings.custom_nodes)
+    worker = WorkerSettings(
+        settings.folders, settings.jobs_file, device, dtype, budget, settings.custom_nodes
+    )
     engine = WorkerProcess(worker, inherited=[lock])
     return assemble(settings, JobStore(settings.jobs_file), engine)
 

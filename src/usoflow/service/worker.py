@@ -44,6 +44,7 @@ class WorkerSettings:
     store: Path
     device: str = "auto"
     dtype: str = "auto"
+    budget: int | None = None
     custom_nodes: Path | None = None
 
     def to_argument(self) -> str:
@@ -57,6 +58,7 @@ class WorkerSettings:
             "store": _absolute(self.store),
             "device": self.device,
             "dtype": self.dtype,
+            "budget": self.budget,
             "custom_nodes": _absolute(self.custom_nodes) if self.custom_nodes else None,
         }
         return json.dumps(record)
@@ -72,7 +74,9 @@ class WorkerSettings:
             temp=Path(record["temp"]),
         )
         custom = Path(record["custom_nodes"]) if record["custom_nodes"] else None
-        return cls(folders, Path(record["store"]), record["device"], record["dtype"], custom)
+        return cls(
+            folders, Path(record["store"]), record["device"], record["dtype"], record["budget"], custom
+        )
 
 
 class Pipe:
@@ -211,7 +215,7 @@ def _made(
     from usoflow.models.placement import Placement
     from usoflow.service.preview import Previewer
 
-    placement = Placement.choose(settings.device, settings.dtype)
+    placement = Placement.choose(settings.device, settings.dtype, settings.budget)
     library = ModelLibrary(placement)
     worker = Worker(settings, Executor(registry, library), Previewer(library), JobStore(settings.store), send)
     return worker, _system(placement.device)

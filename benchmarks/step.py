@@ -1,0 +1,203 @@
+"""One step of the transformer: ours beside diffusers', on the same weights, once both answered alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import peer
+from benchmarks.report import Table
+from benchmarks.timing import Times, in_turn
+from usoflow.execution.memory import kept_memory
+from usoflow.models.checkpoint import TensorFile
+from usoflow.models.flux import Flux
+from usoflow.models.library import ModelLibrary
+from usoflow.models.placement import DTYPES, Placement
+
+# Numbers that bf16 holds exactly, times 1000 too: diffusers rounds both to the dtype that it computes in.
+SIGMA, GUIDANCE = 0.5, 4.0
+TEXT_TOKENS, STYLE_TOKENS = 512, 192
+QUICK_TEXT = 64  # tokens where it is only to be seen that everything runs
+BOUNDS = {"fp32": 1e-4, "bf16": 3e-2}  # relative L2 distance of the two answers
+PIXELS = 8  # per latent
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What is denoised: a picture, the sides of subject pictures, a style or none; in pixels."""
+
+    name: str
+    size: tuple[int, int]
+    subjects: tuple[int, ...] = ()
+    style: bool = False
+    batch: int = 1
+    text: int = TEXT_TOKENS
+
+    @property
+    def tokens(self) -> int:
+        """All that attend to each other."""
+        sides = [self.size, *((side, side) for side in self.subjects)]
+        pictures = sum(height * width // (2 * PIXELS) ** 2 for height, width in sides)
+        return self.text + STYLE_TOKENS * self.style + pictures
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Random inputs of a case."""
+
+    latent: Tensor
+    text: Tensor
+    pooled: Tensor
+    references: Sequence[Tensor]
+    style: Tensor | None
+
+
+def cases(side: int, subject: int) -> list[Case]:
+    """Those of a picture's size, with subjects of one size and twice that."""
+    size = (side, side)
+    return [
+        Case("text", size),
+        Case(f"+ subject {subject}", size, (subject,)),
+        Case(f"+ subject {2 * subject}", size, (2 * subject,)),
+        Case("+ style", size, style=True),
+        Case(f"+ both ({subject})", size, (subject,), style=True),
+    ]
+
+
+def quick_cases() -> list[Case]:
+    """Few tokens, all kinds of them."""
+    size = (64, 64)
+    return [
+        Case("text", size, text=QUICK_TEXT),
+        Case("+ both (64)", size, (64,), style=True, text=QUICK_TEXT),
+    ]
+
+
+def inputs_of(case: Case, flux: Flux, device: torch.device) -> Inputs:
+    """Drawn on the CPU from one seed."""
+    generator = torch.Generator().manual_seed(0)
+    config = flux.config
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device)
+
+    height, width = (side // PIXELS for side in case.size)
+    return Inputs(
+        draw(case.batch, config.channels, height, width),
+        draw(1, case.text, config.text_dim),
+        draw(1, config.pooled_dim),
+        [draw(1, config.channels, side // PIXELS, side // PIXELS) for side in case.subjects],
+        draw(1, STYLE_TOKENS, config.hidden) if case.style else None,
+    )
+
+
+def ours(flux: Flux, given: Inputs, dtype: torch.dtype) -> Callable[[], Tensor]:
+    """One step, its `prepare` done."""
+    with torch.inference_mode():
+        prepared = flux.prepare(
+            given.text, given.pooled, (given.latent.shape[-2], given.latent.shape[-1]),
+            batch=len(given.latent), guidance=GUIDANCE, references=given.references, method="uxo",
+            style=given.style, dtype=dtype,
+        )  # fmt: skip
+    sigma = torch.tensor(SIGMA, device=given.latent.device)
+
+    def step() -> Tensor:
+        with kept_memory():  # as the executor does it for a run; not for the peer, whose turn is next
+            velocity: Tensor = flux(given.latent, sigma, prepared)
+        return velocity
+
+    return step
+
+
+def theirs(model: nn.Module, given: Inputs) -> Callable[[], Tensor]:
+    """One step of the peer."""
+    return peer.velocity(
+        model, given.latent, SIGMA, given.text, given.pooled, guidance=GUIDANCE,
+        references=given.references, style=given.style,
+    )  # fmt: skip
+
+
+def load(path: Path, dtype: str, *, device: str = "cpu") -> Flux:
+    """The transformer as the library holds it for a run."""
+    library = ModelLibrary(Placement.choose(device, dtype))
+    with torch.inference_mode():
+        return library.flux(TensorFile.open(path).components()["flux"], (), "default")
+
+
+class Contest:
+    """The models that compete: each dtype's ours and theirs; theirs also compiled, if wanted."""
+
+    def __init__(self, path: Path, dtypes: Sequence[str], *, compiled: bool, device: str = "cpu") -> None:
+        self.device = torch.device(device)
+        self.ours: dict[str, tuple[Flux, torch.dtype]] = {}
+        self.theirs: dict[str, nn.Module] = {}
+        plain = load(path, "fp32")
+        for name in dtypes:
+            dtype = DTYPES[name]
+            self.ours[f"usoflow {name}"] = load(path, name, device=device), dtype
+            model = peer.twin(plain, dtype).to(self.device)
+            self.theirs[f"diffusers {name}"] = model
+            if compiled:
+                self.theirs[f"diffusers {name} compiled"] = torch.compile(model)  # type: ignore[assignment]
+
+    def ways(self, case: Case) -> Mapping[str, Callable[[], Tensor]]:
+        """A step of each."""
+        some = next(iter(self.ours.values()))[0]
+        given = inputs_of(case, some, self.device)
+        found = {name: ours(flux, given, dtype) for name, (flux, dtype) in self.ours.items()}
+        return found | {name: theirs(model, given) for name, model in self.theirs.items()}
+
+    def run(self, case: Case, rounds: int) -> Times:
+        """Let each answer once, which warms it up; check the answers; measure."""
+        ways = self.ways(case)
+        with torch.inference_mode():
+            answers = {name: way() for name, way in ways.items()}
+        for dtype, bound in BOUNDS.items():
+            if f"usoflow {dtype}" in ways:
+                require_agreement(answers, dtype, bound, case)
+        return in_turn(ways, rounds, warm=True)
+
+
+def require_agreement(answers: Mapping[str, Tensor], dtype: str, bound: float, case: Case) -> None:
+    """Same weights, same inputs, same answer; else there is nothing to compare."""
+    found, expected = answers[f"usoflow {dtype}"].double(), answers[f"diffusers {dtype}"].double()
+    distance = float((found - expected).norm() / expected.norm())
+    if not distance < bound:
+        raise SystemExit(f"{case}: usoflow {dtype} is {distance:.2g} from diffusers {dtype}.")
+
+
+def tables(path: Path, rounds: int, *, quick: bool) -> Iterator[Table]:
+    """A table for each size."""
+    contest = Contest(path, list(BOUNDS), compiled=not quick)
+    wanted = {64: quick_cases()} if quick else {side: cases(side, 512) for side in (256, 512)}
+    for side, those in wanted.items():
+        found = {case: contest.run(case, rounds) for case in those}
+        yield _table(side, found, rounds)
+
+
+def _table(side: int, found: Mapping[Case, Times], rounds: int) -> Table:
+    names = list(next(iter(found.values())).seconds)
+    rows = [
+        [case.name, str(case.tokens), *(f"{times.median(name):.2f}" for name in names), *_ratios(times)]
+        for case, times in found.items()
+    ]
+    ratios = ["fp32 : fp32", "bf16 : bf16", "bf16 : diffusers fp32"]
+    raw: dict[str, Any] = {case.name: dict(times.seconds) for case, times in found.items()}
+    return Table(
+        f"DiT step, {side}x{side}",
+        f"Full width, 1 double and 2 single blocks, seconds; medians of {rounds} rounds taken in turn. The"
+        " last columns say how many times faster usoflow is (median of the ratios within a round, eager).",
+        ["", "tokens", *names, *ratios],
+        rows,
+        raw=raw,
+    )
+
+
+def _ratios(times: Times) -> list[str]:
+    pairs = (("fp32", "fp32"), ("bf16", "bf16"), ("bf16", "fp32"))
+    return [f"{times.speedup(f'usoflow {a}', f'diffusers {b}'):.2f}x" for a, b in pairs]

@@ -1,0 +1,168 @@
+"""What a CPU computes faster than torch's defaults: matrix products, attention, fp8 widened.
+
+Called by `weights` and `flux` wherever no gradient is asked for. torch multiplies fp32 matrices with MKL,
+which on processors that are not Intel's runs at half of their speed, and so does its attention, in bf16 as
+well; oneDNN, which torch brings for bf16 and compiled graphs, does not. torch widens fp8 a value at a time.
+On other devices and processors everything here is torch's own.
+"""
+
+from __future__ import annotations
+
+import functools
+import platform
+import threading
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ROWS = 512  # of queries at once: their scores stay in the cache
+FEW_TOKENS = 192  # below, torch's attention is as fast
+WIDENED_AT_ONCE = 1 << 19  # values: the intermediate stays in the cache
+
+_X86 = platform.machine().lower() in ("x86_64", "amd64")
+_ONEDNN = _X86 and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+_MOVED_TO = (torch.float32, torch.bfloat16)  # what fp8 is widened to by bits
+
+# e4m3 is sign, 4 bits of exponent with bias 7, 3 bits of mantissa. Moved to where the wider format has sign,
+# exponent and mantissa, it is too small by the difference of the biases: 127 - 7.
+_REBIAS = 2.0**120
+
+
+@functools.cache
+def _multiplied() -> frozenset[torch.dtype]:
+    """In which dtypes oneDNN multiplies here: bf16 needs AVX-512."""
+    bf16 = _ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return frozenset({torch.float32, torch.bfloat16} if bf16 else {torch.float32} if _ONEDNN else ())
+
+
+def fast(x: Tensor) -> bool:
+    """Whether products with x are oneDNN's: on an x86 CPU, in fp32 or bf16, with no gradient asked for."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype in _multiplied()
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+    )
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool = False) -> Tensor:
+    """x W^T + b, then GELU (its tanh approximation) on request.
+
+    Args:
+        x: [..., in].
+        weight: [out, in] in the dtype of x; of `pack` only where `fast(x)`.
+        bias: [out] in the dtype of x.
+    """
+    if fast(x):
+        return _product(x, weight, bias, "gelu" if gelu else "none")
+    y = F.linear(x, weight, bias)
+    return F.gelu(y, approximate="tanh") if gelu else y
+
+
+def pack(weight: Tensor) -> Tensor:
+    """A weight [out, in] in the order in which oneDNN multiplies bf16; else `linear` reorders it each time.
+
+    The result takes as many bytes; it has the shape and the dtype of the weight, and all that can be done
+    with it else is `to_dense`. Where `fast` will not be, the weight itself: so too where gradients may be
+    asked for.
+    """
+    if weight.dtype != torch.bfloat16 or not fast(weight):
+        return weight
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+    return packed
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax(q k^T / sqrt(D)) v.
+
+    Args:
+        q, k: [B, heads, L, D] in the dtype of v or in fp32.
+        v: [B, heads, L, D].
+
+    Returns:
+        [B, L, heads * D] in the dtype of v.
+    """
+    if not fast(v) or q.shape[2] < FEW_TOKENS:
+        out = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
+        return out.transpose(1, 2).flatten(2)
+    return _attention_by_heads(q.float() * q.shape[-1] ** -0.5, k.float(), v)
+
+
+def _attention_by_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Scores and softmax in fp32, head by head and some rows at a time: they never leave the cache."""
+    batch, heads, length, dim = v.shape
+    q, k, turned = q.contiguous(), k.contiguous(), v.transpose(2, 3).contiguous()  # turned: [B, heads, D, L]
+    out = v.new_empty(batch, length, heads, dim)
+    for b in range(batch):
+        for h in range(heads):
+            for first in range(0, length, ROWS):
+                rows = slice(first, first + ROWS)
+                weights = torch.softmax(_product(q[b, h, rows], k[b, h]), dim=-1)  # [rows, L]
+                out[b, rows, h] = _product(weights.to(v.dtype), turned[b, h])
+    return out.flatten(2)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None, then: str = "none") -> Tensor:
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(
+        x, weight, bias, then, [], "tanh" if then == "gelu" else ""
+    )
+    return y
+
+
+class Scratch(threading.local):
+    """Memory that weights are widened into, one after another: as large as the largest of them.
+
+    Each thread has its own.
+    """
+
+    def __init__(self) -> None:
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """A tensor that holds until the next one is taken in this thread."""
+        size = shape.numel() * dtype.itemsize
+        if self._bytes.numel() < size:
+            with torch.inference_mode(False):  # else only inference may write it again
+                self._bytes = torch.empty(size, dtype=torch.uint8)
+        return self._bytes[:size].view(dtype).view(shape)
+
+
+def widen(weight: Tensor, dtype: torch.dtype, scratch: Scratch | None = None) -> Tensor:
+    """A weight in the dtype of a computation; as it is, if it is of that dtype.
+
+    Args:
+        weight: of any storage dtype and shape.
+        dtype: wanted.
+        scratch: where on a CPU the result lies; it then holds until the next one. None allocates it.
+    """
+    if weight.dtype == dtype:
+        return weight
+    if weight.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return weight.to(dtype)
+    out = scratch.take(weight.shape, dtype) if scratch else torch.empty(weight.shape, dtype=dtype)
+    if weight.dtype == torch.float8_e4m3fn and dtype in _MOVED_TO and weight.is_contiguous():
+        return _widen_e4m3(weight, out)
+    return out.copy_(weight)
+
+
+def has_nan(weight: Tensor) -> bool:
+    """Whether an e4m3 weight has NaNs, which `widen` takes for 480: such a weight is for `Tensor.to`."""
+    pieces = weight.view(torch.int8).flatten().split(WIDENED_AT_ONCE)
+    return any(bool(((piece == 127) | (piece == -1)).any()) for piece in pieces)
+
+
+def _widen_e4m3(weight: Tensor, out: Tensor) -> Tensor:
+    """Bits moved into place, a piece at a time, as torch's vectorised integer operations do it.
+
+    A byte s eeee mmm with its sign extended and shifted left is s s...s eeeemmm 0...0; the copies of the sign
+    are masked. Subnormals come right too, since the product with `_REBIAS` is one of numbers.
+    """
+    wide = torch.int16 if out.dtype == torch.bfloat16 else torch.int32
+    shift, copies = (4, 0x7800) if wide == torch.int16 else (20, 0x78000000)
+    source, bits, values = weight.view(torch.int8).flatten(), out.view(wide).flatten(), out.flatten()
+    for first in range(0, source.numel(), WIDENED_AT_ONCE):
+        piece = slice(first, first + WIDENED_AT_ONCE)
+        bits[piece].copy_(source[piece]).bitwise_left_shift_(shift).bitwise_and_(~copies)
+        values[piece].mul_(_REBIAS)
+    return out

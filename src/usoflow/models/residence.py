@@ -1,0 +1,152 @@
+"""How a transformer's weights lie while it is used: ready, as stored, or passing through.
+
+On a CPU, from fast and large to slow and small:
+
+- ready: widened to the dtype of the computation and packed, once
+- stored: as the file has them, mapped; each is widened when it is used, into one buffer
+- passing: the same, and a block's pages are given back when it is done, while the next one's are read
+
+On a GPU, blocks are resident as stored, as many as fit; the others come for each use and leave after it.
+`Placement` says how much memory there is.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from usoflow.models import pages
+from usoflow.models.kernels import Scratch, pack
+from usoflow.models.weights import Linear
+
+logger = logging.getLogger(__name__)
+
+WORTH_GIVING_BACK = 1 << 20  # bytes of a weight: to find its pages takes some ms
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Bytes of a network's parameters: as stored, ready, and of its blocks as stored, in order."""
+
+    stored: int
+    ready: int
+    blocks: tuple[int, ...]
+
+    @classmethod
+    def of(cls, module: nn.Module, blocks: Sequence[nn.Module], dtype: torch.dtype) -> Sizes:
+        """From shapes alone."""
+        return cls(
+            _bytes(module),
+            sum(
+                layer.shape[0] * layer.shape[1] * dtype.itemsize
+                for layer in module.modules()
+                if isinstance(layer, Linear)
+            ),
+            tuple(map(_bytes, blocks)),
+        )
+
+    def resident(self, budget: int) -> int:
+        """How many blocks, from the first, stay within a budget; the others pass through, one at a time."""
+        if self.stored <= budget:
+            return len(self.blocks)
+        left = budget - (self.stored - sum(self.blocks)) - max(self.blocks, default=0)
+        count = 0
+        for size in self.blocks:
+            left -= size
+            if left < 0:
+                break
+            count += 1
+        return count
+
+
+def settle_on_cpu(
+    module: nn.Module,
+    blocks: Sequence[nn.Module],
+    dtype: torch.dtype,
+    budget: int,
+    *,
+    as_stored: bool = False,
+) -> str:
+    """Lay the weights of a network; says how: "ready", "stored" or "passing"."""
+    sizes = Sizes.of(module, blocks, dtype)
+    if sizes.ready <= budget and not as_stored:
+        for layer in _linear_layers(module):
+            _make_ready(layer, dtype)
+        return "ready"
+    scratch = Scratch()
+    for layer in _linear_layers(module):
+        layer.scratch = scratch
+    if sizes.stored <= budget:
+        return "stored"
+    _let_pages_pass(blocks)
+    logger.info(
+        "%.1f GB of weights in a budget of %.1f GB: blocks pass through.", sizes.stored / 1e9, budget / 1e9
+    )
+    return "passing"
+
+
+def settle_on_gpu(module: nn.Module, blocks: Sequence[nn.Module], device: torch.device, budget: int) -> int:
+    """Move a network to a GPU, but for the blocks that do not fit; how many blocks are resident."""
+    resident = Sizes.of(module, blocks, torch.bfloat16).resident(budget)
+    for part in (*blocks[:resident], *_but(module, blocks)):
+        part.to(device)
+    for block in blocks[resident:]:
+        _let_pass(block, device)
+    if resident < len(blocks):
+        logger.info("%d of %d blocks stay on the GPU, the others pass through.", resident, len(blocks))
+    return resident
+
+
+def _let_pass(block: nn.Module, device: torch.device) -> None:
+    """Let a block's weights come to a device when it is called, and leave when it is done."""
+    home = [(parameter, parameter.data) for parameter in block.parameters()]
+
+    def enter(_module: nn.Module, _inputs: object) -> None:
+        for parameter, stored in home:
+            parameter.data = stored.to(device, copy=True)
+
+    def leave(_module: nn.Module, _inputs: object, _out: object) -> None:
+        for parameter, stored in home:
+            parameter.data = stored
+
+    block.register_forward_pre_hook(enter)
+    block.register_forward_hook(leave)
+
+
+def _make_ready(layer: Linear, dtype: torch.dtype) -> None:
+    """The weight as it is multiplied: wide, scaled, packed; the file's pages are given back."""
+    before = layer.weight.data
+    wide: Tensor = layer.plain_weight(dtype)
+    layer.weight = nn.Parameter(pack(wide), requires_grad=False)
+    layer.quantised = layer.scale_weight = None
+    moved = layer.weight.is_mkldnn or layer.weight.data_ptr() != before.data_ptr()
+    if moved and before.nbytes >= WORTH_GIVING_BACK:
+        pages.give_back(pages.mapped([before]))
+
+
+def _let_pages_pass(blocks: Sequence[nn.Module]) -> None:
+    held = [pages.mapped(block.parameters()) for block in blocks]
+    for number, block in enumerate(blocks):
+        following = held[(number + 1) % len(held)]
+        block.register_forward_pre_hook(lambda _module, _inputs, ranges=following: pages.read_ahead(ranges))
+        block.register_forward_hook(
+            lambda _module, _inputs, _out, ranges=held[number]: pages.give_back(ranges)
+        )
+
+
+def _linear_layers(module: nn.Module) -> list[Linear]:
+    return [layer for layer in module.modules() if isinstance(layer, Linear)]
+
+
+def _but(module: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Module]:
+    """The children of a module that hold none of the blocks."""
+    held = set(map(id, blocks))
+    return [child for child in module.children() if not held & {id(part) for part in child.modules()}]
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in module.parameters())

@@ -1,0 +1,178 @@
+"""Weights ready, as stored and passing through: the same velocity, within the budget."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from usoflow.models.checkpoint import Component, TensorFile
+from usoflow.models.flux import Flux
+from usoflow.models.library import ModelLibrary, load_flux
+from usoflow.models.pages import mapped
+from usoflow.models.placement import Placement, _free_in_container
+from usoflow.models.residence import Sizes, settle_on_cpu, settle_on_gpu
+from usoflow.models.weights import Linear, LowRank
+
+CPU = torch.device("cpu")
+
+
+def flux_of(models: Path, budget: int | None, dtype: torch.dtype) -> Flux:
+    path = models / "checkpoints" / "flux1-dev-fp8.safetensors"
+    library = ModelLibrary(Placement(CPU, dtype, budget))
+    with torch.inference_mode():  # as the executor loads it
+        return library.flux(TensorFile.open(path).components()["flux"], (), "default")
+
+
+def component_of(models: Path) -> Component:
+    return TensorFile.open(models / "checkpoints" / "flux1-dev-fp8.safetensors").components()["flux"]
+
+
+def linear_layers(flux: Flux) -> list[Linear]:
+    return [layer for layer in flux.modules() if isinstance(layer, Linear)]
+
+
+def velocity(flux: Flux, dtype: torch.dtype) -> Tensor:
+    torch.manual_seed(0)
+    c = flux.config
+    latent, text, pooled = (
+        torch.randn(1, c.channels, 8, 8),
+        torch.randn(1, 4, c.text_dim),
+        torch.randn(1, c.pooled_dim),
+    )
+    with torch.inference_mode():
+        return flux(latent, torch.tensor(0.5), flux.prepare(text, pooled, (8, 8), dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_plan_gives_the_same_numbers(small_models: Path, dtype: torch.dtype) -> None:
+    found = {}
+    for budget, as_stored in ((10**9, False), (10**9, True), (1, False)):
+        flux = load_flux(component_of(small_models))
+        with torch.inference_mode():
+            plan = settle_on_cpu(flux, flux.blocks, dtype, budget, as_stored=as_stored)
+        found[plan] = velocity(flux, dtype)
+    assert set(found) == {"ready", "stored", "passing"}
+    assert torch.equal(found["ready"], found["stored"])
+    assert torch.equal(found["ready"], found["passing"])
+
+
+def test_plans_are_what_they_say(small_models: Path) -> None:
+    """Ready: all wide, in the order in which they are multiplied; else as the file has them."""
+    ready, passing = (flux_of(small_models, budget, torch.bfloat16) for budget in (10**9, 1))
+    stored = load_flux(component_of(small_models))
+    assert all(layer.weight.dtype == torch.bfloat16 for layer in linear_layers(ready))
+    for one, other in zip(linear_layers(passing), linear_layers(stored), strict=True):
+        assert one.weight.dtype == other.weight.dtype
+
+
+def test_training_finds_weights_as_stored(small_models: Path) -> None:
+    component = component_of(small_models)
+    flux = ModelLibrary(Placement(CPU, torch.bfloat16, 1)).flux(component, (), "default")
+    assert not any(block._forward_pre_hooks for block in flux.blocks)
+    for one, other in zip(linear_layers(flux), linear_layers(load_flux(component)), strict=True):
+        assert one.weight.dtype == other.weight.dtype
+        assert one.scratch is None
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_picture_is_drawn_as_it_is_learnt(
+    small_models: Path, dtype: torch.dtype, bound: float, scaled: bool
+) -> None:
+    """Ready weights and fast products against torch's with gradients: batch, references, style, branches
+    on part of each layer's rows, scaled fp8."""
+
+    def made() -> Flux:
+        flux = load_flux(component_of(small_models))
+        torch.manual_seed(0)
+        for layer in linear_layers(flux):
+            if scaled:
+                layer.weight = nn.Parameter((layer.weight.float() * 8).to(torch.float8_e4m3fn), False)
+                layer.scale_weight = torch.rand(layer.shape[0]) / 8
+            down, up = torch.randn(4, layer.shape[1]), torch.randn(layer.shape[0] // 2, 4)
+            layer.branches.append(LowRank(down / layer.shape[1] ** 0.5, up, strength=0.1, first_row=3))
+        return flux
+
+    def answer(flux: Flux) -> Tensor:
+        torch.manual_seed(1)
+        c = flux.config
+        latent, reference = torch.randn(2, c.channels, 40, 24), torch.randn(1, c.channels, 6, 4)
+        text, pooled = torch.randn(1, 4, c.text_dim), torch.randn(1, c.pooled_dim)
+        inputs = flux.prepare(
+            text, pooled, (40, 24), batch=2, references=[reference], style=torch.randn(1, 5, c.hidden),
+            dtype=dtype,
+        )  # fmt: skip
+        return flux(latent, torch.tensor([0.5, 0.7]), inputs).detach()
+
+    learnt, drawn = answer(made()), made()
+    with torch.inference_mode():
+        assert settle_on_cpu(drawn, drawn.blocks, dtype, 10**9) == "ready"
+        difference = answer(drawn) - learnt
+    assert float(difference.norm() / learnt.norm()) < bound
+
+
+def test_pages_that_were_given_back_are_read_again(small_models: Path) -> None:
+    """Twice through the blocks: the second time from pages that had left."""
+    path = small_models / "checkpoints" / "flux1-dev-fp8.safetensors"
+    component = TensorFile.open(path).components()["flux"]
+    with torch.inference_mode():
+        flux = ModelLibrary(Placement(CPU, torch.float32, 1)).flux(component, (), "default")
+    assert mapped(flux.blocks[0].parameters()), "the file is mapped"
+    first, second = (velocity(flux, torch.float32) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_memory_of_ones_own_has_no_pages_to_give_back(small_models: Path) -> None:
+    assert mapped([torch.ones(1 << 16), torch.empty(0)]) == []
+    component = TensorFile.open(small_models / "checkpoints" / "flux1-dev-fp8.safetensors").components()[
+        "flux"
+    ]
+    assert mapped(load_flux(component).parameters())
+
+
+def test_blocks_fill_a_budget_from_the_first() -> None:
+    sizes = Sizes(stored=100, ready=200, blocks=(20, 20, 20, 20))
+    assert sizes.resident(100) == 4
+    assert sizes.resident(99) == 2  # 20 that are no block's, one that passes, and two that fit
+    assert sizes.resident(10) == 0
+
+
+@pytest.mark.parametrize("fit", [0, 1, None])
+def test_blocks_that_do_not_fit_a_device_come_and_leave(small_models: Path, fit: int | None) -> None:
+    """The copies' device is the CPU too: what is tested is which blocks come, when, and that they leave."""
+    path = small_models / "checkpoints" / "flux1-dev-fp8.safetensors"
+    flux = load_flux(TensorFile.open(path).components()["flux"])
+    expected = velocity(flux, torch.float32)
+    sizes = Sizes.of(flux, flux.blocks, torch.float32)
+    rest = sizes.stored - sum(sizes.blocks) + max(sizes.blocks)
+    budget = sizes.stored if fit is None else rest + sum(sizes.blocks[:fit])
+    home = [[parameter.data_ptr() for parameter in block.parameters()] for block in flux.blocks]
+    assert settle_on_gpu(flux, flux.blocks, CPU, budget) == (len(home) if fit is None else fit)
+    away: list[int] = []
+    for number, block in enumerate(flux.blocks):
+        block.register_forward_pre_hook(
+            lambda module, _inputs, number=number: (
+                away.append(number)
+                if all(a.data_ptr() != b for a, b in zip(module.parameters(), home[number], strict=True))
+                else None
+            )
+        )
+    assert torch.equal(velocity(flux, torch.float32), expected)
+    assert away == ([] if fit is None else list(range(fit, len(home))))
+    assert [[parameter.data_ptr() for parameter in block.parameters()] for block in flux.blocks] == home
+
+
+def test_a_container_has_its_own_limit(tmp_path: Path) -> None:
+    assert _free_in_container(tmp_path) > 10**15
+    (tmp_path / "memory.current").write_text("300\n")
+    for limit, free in (("max\n", sys.maxsize), ("1000\n", 700), ("200\n", 0)):
+        (tmp_path / "memory.max").write_text(limit)
+        assert _free_in_container(tmp_path) == free
+
+
+def test_a_smaller_plan_has_half() -> None:
+    assert Placement(CPU, torch.float32, 1000).smaller.budget == 500
