@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.peer import twin as diffusers_twin
 from torch import Tensor
 
 from usoflow.models.checkpoint import TensorFile
@@ -19,28 +20,6 @@ CONFIG = FluxConfig(
 )  # fmt: skip
 RTOL = 1e-4
 
-EMBEDDERS = {
-    "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
-    "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
-    "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
-    "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
-    "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
-    "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
-    "img_in": "x_embedder",
-    "txt_in": "context_embedder",
-    "final_layer.linear": "proj_out",
-}
-DOUBLE = {
-    "img_mod.lin": "norm1.linear", "txt_mod.lin": "norm1_context.linear",
-    "img_attn.proj": "attn.to_out.0", "txt_attn.proj": "attn.to_add_out",
-    "img_mlp.0": "ff.net.0.proj", "img_mlp.2": "ff.net.2",
-    "txt_mlp.0": "ff_context.net.0.proj", "txt_mlp.2": "ff_context.net.2",
-}  # fmt: skip
-NORMS = {
-    "img_attn.norm.query_norm": "attn.norm_q", "img_attn.norm.key_norm": "attn.norm_k",
-    "txt_attn.norm.query_norm": "attn.norm_added_q", "txt_attn.norm.key_norm": "attn.norm_added_k",
-}  # fmt: skip
-
 
 def small_flux(seed: int = 0, config: FluxConfig = CONFIG) -> Flux:
     generator = torch.Generator().manual_seed(seed)
@@ -48,53 +27,6 @@ def small_flux(seed: int = 0, config: FluxConfig = CONFIG) -> Flux:
     for parameter in model.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
     return model.requires_grad_(False)
-
-
-def diffusers_twin(ours: Flux) -> torch.nn.Module:
-    """diffusers' transformer with the same weights."""
-    from diffusers import FluxTransformer2DModel
-
-    c = ours.config
-    twin = FluxTransformer2DModel(
-        patch_size=1, in_channels=c.channels * 4, num_layers=c.double_blocks,
-        num_single_layers=c.single_blocks, attention_head_dim=c.head_dim, num_attention_heads=c.heads,
-        joint_attention_dim=c.text_dim, pooled_projection_dim=c.pooled_dim, guidance_embeds=True,
-        axes_dims_rope=c.axes,
-    ).eval()  # fmt: skip
-    state: dict[str, Tensor] = {}
-    for name, value in ours.state_dict().items():
-        state |= dict(_renamed(name, value, c.hidden))
-    twin.load_state_dict(state, strict=True)
-    return twin
-
-
-def _renamed(name: str, value: Tensor, hidden: int) -> list[tuple[str, Tensor]]:
-    stem, _, leaf = name.rpartition(".")
-    if stem in EMBEDDERS:
-        return [(f"{EMBEDDERS[stem]}.{leaf}", value)]
-    if stem == "final_layer.adaLN_modulation.1":  # theirs has scale before shift
-        return [(f"norm_out.linear.{leaf}", torch.cat(value.chunk(2)[::-1]))]
-    blocks, number, part = stem.split(".", 2)
-    if blocks == "double_blocks":
-        to = f"transformer_blocks.{number}."
-        if part in NORMS:
-            return [(f"{to}{NORMS[part]}.weight", value)]
-        if part.endswith("qkv"):
-            names = (
-                ("to_q", "to_k", "to_v")
-                if part.startswith("img")
-                else ("add_q_proj", "add_k_proj", "add_v_proj")
-            )
-            return [(f"{to}attn.{n}.{leaf}", v) for n, v in zip(names, value.chunk(3), strict=True)]
-        return [(f"{to}{DOUBLE[part]}.{leaf}", value)]
-    to = f"single_transformer_blocks.{number}."
-    if part == "linear1":
-        pieces = value.split([hidden, hidden, hidden, len(value) - 3 * hidden])
-        names = ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
-        return [(f"{to}{n}.{leaf}", v) for n, v in zip(names, pieces, strict=True)]
-    if part.startswith("norm."):
-        return [(f"{to}attn.norm_{part.split('.')[1][0]}.weight", value)]
-    return [(f"{to}{ {'linear2': 'proj_out', 'modulation.lin': 'norm.linear'}[part] }.{leaf}", value)]
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

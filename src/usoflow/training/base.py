@@ -14,6 +14,7 @@ pictures are then made with cfg 1.
 from __future__ import annotations
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from usoflow.models.flux import Flux, FluxConfig
+from usoflow.models.flux import Flux, FluxConfig, FluxInputs
 from usoflow.models.text import ClipText, ClipTextConfig, T5Config, T5Encoder
 from usoflow.training.captions import CaptionTokenizer, Ids, Vocabulary, end_positions
 from usoflow.training.initial import initialise
@@ -123,7 +124,45 @@ class BaseStage:
         )
 
 
-class Pocket(nn.Module):
+class Base(ABC):
+    """A transformer with its text encoders, as training asks it: the pocket, or FLUX.1 (`full_size`)."""
+
+    flux: Flux
+    stage: BaseStage
+
+    @abstractmethod
+    def encode(self, t5_ids: Ids, clip_ids: Ids) -> tuple[Tensor, Tensor]:
+        """Official ids -> context [B, T, text_dim] and pooled [B, clip_dim]."""
+
+    @abstractmethod
+    def step(self, x: Tensor, sigma: Tensor, inputs: FluxInputs) -> Tensor:
+        """The transformer's answer to prepared inputs."""
+
+    def velocity(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        text: tuple[Tensor, Tensor],
+        *,
+        guidance: float,
+        dtype: torch.dtype,
+        references: Sequence[Tensor] = (),
+        style: Tensor | None = None,
+    ) -> Tensor:
+        """The transformer's answer, [B, 16, h, w], where `x` is; it computes where the text is.
+
+        References and style as `Flux.prepare` takes them.
+        """
+        device = text[0].device
+        inputs = self.flux.prepare(
+            *text, (x.shape[-2], x.shape[-1]), batch=len(x), guidance=guidance,
+            references=[latent.to(device) for latent in references], method=METHOD,
+            style=None if style is None else style.to(device), dtype=dtype,
+        )  # fmt: skip
+        return self.step(x.to(device), sigma.to(device), inputs).to(x.device)
+
+
+class Pocket(nn.Module, Base):
     """Both text encoders, with small vocabularies, and the transformer.
 
     Args:
@@ -150,7 +189,6 @@ class Pocket(nn.Module):
         return self
 
     def encode(self, t5_ids: Ids, clip_ids: Ids) -> tuple[Tensor, Tensor]:
-        """Official ids -> context [B, T, text_dim] and pooled [B, clip_dim]."""
         ends = end_positions(clip_ids)
         context = self.t5(self.t5_words.compact(t5_ids))
         return context, self.clip(self.clip_words.compact(clip_ids), ends)[1]
@@ -159,23 +197,8 @@ class Pocket(nn.Module):
         """Captions -> what `encode` gives."""
         return self.encode(self.stage.tokenizer.t5(texts), self.stage.tokenizer.clip(texts))
 
-    def velocity(
-        self,
-        x: Tensor,
-        sigma: Tensor,
-        text: tuple[Tensor, Tensor],
-        *,
-        guidance: float,
-        dtype: torch.dtype,
-        references: Sequence[Tensor] = (),
-        style: Tensor | None = None,
-    ) -> Tensor:
-        """The transformer's answer, [B, 16, h, w]; references and style as `Flux.prepare` takes them."""
-        size = (x.shape[-2], x.shape[-1])
-        inputs = self.flux.prepare(
-            *text, size, batch=len(x), guidance=guidance, references=references, method=METHOD, style=style,
-            dtype=dtype,
-        )  # fmt: skip
+    def step(self, x: Tensor, sigma: Tensor, inputs: FluxInputs) -> Tensor:
+        """The transformer's answer to prepared inputs; compiled, if it was asked for, for many samples."""
         step = self._step_of_many if len(x) >= MANY else self.flux.forward
         with short_attention():
             return step(x, sigma, inputs)

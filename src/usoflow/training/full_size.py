@@ -25,26 +25,26 @@ from torch.utils.checkpoint import checkpoint
 
 from usoflow.errors import UsoflowError
 from usoflow.models.checkpoint import Component
-from usoflow.models.flux import Flux
+from usoflow.models.flux import Flux, FluxInputs
 from usoflow.models.library import ModelLibrary, load_clip, load_siglip, load_t5, load_vae
 from usoflow.models.placement import Placement
 from usoflow.models.style_projector import StyleProjector
 from usoflow.models.text import ClipText, T5Encoder
 from usoflow.settings import find_folders
-from usoflow.training.base import METHOD, BaseStage
+from usoflow.training.base import Base, BaseStage
 from usoflow.training.captions import Ids, end_positions
 from usoflow.training.loop import LossFunction, Recipe
 from usoflow.training.plan import Plan
 from usoflow.training.reward import StyleReward, train_style_encoder
 from usoflow.training.stages import Workshop
-from usoflow.training.triplets import Encoders, cache_triplets, lesson_cast
+from usoflow.training.triplets import Encoders
 from usoflow.training.uso import (
-    LESSON_SEED,
     Lessons,
     StageName,
     Teaching,
     UsoStage,
     add_lora,
+    lesson_sets,
     lora_parameters,
     new_projector,
 )
@@ -58,7 +58,7 @@ OUTPUT = {"style": "projector.safetensors", "subject": "uso-lora.safetensors"}
 
 
 @dataclass(frozen=True)
-class FullBase:
+class FullBase(Base):
     """FLUX.1 and its text encoders, frozen, as `uso.Teaching` asks them; computes on one device."""
 
     flux: Flux
@@ -86,31 +86,14 @@ class FullBase:
         return cls(flux, clip, t5, stage)
 
     def encode(self, t5_ids: Ids, clip_ids: Ids) -> tuple[Tensor, Tensor]:
-        """Ids -> context [B, T, text_dim] and pooled [B, clip_dim]."""
         device = self.t5.shared.weight.device
         ends = end_positions(clip_ids).to(device)
         pooled = self.clip(torch.from_numpy(clip_ids).to(device), ends)[1]
         return self.t5(torch.from_numpy(t5_ids).to(device)), pooled
 
-    def velocity(
-        self,
-        x: Tensor,
-        sigma: Tensor,
-        text: tuple[Tensor, Tensor],
-        *,
-        guidance: float,
-        dtype: torch.dtype,
-        references: Sequence[Tensor] = (),
-        style: Tensor | None = None,
-    ) -> Tensor:
-        """The transformer's answer, [B, 16, h, w], on the CPU, where lessons are."""
-        device = text[0].device
-        inputs = self.flux.prepare(
-            *text, (x.shape[-2], x.shape[-1]), batch=len(x), guidance=guidance,
-            references=[latent.to(device) for latent in references], method=METHOD,
-            style=None if style is None else style.to(device), dtype=dtype,
-        )  # fmt: skip
-        answer: Tensor = self.flux(x.to(device), sigma.to(device), inputs).cpu()
+    def step(self, x: Tensor, sigma: Tensor, inputs: FluxInputs) -> Tensor:
+        """The transformer's answer to prepared inputs."""
+        answer: Tensor = self.flux(x, sigma, inputs)
         return answer
 
 
@@ -188,10 +171,8 @@ class Task:
 def run(task: Task, accelerator: Accelerator) -> list[float]:
     """One stage: encode its lessons, learn, write the projector or the LoRA in the official layout."""
     placement = Placement(accelerator.device, torch.bfloat16)
-    parts = components_of(find_folders(models=task.models))
-    missing = [kind for kind in NEEDED if kind not in parts]
-    if missing:
-        raise UsoflowError("model_missing", f"The model folders hold no {', no '.join(missing)}.")
+    found = components_of(find_folders(models=task.models), NEEDED)
+    parts = dict(zip(NEEDED, found, strict=True))
     workshop, plan = task.workshop, task.workshop.plan
     workshop.render()
     stage = dataclasses.replace(
@@ -221,14 +202,10 @@ def _teaching(
     workshop = task.workshop
     vae, tower = load_vae(parts["vae"]), load_siglip(parts["siglip"])
     encoders = Encoders(vae, tower, workshop.sprites, task.side)
-    world, name = workshop.world, f"lessons-{task.side}"
-    sets = {
-        use: cache_triplets(
-            encoders, workshop.folder / f"{name}-{use}", cast=lesson_cast(world, use), use=use,
-            seed=LESSON_SEED, count=stage.lessons,
-        )
-        for use, _ in stage.of(task.name)[1]
-    }  # fmt: skip
+    sets = lesson_sets(
+        encoders, workshop.folder, (use for use, _ in stage.of(task.name)[1]),
+        count=stage.lessons, name=f"lessons-{task.side}",
+    )  # fmt: skip
     base = FullBase.read(parts, placement, workshop.plan.base, fp8=task.fp8)
     patches = (tower.config.image_size // tower.config.patch) ** 2
     projector = new_projector(stage, patches, tower.config.dim, base.flux.config.hidden)

@@ -7,7 +7,7 @@ captions. Called by `stages` while training runs, and by `evaluate`.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -38,6 +38,18 @@ PROMPTS: Sequence[str] = (
 )
 
 
+def levels_of(steps: int) -> Tensor:
+    """The noise levels of a workflow's run, descending to 0."""
+    return sigmas("simple", steps, 1.0, schedule=FluxSchedule(), sampler_name="euler")
+
+
+def euler(x: Tensor, levels: Tensor, velocity: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Euler's method from the first level to the last; `velocity` is asked for x and sigma [B]."""
+    for level, following in itertools.pairwise(levels):
+        x = x + (following - level) * velocity(x, level.expand(len(x)))
+    return x
+
+
 @torch.no_grad()
 def sample(
     pocket: Pocket,
@@ -56,14 +68,15 @@ def sample(
     With `cfg` other than 1, the empty caption is the negative: how the base looks before distillation.
     """
     edge = side // 8
-    levels = sigmas("simple", steps, 1.0, schedule=FluxSchedule(), sampler_name="euler")
     x = torch.randn(len(prompts), 16, edge, edge, generator=torch.Generator().manual_seed(seed))
     text, blank = pocket.encode_texts(list(prompts)), pocket.encode_texts([""])
-    for level, following in itertools.pairwise(levels):
-        sigma = level.expand(len(x))
+
+    def velocity(x: Tensor, sigma: Tensor) -> Tensor:
         v = pocket.velocity(x, sigma, text, guidance=guidance, dtype=dtype).float()
-        if cfg != 1.0:
-            u = pocket.velocity(x, sigma, blank, guidance=guidance, dtype=dtype).float()
-            v = u + cfg * (v - u)
-        x = x + (following - level) * v
+        if cfg == 1.0:
+            return v
+        u = pocket.velocity(x, sigma, blank, guidance=guidance, dtype=dtype).float()
+        return u + cfg * (v - u)
+
+    x = euler(x, levels_of(steps), velocity)
     return decode(vae, LatentFormat().from_model(x))

@@ -30,6 +30,7 @@ from usoflow.training.backgrounds import BACKGROUNDS
 from usoflow.training.captions import CaptionTokenizer, Ids
 from usoflow.training.drawings import Sprites
 from usoflow.training.scenes import Placed, Scene, alone, described, generator, noun, pictures_of
+from usoflow.training.sheets import contact_sheet
 from usoflow.training.world import World
 
 Use = Literal["subject", "style", "both", "text"]
@@ -266,3 +267,14 @@ def style_states(tower: SiglipVision, pictures: Tensor) -> Tensor:
     """Pictures [B, S, S, 3] -> hidden states of USO's three levels, [B, 3, patches, dim]."""
     hidden = tower(preprocess(pictures, tower.config.image_size), list(LEVELS.values())).hidden
     return torch.stack([hidden[layer] for layer in LEVELS.values()], dim=1)
+
+
+def lesson_sheet(
+    path: Path, sprites: Sprites, lessons: Sequence[Triplet], made: Tensor, *, columns: int
+) -> None:
+    """Write four pictures for each lesson: content, style, target, and what was made [N, S, S, 3]."""
+    scenes = [scene for t in lessons for scene in (t.content, t.style, t.target)]
+    real = pictures_of(sprites, scenes, made.shape[1]).unflatten(0, (len(lessons), 3))
+    rows = torch.cat([real, made[:, None]], dim=1).flatten(0, 1)
+    labels = [text for t in lessons for text in ("content", "style", t.prompt or "(no prompt)", "made")]
+    contact_sheet(path, list(rows.numpy()), labels, columns=columns, zoom=1)

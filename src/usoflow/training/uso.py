@@ -8,11 +8,11 @@ Both then add style reward learning (`reward`). Token order, position ids and mo
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -22,16 +22,22 @@ from torch import Tensor, nn
 from usoflow.models.flux import PATCH, Flux
 from usoflow.models.style_projector import StyleProjector, StyleProjectorConfig
 from usoflow.models.weights import Linear, LowRank
-from usoflow.sampling.schedule import FluxSchedule, sigmas
-from usoflow.training.base import GUIDANCE, BaseStage, noised
+from usoflow.training.base import GUIDANCE, Base, noised
 from usoflow.training.captions import CaptionTokenizer, Ids
 from usoflow.training.drawings import Sprites
 from usoflow.training.initial import initialise
 from usoflow.training.loop import LossFunction, Recipe
 from usoflow.training.reward import StyleReward
 from usoflow.training.scenes import pictures_of
-from usoflow.training.text_to_image import STEPS
-from usoflow.training.triplets import TripletSet, Use, draw_triplet, lesson_cast
+from usoflow.training.text_to_image import STEPS, euler, levels_of
+from usoflow.training.triplets import (
+    Encoders,
+    TripletSet,
+    Use,
+    cache_triplets,
+    draw_triplet,
+    lesson_cast,
+)
 
 StageName = Literal["style", "subject"]
 Mix = tuple[tuple[Use, float], ...]  # shares of the uses; they add up to 1
@@ -124,30 +130,18 @@ def lora_parameters(branches: Mapping[str, LowRank]) -> dict[str, nn.Parameter]:
     return named | {f"{stem}.up.weight": branch.up for stem, branch in branches.items()}
 
 
-class Base(Protocol):
-    """What is taught: the pocket base, or FLUX.1 itself (`full_size`)."""
-
-    @property
-    def flux(self) -> Flux: ...
-
-    @property
-    def stage(self) -> BaseStage: ...
-
-    def encode(self, t5_ids: Ids, clip_ids: Ids) -> tuple[Tensor, Tensor]:
-        """Ids -> context [B, T, text_dim] and pooled [B, clip_dim]."""
-
-    def velocity(
-        self,
-        x: Tensor,
-        sigma: Tensor,
-        text: tuple[Tensor, Tensor],
-        *,
-        guidance: float,
-        dtype: torch.dtype,
-        references: Sequence[Tensor] = (),
-        style: Tensor | None = None,
-    ) -> Tensor:
-        """The transformer's answer, [B, 16, h, w]."""
+def lesson_sets(
+    encoders: Encoders, folder: Path, uses: Iterable[Use], *, count: int, name: str = "lessons"
+) -> dict[Use, TripletSet]:
+    """The lessons of some uses, encoded once, in `folder/NAME-USE`."""
+    world = encoders.sprites.world
+    return {
+        use: cache_triplets(
+            encoders, folder / f"{name}-{use}", cast=lesson_cast(world, use), use=use,
+            seed=LESSON_SEED, count=count,
+        )
+        for use in dict.fromkeys(uses)
+    }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -269,21 +263,18 @@ class Teaching:
     def _rollout(self, batch: Batch, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """From noise to a random level of a short schedule: x and the level."""
         stop = int(rng.integers(1, ROLLOUT_STEPS))
-        levels = _levels(ROLLOUT_STEPS)[: stop + 1]
+        levels = levels_of(ROLLOUT_STEPS)[: stop + 1]
         return self._denoise(batch, levels, int(rng.integers(2**62))), levels[-1]
 
     def sample(self, batch: Batch, *, seed: int) -> Tensor:
         """What a workflow makes of the lessons' conditions, in 20 steps: latents in the model's scale."""
-        return self._denoise(batch, _levels(STEPS), seed)
+        return self._denoise(batch, levels_of(STEPS), seed)
 
     @torch.no_grad()
     def _denoise(self, batch: Batch, levels: Tensor, seed: int) -> Tensor:
         shape = self.lessons.sets[batch.use].rows("target", batch.indices).shape
         x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-        for level, following in itertools.pairwise(levels):
-            v = self.velocity(batch, x, level.expand(len(x)), guidance=GUIDANCE)
-            x = x + (following - level) * v
-        return x
+        return euler(x, levels, lambda x, sigma: self.velocity(batch, x, sigma, guidance=GUIDANCE))
 
     def loss(self, name: StageName, reward: StyleReward, sprites: Sprites) -> LossFunction:
         """Flow matching and, from the stage's part on and now and then, the reward beside it."""
@@ -304,7 +295,3 @@ class Teaching:
 def _reach(part: float) -> int:
     """How many tokens far practice moves a picture, after a part of the practice."""
     return 0 if part < 0.1 else 1
-
-
-def _levels(steps: int) -> Tensor:
-    return sigmas("simple", steps, 1.0, schedule=FluxSchedule(), sampler_name="euler")

@@ -23,12 +23,12 @@ from usoflow.models.flux import Flux, FluxInputs
 from usoflow.models.inventory import found_files
 from usoflow.models.library import LoraUse, ModelLibrary
 from usoflow.models.vae import LatentFormat
-from usoflow.sampling.schedule import FluxSchedule, sigmas
 from usoflow.settings import Folders
 from usoflow.training.backgrounds import BACKGROUNDS
 from usoflow.training.base import METHOD
 from usoflow.training.drawings import Sprites
 from usoflow.training.scenes import Scene, pictures_of
+from usoflow.training.text_to_image import STEPS, euler, levels_of
 from usoflow.training.triplets import (
     CONTENT_RENDERED,
     RENDERED,
@@ -46,7 +46,6 @@ CellName = Literal["subject", "style seen", "style held out", "both", "both, sty
 QUESTION_SEED = 990_004
 SAMPLE_SEED = 990_005
 BATCH = 25
-STEPS = 20
 MOVED = 0.08  # fraction of the side by which place or size must differ
 HELD_OUT_RENDERED = 0.75  # of held-out styles: one drawing set and three renderings, each a quarter
 # In the order of `Contender`'s attributes.
@@ -110,14 +109,21 @@ def contenders(use: Use) -> dict[str, Given]:
     return rows
 
 
-def components_of(folders: Folders) -> dict[str, Component]:
-    """The first component of each kind among the files of the model folders."""
+def components_of(folders: Folders, needed: Sequence[str]) -> list[Component]:
+    """The first component of each kind that is needed among the files of the model folders, in that order.
+
+    Raises:
+        UsoflowError: `model_missing` naming the kinds of which there is none.
+    """
     found: dict[str, Component] = {}
     for file in found_files(folders):
         if not file.problem:
             for kind, component in TensorFile.open(file.path).components().items():
                 found.setdefault(kind, component)
-    return found
+    missing = [KIND_NAMES[kind] for kind in needed if kind not in found]
+    if missing:
+        raise UsoflowError("model_missing", f"The model folders hold no {', no '.join(missing)}.")
+    return [found[kind] for kind in needed]
 
 
 @dataclass(frozen=True)
@@ -145,13 +151,9 @@ class Contender:
         """The first component of each kind among the files of the model folders.
 
         Raises:
-            UsoflowError: `model_missing` naming the kinds of which there is none.
+            UsoflowError: `model_missing`.
         """
-        found = components_of(folders)
-        missing = [KIND_NAMES[kind] for kind in NEEDED if kind not in found]
-        if missing:
-            raise UsoflowError("model_missing", f"The model folders hold no {', no '.join(missing)}.")
-        return cls(library, side, *(found[kind] for kind in NEEDED))
+        return cls(library, side, *components_of(folders, NEEDED))
 
     def answer(self, sprites: Sprites, asked: Sequence[Triplet], given: Given) -> Tensor:
         """One picture for each question, [N, side, side, 3] in 0..1: euler, simple, 20 steps, cfg 1."""
@@ -167,9 +169,8 @@ class Contender:
         generator = torch.Generator().manual_seed(SAMPLE_SEED + number)
         x = torch.randn(len(asked), 16, edge, edge, generator=generator).to(placement.device)
         inputs = self._inputs(sprites, asked, given)
-        levels = sigmas("simple", STEPS, 1.0, schedule=FluxSchedule()).to(placement.device)
-        for level, following in itertools.pairwise(levels):
-            x = x + (following - level) * flux(x, level.expand(len(x)), inputs)
+        levels = levels_of(STEPS).to(placement.device)
+        x = euler(x, levels, lambda x, sigma: flux(x, sigma, inputs))
         return self.library.vae_decode(self.vae, LatentFormat.from_component(self.flux).from_model(x)).cpu()
 
     def _inputs(self, sprites: Sprites, asked: Sequence[Triplet], given: Given) -> FluxInputs:

@@ -6,16 +6,11 @@ Asks `uso_evaluate` for everything, and decides nothing.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from usoflow.training.drawings import Sprites
-from usoflow.training.scenes import pictures_of
-from usoflow.training.sheets import contact_sheet
-from usoflow.training.triplets import Triplet
+from usoflow.training.triplets import lesson_sheet
 from usoflow.training.uso_evaluate import CELLS, Contender, Marks, bounds, contenders, marks, questions
 from usoflow.training.uso_judge import UsoJudge
 
@@ -54,7 +49,8 @@ def evaluate(
             pictures = contender.answer(sprites, asked, given)
             rows[row] = marks(judge, sprites.world, asked, pictures)
             say(f"{name}, {row}: {in_words(rows[row])}")
-            write_sheet(output / f"{_file(name)}-{_file(row)}.png", sprites, asked[:SHOWN], pictures[:SHOWN])
+            sheet = output / f"{_file(name)}-{_file(row)}.png"
+            lesson_sheet(sheet, sprites, asked[:SHOWN], pictures[:SHOWN], columns=8)
         rows |= bounds(judge, sprites, asked, contender.side)
         (output / "evaluation.json").write_text(json.dumps({"count": count} | tables, indent=1), "utf-8")
         (output / "evaluation.md").write_text(as_markdown(tables, count), "utf-8")
@@ -76,16 +72,6 @@ def as_markdown(tables: Mapping[str, Mapping[str, Marks]], count: int) -> str:
 def in_words(found: Marks) -> str:
     """'subject 81 %, style 12 %'."""
     return ", ".join(f"{name} {100 * found[name]:.0f} %" for name in COLUMNS if name in found)
-
-
-def write_sheet(path: Path, sprites: Sprites, asked: Sequence[Triplet], made: Tensor) -> None:
-    """Content, style, target and what was made, for each question."""
-    side = made.shape[1]
-    scenes = [scene for t in asked for scene in (t.content, t.style, t.target)]
-    real = pictures_of(sprites, scenes, side).unflatten(0, (len(asked), 3))
-    rows = torch.cat([real, made[:, None]], dim=1).flatten(0, 1)
-    labels = [text for t in asked for text in ("content", "style", t.prompt or "(no prompt)", "made")]
-    contact_sheet(path, list(rows.numpy()), labels, columns=8, zoom=1)
 
 
 def _cell(found: Marks, column: str) -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from usoflow.models.style_projector import StyleProjector
@@ -18,17 +17,17 @@ from usoflow.training import autoencoder, package
 from usoflow.training.base import Pocket
 from usoflow.training.loop import LossFunction, Training, load_average, swap
 from usoflow.training.reward import StyleEncoder, StyleReward, train_style_encoder
-from usoflow.training.scenes import pictures_of
-from usoflow.training.sheets import contact_sheet, loss_curve
+from usoflow.training.sheets import loss_curve
 from usoflow.training.stages import Workshop
 from usoflow.training.tower import train_tower
-from usoflow.training.triplets import Encoders, Use, cache_triplets, draw_triplet, lesson_cast
+from usoflow.training.triplets import Encoders, Use, draw_triplet, lesson_cast, lesson_sheet
 from usoflow.training.uso import (
     LESSON_SEED,
     Lessons,
     StageName,
     Teaching,
     add_lora,
+    lesson_sets,
     lora_parameters,
     new_projector,
 )
@@ -82,20 +81,9 @@ def trained(workshop: Workshop, pocket: Pocket) -> tuple[StyleProjector, dict[st
 def _teaching(workshop: Workshop) -> Teaching:
     pocket = workshop.finished().requires_grad_(False)
     encoders = _encoders(workshop)
-    count, folder, world = workshop.plan.uso.lessons, workshop.folder, workshop.sprites.world
     stage = workshop.plan.uso
-    shown = dict.fromkeys(use for use, _ in (*stage.style_mix, *stage.subject_mix))
-    sets = {
-        use: cache_triplets(
-            encoders,
-            folder / f"lessons-{use}",
-            cast=lesson_cast(world, use),
-            use=use,
-            seed=LESSON_SEED,
-            count=count,
-        )
-        for use in shown
-    }
+    uses = (use for use, _ in (*stage.style_mix, *stage.subject_mix))
+    sets = lesson_sets(encoders, workshop.folder, uses, count=stage.lessons)
     projector = _projector(workshop).requires_grad_(False)
     return Teaching(pocket, projector, Lessons.of(sets, pocket.stage.tokenizer), stage, workshop.dtype)
 
@@ -122,16 +110,12 @@ def _run(
 
 def write_sheet(path: Path, teaching: Teaching, workshop: Workshop, use: Use) -> None:
     """Four pictures for each of the first lessons of a use: content, style, target, and what is made."""
-    sprites, side = workshop.sprites, workshop.plan.base.large_side
+    sprites = workshop.sprites
     made = teaching.sample(teaching.lessons.first(use, SHOWN), seed=0)
     drawn = autoencoder.decode(workshop.trained_vae, LatentFormat().from_model(made))
     cast = lesson_cast(sprites.world, use)
     lessons = [draw_triplet(cast, LESSON_SEED, i, use) for i in range(SHOWN)]
-    scenes = [scene for t in lessons for scene in (t.content, t.style, t.target)]
-    real = pictures_of(sprites, scenes, side).unflatten(0, (SHOWN, 3))
-    rows = torch.cat([real, drawn[:, None]], dim=1).flatten(0, 1)
-    labels = [text for t in lessons for text in ("content", "style", t.prompt or "(no prompt)", "made")]
-    contact_sheet(path, list(rows.numpy()), labels, columns=12, zoom=1)
+    lesson_sheet(path, sprites, lessons, drawn, columns=12)
 
 
 def _encoders(workshop: Workshop) -> Encoders:
