@@ -1,6 +1,6 @@
 """Measures what is asked for, prints tables, writes a report.
 
-    python -m benchmarks step growth pocket easycache
+    python -m benchmarks step growth workflow full pocket easycache gpu
     python -m benchmarks --quick all        # minutes: small sizes, to see that everything runs
 
 From the root of the repository, in its environment (`make .venv/.installed-test`), on a machine that does
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import growth, pocket, step, synthetic
+from benchmarks import full_size, gpu, growth, pocket, step, synthetic, workflow
 from benchmarks.report import Table, machine, write
 
 SHALLOW = "checkpoints/flux1-dev-bf16.safetensors"
@@ -50,6 +50,14 @@ def _growth(options: argparse.Namespace) -> Iterator[Table]:
         yield from growth.tables(models / SHALLOW, options.rounds, quick=options.quick)
 
 
+def _workflow(options: argparse.Namespace) -> Iterable[Table]:
+    return [workflow.table(options.scratch, options.rounds, quick=options.quick)]
+
+
+def _full(options: argparse.Namespace) -> Iterable[Table]:
+    return [full_size.table(options.scratch, quick=options.quick)]
+
+
 def _pocket(options: argparse.Namespace) -> Iterator[Table]:
     yield from pocket.cold_and_warm(options.rounds)
     yield pocket.serve(options.rounds)
@@ -59,11 +67,18 @@ def _easycache(options: argparse.Namespace) -> Iterable[Table]:
     return [pocket.easycache(1 if options.quick else 4)]
 
 
+def _gpu(options: argparse.Namespace) -> Iterator[Table]:
+    yield from gpu.tables(options.scratch, options.rounds, quick=options.quick)
+
+
 SECTIONS: Mapping[str, Callable[[argparse.Namespace], Iterable[Table]]] = {
     "step": _steps,
     "growth": _growth,
+    "workflow": _workflow,
+    "full": _full,
     "pocket": _pocket,
     "easycache": _easycache,
+    "gpu": _gpu,
 }
 
 
@@ -81,7 +96,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="rounds, in each of which every competitor has its turn")
     parser.add_argument("--threads", type=int, help="of torch; default as torch chooses")
     parser.add_argument("--quick", action="store_true", help="small sizes and 1 round, to see that it runs")
-    parser.add_argument("--scratch", type=Path, help="folder for a model file of 2 GB")
+    parser.add_argument("--scratch", type=Path, help="folder for model files of up to 17 GB")
     parser.add_argument("--out", type=Path, default=Path("out/benchmarks"), help="folder of the report")
     options = parser.parse_args()
     options.rounds = options.rounds or (1 if options.quick else 5)

@@ -26,6 +26,7 @@ TORCH = {
     "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn
 }  # fmt: skip
 SHALLOW = (1, 2)
+FULL = (19, 38)
 SPARE = 2 << 30  # bytes of disk to leave free
 
 
@@ -33,6 +34,36 @@ def transformer(depth: tuple[int, int], dtype: str) -> Spec:
     """The transformer alone."""
     double, single = depth
     return {name: (shape, dtype) for name, shape in synth.flux(double=double, single=single).items()}
+
+
+def checkpoint(depth: tuple[int, int], dtype: str, *, t5_layers: int) -> Spec:
+    """The all-in-one file: transformer and T5 in `dtype`, CLIP in F16, VAE in F32."""
+    double, single = depth
+    parts = (
+        (synth.flux(double=double, single=single), dtype),
+        (synth.t5(layers=t5_layers), dtype),
+        (synth.clip_l(), "F16"),
+        (synth.vae(), "F32"),
+    )
+    return {
+        name: (shape, "F32" if name.endswith("logit_scale") else part_dtype)
+        for shapes, part_dtype in parts
+        for name, shape in shapes.items()
+    }
+
+
+def uso_files(depth: tuple[int, int]) -> Mapping[str, Spec]:
+    """LoRA, projector and vision tower, by their place in a models folder."""
+    double, single = depth
+    shapes = {
+        "loras/uso-flux1-dit-lora-v1.safetensors": (synth.lora(double=double, single=single), "BF16"),
+        "model_patches/uso-flux1-projector-v1.safetensors": (synth.projector(), "BF16"),
+        "clip_vision/sigclip_vision_patch14_384.safetensors": (synth.siglip(), "F16"),
+    }
+    return {
+        path: {name: (shape, dtype) for name, shape in found.items()}
+        for path, (found, dtype) in shapes.items()
+    }
 
 
 @contextmanager
