@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from usoflow.models.checkpoint import Component, TensorFile
 from usoflow.models.flux import Flux
 from usoflow.models.library import ModelLibrary, load_flux
-from usoflow.models.pages import mapped
+from usoflow.models.pages import bring, mapped
 from usoflow.models.placement import Placement, _free_in_container
 from usoflow.models.residence import Sizes, settle_on_cpu, settle_on_gpu
 from usoflow.models.weights import Linear, LowRank
@@ -176,3 +177,25 @@ def test_a_container_has_its_own_limit(tmp_path: Path) -> None:
 
 def test_a_smaller_plan_has_half() -> None:
     assert Placement(CPU, torch.float32, 1000).smaller.budget == 500
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are asked for on Linux only")
+def test_threads_read_what_is_stored_into_place(tmp_path: Path) -> None:
+    """Every page of a mapped file comes, though nobody touches it."""
+    path, size = tmp_path / "weights", 40 << 20
+    path.write_bytes(bytes(size))
+    stored = torch.from_file(str(path), size=size, dtype=torch.uint8)
+    assert resident_bytes(stored) == 0
+    bring(mapped([stored]))
+    deadline = time.monotonic() + 30
+    while resident_bytes(stored) < size:
+        assert time.monotonic() < deadline, f"{resident_bytes(stored)} of {size} bytes have come"
+        time.sleep(0.01)
+
+
+def resident_bytes(tensor: Tensor) -> int:
+    """Of the mapping that begins with a tensor, as proc(5) tells it."""
+    lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+    begin = next(line for line in lines if line.startswith(f"{tensor.data_ptr():x}-"))
+    assert begin
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("Rss:"))

@@ -3,7 +3,7 @@
 On a CPU, from fast and large to slow and small:
 
 - ready: widened to the dtype of the computation and packed, once
-- stored: as the file has them, mapped; each is widened when it is used, into one buffer
+- stored: as the file has them, mapped, read in by threads; each is widened when it is used, into one buffer
 - passing: the same, and a block's pages are given back when it is done, while the next one's are read
 
 On a GPU, blocks are resident as stored, as many as fit; the others come for each use and leave after it.
@@ -74,13 +74,13 @@ def settle_on_cpu(
     """Lay the weights of a network; says how: "ready", "stored" or "passing"."""
     sizes = Sizes.of(module, blocks, dtype)
     if sizes.ready <= budget and not as_stored:
-        for layer in _linear_layers(module):
-            _make_ready(layer, dtype)
+        _make_all_ready(module, blocks, dtype)
         return "ready"
     scratch = Scratch()
     for layer in _linear_layers(module):
         layer.scratch = scratch
     if sizes.stored <= budget:
+        pages.bring(pages.mapped(module.parameters()))
         return "stored"
     _let_pages_pass(blocks)
     logger.info(
@@ -115,6 +115,16 @@ def _let_pass(block: nn.Module, device: torch.device) -> None:
 
     block.register_forward_pre_hook(enter)
     block.register_forward_hook(leave)
+
+
+def _make_all_ready(module: nn.Module, blocks: Sequence[nn.Module], dtype: torch.dtype) -> None:
+    """Part by part; while one is widened, the system reads the next."""
+    parts = [*_but(module, blocks), *blocks]
+    held = [pages.mapped(part.parameters()) for part in parts]
+    for part, following in zip(parts, [*held[1:], []], strict=True):
+        pages.read_ahead(following)
+        for layer in _linear_layers(part):
+            _make_ready(layer, dtype)
 
 
 def _make_ready(layer: Linear, dtype: torch.dtype) -> None:
