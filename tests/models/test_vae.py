@@ -18,8 +18,10 @@ from golden import synth
 from golden.compare import Golden
 from usoflow.errors import UsoflowError
 from usoflow.models.checkpoint import TensorFile
+from usoflow.models.library import load_vae
 from usoflow.models.vae import AutoEncoder, LatentFormat, VaeConfig, centre_crop
 from usoflow.models.weights import build
+from usoflow.settings import POCKET_MODELS
 
 CONFIG = VaeConfig(widths=(8, 16, 24), blocks=1, latent_channels=4, groups=4, eps=1e-5)
 DECLARED = {"vae": {"groups": 4, "eps": 1e-5, "scale": 0.5, "shift": -0.25}}
@@ -163,3 +165,41 @@ def test_goldens(synth_models: Path, golden: Callable[[str], Golden]) -> None:
     for name, result in (("encode.128x96", vae.encode(image)), ("decode.16x12", vae.decode(latent))):
         report = golden("vae").check(name, result.numpy(), 1e-4)
         assert report["ok"], report
+
+
+@pytest.fixture(scope="module")
+def pocket_vae() -> AutoEncoder:
+    """A VAE in whose pictures something can be seen."""
+    path = POCKET_MODELS / "checkpoints" / "usoflow-pocket.safetensors"
+    return load_vae(TensorFile.open(path).components()["vae"])
+
+
+def drawn_picture() -> Tensor:
+    """Soft colours and edges, [1, 160, 128, 3]."""
+    y, x = torch.meshgrid(torch.linspace(0, 1, 160), torch.linspace(0, 1, 128), indexing="ij")
+    disc = ((x - 0.4) ** 2 + (y - 0.6) ** 2 < 0.08).float()
+    return torch.stack([0.8 * disc + 0.2 * x, y, 1 - 0.7 * disc], dim=-1)[None]
+
+
+def test_pictures_for_which_there_is_room_are_whole(pocket_vae: AutoEncoder) -> None:
+    picture = drawn_picture()
+    whole = pocket_vae.encode(picture)
+    assert torch.equal(pocket_vae.encode(picture, room=1 << 30), whole)
+    assert torch.equal(pocket_vae.decode(whole, room=1 << 30), pocket_vae.decode(whole))
+
+
+@pytest.mark.parametrize("room", [2_000_000, 1])
+def test_without_room_the_vae_works_in_tiles(
+    pocket_vae: AutoEncoder, room: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of the same size, and hardly another picture."""
+    picture = drawn_picture()
+    with caplog.at_level("INFO"):
+        latent = pocket_vae.encode(picture, room=room)
+        made = pocket_vae.decode(latent, room=room)
+    assert caplog.text.count("The VAE works in tiles") == 2
+    whole = pocket_vae.decode(pocket_vae.encode(picture))
+    assert latent.shape == (1, 16, 20, 16)
+    assert made.shape == whole.shape
+    assert not torch.equal(made, whole)
+    assert float((made - whole).square().mean()) < 10**-2.5  # 25 dB

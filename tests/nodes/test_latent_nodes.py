@@ -19,10 +19,10 @@ from torch.nn import functional as F
 from usoflow.models.checkpoint import TensorFile
 from usoflow.models.library import ModelLibrary
 from usoflow.models.placement import Placement
+from usoflow.models.tiling import Grid, tiled
 from usoflow.nodes import latent, latent_batch
 from usoflow.nodes.handles import VaeHandle
 from usoflow.nodes.resize import bislerp
-from usoflow.nodes.tiling import Grid, tiled
 
 METHODS = ("nearest-exact", "bilinear", "area", "bicubic")
 

@@ -106,14 +106,14 @@ class ModelLibrary:
 
         def encode() -> Tensor:
             with self.placement.borrow(self._module(component, load_vae)) as module:
-                return module.encode(images, dtype=self.placement.vae_dtype)
+                return module.encode(images, dtype=self.placement.vae_dtype, room=self.placement.room)
 
         return self._encoded(("vae", _key(component), _content(images)), encode).clone()  # likewise
 
     def vae_decode(self, component: Component, latents: Tensor) -> Tensor:
         """Latents [B, 16, h, w], unscaled, to pictures [B, H, W, 3] in 0..1."""
         with self.placement.borrow(self._module(component, load_vae)) as module:
-            return module.decode(latents, dtype=self.placement.vae_dtype)
+            return module.decode(latents, dtype=self.placement.vae_dtype, room=self.placement.room)
 
     def style_tokens(self, projector: Component, states: Mapping[int, Tensor]) -> Tensor:
         """Hidden states of the vision tower, by layer, to style tokens [B, 192, hidden]."""

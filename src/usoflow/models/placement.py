@@ -32,6 +32,7 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
 
 LARGE = 1 << 30  # bytes of an encoder that are worth giving back
 PART_OF_CPU, PART_OF_GPU = 0.5, 0.8  # of what is free, for the transformer's weights
+PART_FOR_WORK = 0.9  # of what is free, for one computation
 SMALLER = 0.5  # the next plan's budget, after memory ran out
 
 
@@ -73,6 +74,14 @@ class Placement:
         if self.device.type == "cuda":
             return int(PART_OF_GPU * torch.cuda.mem_get_info(self.device)[0])
         return int(PART_OF_CPU * _free_memory())
+
+    @property
+    def room(self) -> int:
+        """Bytes that a computation beside the transformer may take now."""
+        free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else _free_memory()
+        return (
+            int(PART_FOR_WORK * free) if self.budget is None else min(int(PART_FOR_WORK * free), self.budget)
+        )
 
     @property
     def smaller(self) -> Self:

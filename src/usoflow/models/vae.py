@@ -7,7 +7,8 @@ FLUX.1, without quantisation convolutions; parameter names equal the keys of tha
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,10 @@ from torch.nn import functional as F
 from usoflow.errors import UsoflowError
 from usoflow.models.checkpoint import Component
 from usoflow.models.finite import require_finite
+from usoflow.models.tiling import Grid, tiled
 from usoflow.models.weights import Conv2d, GroupNorm
+
+logger = logging.getLogger(__name__)
 
 IGNORED: tuple[str, ...] = ()
 
@@ -25,6 +29,8 @@ OFFICIAL_GROUPS = 32
 OFFICIAL_EPS = 1e-6
 OFFICIAL_SCALE = 0.3611
 OFFICIAL_SHIFT = 0.1159
+LEAST_TILE = 16  # latents; what is smaller sees too little of the picture
+OVERLAP = 8  # part of a tile that its neighbour works on too: 1 / 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,7 +262,9 @@ class Decoder(nn.Module):
 class AutoEncoder(nn.Module):
     """Encoder and decoder, with the conventions of the IMAGE and LATENT types around them.
 
-    Pictures are worked on one at a time, so memory does not grow with the batch; results lie on the
+    Pictures are worked on one at a time, so memory does not grow with the batch, and in overlapping tiles
+    where a whole one would need more memory than there is `room` for (bytes; None: there is enough). Tiles
+    are normalised each for itself, so colours may differ a little between them. Results lie on the
     device of the input, as float32.
     """
 
@@ -267,13 +275,16 @@ class AutoEncoder(nn.Module):
         self.decoder = Decoder(config)
 
     @torch.no_grad()
-    def encode(self, images: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    def encode(
+        self, images: Tensor, *, dtype: torch.dtype = torch.float32, room: int | None = None
+    ) -> Tensor:
         """The posterior's mean: no noise is drawn and no latent format applied.
 
         Args:
             images: [B, H, W, C] in 0..1, C >= 3; only the first three channels count, and the sides are
                 cropped about the centre to multiples of `config.factor`.
             dtype: the dtype to compute in.
+            room: bytes for the computation.
 
         Returns:
             [B, latent_channels, H // factor, W // factor] float32.
@@ -282,16 +293,22 @@ class AutoEncoder(nn.Module):
             UsoflowError: "picture_size" if a side is shorter than one latent; "non_finite".
         """
         pixels = centre_crop(images, self.config.factor)[..., :3].movedim(-1, 1)  # [B, 3, H, W]
-        mean = self._each(lambda x: self.encoder(x).chunk(2, dim=1)[0], pixels * 2 - 1, dtype)
+        # At its peak five maps of the finest level are held.
+        tiles = self._tiles(pixels.shape, 5 * self.config.widths[0] * dtype.itemsize, room)
+        grid = tiles and Grid(*tiles, before=self.config.factor, after=1)
+        mean = self._each(lambda x: self.encoder(x).chunk(2, dim=1)[0], pixels * 2 - 1, dtype, grid)
         return require_finite(mean, "VAE encoding")
 
     @torch.no_grad()
-    def decode(self, latent: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    def decode(
+        self, latent: Tensor, *, dtype: torch.dtype = torch.float32, room: int | None = None
+    ) -> Tensor:
         """Latents, without latent format, to pictures.
 
         Args:
             latent: [B, latent_channels, h, w].
             dtype: the dtype to compute in.
+            room: bytes for the computation.
 
         Returns:
             [B, h * factor, w * factor, 3] float32, clamped to 0..1.
@@ -306,13 +323,36 @@ class AutoEncoder(nn.Module):
                 f"The latent has {latent.shape[1]} channels, the VAE takes {channels}.",
                 remedy="Sample the latent first, or make it with EmptySD3LatentImage.",
             )
-        pixels = require_finite(self._each(self.decoder, latent, dtype), "VAE decoding")  # [B, 3, H, W]
+        # At its peak four maps are held, enlarged to the finest level and as wide as the next.
+        factor, wide = self.config.factor, self.config.widths[min(1, len(self.config.widths) - 1)]
+        size = [factor * side for side in latent.shape[-2:]]
+        tiles = self._tiles(size, 4 * wide * dtype.itemsize, room)
+        grid = tiles and Grid(*tiles, before=1, after=factor)
+        pixels = require_finite(self._each(self.decoder, latent, dtype, grid), "VAE decoding")
         return ((pixels + 1) / 2).clamp_(0, 1).movedim(1, -1).contiguous()
 
-    def _each(self, network: Callable[[Tensor], Tensor], batch: Tensor, dtype: torch.dtype) -> Tensor:
+    def _tiles(self, size: Sequence[int], per_pixel: int, room: int | None) -> tuple[int, int] | None:
+        """Side and overlap of tiles, in latents, for pictures [..., H, W]; None where a whole one fits."""
+        height, width = size[-2:]
+        if room is None or height * width * per_pixel <= room:
+            return None
+        side = max(LEAST_TILE, int((room / per_pixel) ** 0.5) // self.config.factor)
+        logger.info(
+            "The VAE works in tiles of %d pixels: %dx%d at once would need %.1f GB, and there are %.1f.",
+            side * self.config.factor, width, height, height * width * per_pixel / 1e9, room / 1e9,
+        )  # fmt: skip
+        return side, side // OVERLAP
+
+    def _each(
+        self, network: Callable[[Tensor], Tensor], batch: Tensor, dtype: torch.dtype, grid: Grid | None
+    ) -> Tensor:
         device = self.encoder.conv_in.weight.device
-        results = (network(item.to(device, dtype)).to(batch.device).float() for item in torch.split(batch, 1))
-        return torch.cat(list(results))
+
+        def compute(item: Tensor) -> Tensor:
+            return network(item.to(device, dtype)).to(batch.device).float()
+
+        items = torch.split(batch, 1)
+        return torch.cat([compute(item) if grid is None else tiled(compute, item, grid) for item in items])
 
 
 def centre_crop(images: Tensor, multiple: int) -> Tensor:

@@ -65,8 +65,8 @@ def vae_encode_tiled(
     context: NodeContext,
 ) -> Latent:
     """Encodes pictures in overlapping tiles, so that memory does not grow with their size."""
+    from usoflow.models.tiling import Grid, tiled
     from usoflow.models.vae import centre_crop
-    from usoflow.nodes.tiling import Grid, tiled
 
     def encode(tile: Tensor) -> Tensor:
         return context.library.vae_encode(vae.vae, tile.movedim(1, -1))
@@ -87,7 +87,7 @@ def vae_decode_tiled(
     context: NodeContext,
 ) -> Image:
     """Decodes latents in overlapping tiles, so that memory does not grow with their size."""
-    from usoflow.nodes.tiling import Grid, tiled
+    from usoflow.models.tiling import Grid, tiled
 
     def decode(tile: Tensor) -> Tensor:
         return context.library.vae_decode(vae.vae, tile).movedim(-1, 1)

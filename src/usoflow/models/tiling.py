@@ -1,4 +1,4 @@
-"""A picture or latent worked on in overlapping tiles, for the tiled VAE nodes."""
+"""A picture or latent worked on in overlapping tiles: for the tiled VAE nodes, and where memory is short."""
 
 from __future__ import annotations
 
