@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shutil
 import weakref
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from usoflow.errors import UsoflowError
 from usoflow.models.checkpoint import CONFIG_KEY, Component, TensorFile
 from usoflow.models.library import ModelLibrary
 from usoflow.models.placement import Placement
@@ -116,3 +118,30 @@ def test_placement_of_a_device_that_is_not_there() -> None:
 def _here() -> set[str]:
     found = {"cuda"} if torch.cuda.is_available() else set()
     return found | ({"mps"} if torch.backends.mps.is_available() else set())
+
+
+@torch.inference_mode()
+def test_what_was_encoded_before_needs_no_file(models: Path, tmp_path: Path) -> None:
+    """Prompt, pictures and style tokens are known by content, though the models are forgotten and gone."""
+    root = tmp_path / "models"
+    shutil.copytree(models, root)
+    whole = TensorFile.open(root / CHECKPOINT).components()
+    (vision,) = TensorFile.open(next(root.glob("clip_vision/*"))).components().values()
+    (projector,) = TensorFile.open(next(root.glob("model_patches/*"))).components().values()
+    library, images = ModelLibrary(CPU32), torch.rand(1, 32, 32, 3)
+
+    def outputs(images: Tensor) -> list[Tensor]:
+        seen = library.encode_vision(vision, images, "none").hidden
+        return [
+            library.encode_text(whole["clip_l"], whole["t5"], "a cat").context,
+            library.vae_encode(whole["vae"], images),
+            library.style_tokens(projector, {layer: state.clone() for layer, state in seen.items()}),
+        ]
+
+    first = outputs(images)
+    library.make_smaller()
+    shutil.rmtree(root)
+    for before, after in zip(first, outputs(images.clone()), strict=True):
+        assert torch.equal(before, after)
+    with pytest.raises(UsoflowError):
+        outputs(images + 0.1)

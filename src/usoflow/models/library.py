@@ -117,9 +117,14 @@ class ModelLibrary:
 
     def style_tokens(self, projector: Component, states: Mapping[int, Tensor]) -> Tensor:
         """Hidden states of the vision tower, by layer, to style tokens [B, 192, hidden]."""
-        with self.placement.borrow(self._module(projector, load_projector)) as module:
-            on_device = {layer: state.to(self.placement.device) for layer, state in states.items()}
-            return cast(Tensor, module(on_device))
+
+        def project() -> Tensor:
+            with self.placement.borrow(self._module(projector, load_projector)) as module:
+                on_device = {layer: state.to(self.placement.device) for layer, state in states.items()}
+                return cast(Tensor, module(on_device))
+
+        seen = tuple((layer, _content(state)) for layer, state in states.items())
+        return self._encoded(("style", _key(projector), seen), project)
 
     def flux(self, component: Component, loras: tuple[LoraUse, ...], weight_dtype: str) -> Flux:
         """The transformer with these LoRAs, on the device to stay.
@@ -277,9 +282,9 @@ def tokenizers_of(clip: ClipText, t5: T5Encoder) -> Tokenizers:
     )
 
 
-def _content(images: Tensor) -> Key:
-    """What tells pictures apart: shape, and a digest of every pixel."""
-    data = images.detach().cpu().contiguous()
+def _content(values: Tensor) -> Key:
+    """What tells pictures, or what was seen in them, apart: shape, and a digest of every value."""
+    data = values.detach().cpu().contiguous()
     return tuple(data.shape), hashlib.sha256(data.view(torch.uint8).numpy().data).hexdigest()
 
 

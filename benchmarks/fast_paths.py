@@ -1,0 +1,156 @@
+"""What every fast or small way of computing does to a picture: pocket models, fixed seeds, against fp32.
+
+`tests/api/test_fast_paths.py` holds each to `BOUNDS`.
+"""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from types import MappingProxyType
+from unittest.mock import patch
+
+import torch
+from PIL.Image import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from benchmarks.quality import psnr, ssim
+from benchmarks.report import Table
+from usoflow.api.engine import Engine
+from usoflow.api.workflow import Workflow
+from usoflow.models import kernels
+from usoflow.settings import POCKET_MODELS
+
+HERE = Path("examples")
+CHECKPOINT = "checkpoints/usoflow-pocket.safetensors"
+BLOCKS = ("model.diffusion_model.double_blocks.", "model.diffusion_model.single_blocks.")
+EQUAL = 99.0  # dB that stand for no difference at all
+SUBJECT, STYLE = HERE / "robot.png", HERE / "pixels.png"
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How pictures are made.
+
+    Attributes:
+        dtype: of the transformer.
+        vram: the budget, if any.
+        fp8: the matrices of the blocks are stored in fp8.
+        within: what else holds meanwhile.
+    """
+
+    dtype: str
+    vram: str | None = None
+    fp8: bool = False
+    within: Callable[[], AbstractContextManager[object]] = nullcontext
+
+
+def _torch_alone() -> AbstractContextManager[object]:
+    """Without oneDNN's products and attention by heads."""
+    return patch.object(kernels, "_multiplied", frozenset)
+
+
+REFERENCE = Way("fp32", within=_torch_alone)
+WAYS: Mapping[str, Way] = MappingProxyType(
+    {
+        "fp32": Way("fp32"),
+        "fp32, weights passing through 1 MB": Way("fp32", vram="1MB"),
+        "bf16": Way("bf16"),
+        "bf16, weights passing through 1 MB": Way("bf16", vram="1MB"),
+        "bf16, blocks stored in fp8": Way("bf16", fp8=True),
+    }
+)
+BOUNDS: Mapping[str, tuple[float, float]] = MappingProxyType(  # of the worst picture: PSNR in dB, SSIM
+    {
+        "fp32": (80.0, 0.9999),
+        "fp32, weights passing through 1 MB": (80.0, 0.9999),
+        "bf16": (46.0, 0.995),
+        "bf16, weights passing through 1 MB": (46.0, 0.995),
+        "bf16, blocks stored in fp8": (30.0, 0.97),
+    }
+)
+
+
+def table(seeds: int) -> Table:
+    """PSNR and SSIM of each way."""
+    found = {name: measure(way, seeds) for name, way in WAYS.items()}
+    return Table(
+        "Pictures of the fast paths",
+        f"The four official graphs with the pocket models on {seeds} seeds each, 20 steps; against fp32 with"
+        " torch's own products. Mean and worst of the pictures; 99 dB is no difference.",
+        ["", "PSNR dB", "worst", "SSIM", "worst"],
+        [
+            [name, f"{mean(db):.1f}", f"{min(db):.1f}", f"{mean(alike):.4f}", f"{min(alike):.4f}"]
+            for name, (db, alike) in found.items()
+        ],
+        raw=found,
+    )
+
+
+def measure(way: Way, seeds: int) -> tuple[list[float], list[float]]:
+    """PSNR and SSIM of every picture against the reference's."""
+    pairs = list(zip(pictures(way, seeds), reference(seeds), strict=True))
+    return [min(psnr(a, b), EQUAL) for a, b in pairs], [ssim(a, b) for a, b in pairs]
+
+
+@functools.cache
+def reference(seeds: int) -> list[Image]:
+    """What all are compared with."""
+    return pictures(REFERENCE, seeds)
+
+
+def pictures(way: Way, seeds: int) -> list[Image]:
+    """By the four graphs, on seeds 0 to `seeds`."""
+    with (
+        way.within(),
+        _models(fp8=way.fp8) as models,
+        tempfile.TemporaryDirectory() as output,
+        Engine(models=models, output=output, device="cpu", dtype=way.dtype, vram=way.vram) as engine,
+    ):
+        made = (engine.run(graph.with_seed(seed)) for graph in graphs() for seed in range(seeds))
+        return [result.images[0] for result in made]
+
+
+def graphs() -> list[Workflow]:
+    """Text, subject, style, both: the official graphs, with the pictures of the examples."""
+    given: Mapping[str, Mapping[str, Path]] = {
+        "text": {},
+        "subject": {"47": SUBJECT},
+        "style": {"88": STYLE, "91": STYLE},
+        "both": {"47": SUBJECT, "112:46": STYLE, "112:53": STYLE},
+    }
+    found = []
+    for name, files in given.items():
+        graph = Workflow.load(HERE / "pocket" / f"{name}.json")
+        for node, file in files.items():
+            graph = graph.with_picture(node, file)
+        found.append(graph.assign("CLIPTextEncode.text=a robot in a forest"))
+    return found
+
+
+@contextmanager
+def _models(*, fp8: bool) -> Iterator[Path]:
+    """The pocket models, on request with the matrices of the transformer's blocks in fp8."""
+    if not fp8:
+        yield POCKET_MODELS
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        models = Path(folder) / "models"
+        shutil.copytree(POCKET_MODELS, models)
+        with safe_open(POCKET_MODELS / CHECKPOINT, framework="pt") as reader:
+            tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
+            declared = reader.metadata()
+        narrow = {
+            name: value.to(torch.float8_e4m3fn)
+            for name, value in tensors.items()
+            if name.startswith(BLOCKS) and value.ndim == 2
+        }
+        save_file(tensors | narrow, models / CHECKPOINT, metadata=declared)
+        yield models

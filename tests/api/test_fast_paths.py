@@ -1,0 +1,15 @@
+"""Every fast or small way of computing draws the picture that plain fp32 draws."""
+
+from __future__ import annotations
+
+import pytest
+from benchmarks.fast_paths import BOUNDS, WAYS, measure
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_pictures_stay_near_those_of_fp32(name: str) -> None:
+    """Text, subject, style and both; the worst of them."""
+    decibels, alike = measure(WAYS[name], seeds=1)
+    least, least_alike = BOUNDS[name]
+    assert min(decibels) >= least
+    assert min(alike) >= least_alike
