@@ -1,8 +1,8 @@
 """FLUX.1 at its full depth in fp8: loading, memory, seconds of a step; in a process of its own.
 
-    python -m benchmarks.full_size MODELS
+    python -m benchmarks.full_size MODELS [VRAM]
 
-prints JSON. MODELS holds a checkpoint as `synthetic.checkpoint` writes it.
+prints JSON. MODELS holds a checkpoint as `synthetic.checkpoint` writes it, and the files of USO.
 """
 
 from __future__ import annotations
@@ -23,27 +23,37 @@ from benchmarks import synthetic
 from benchmarks.report import Table
 
 CHECKPOINT = "checkpoints/flux1-dev-fp8.safetensors"
+PLANS = {"by itself": None, "--vram 14GB": "14GB"}
 PIECE = 64 << 20
 T5_LAYERS = 24
 
 
 def table(scratch: Path | None, *, quick: bool) -> Table:
-    """Write the file, measure in a new process, remove it."""
+    """Write the files, measure each plan in a new process, remove them."""
     depth, t5 = (synthetic.SHALLOW, 1) if quick else (synthetic.FULL, T5_LAYERS)
     spec = synthetic.checkpoint(depth, "F8_E4M3", t5_layers=t5)
-    with synthetic.written({CHECKPOINT: spec}, scratch) as models:
-        command = [sys.executable, "-m", "benchmarks.full_size", str(models)]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    found = json.loads(done.stdout.splitlines()[-1])
+    with synthetic.written({CHECKPOINT: spec} | synthetic.uso_files(depth), scratch) as models:
+        found = {name: _in_new_process(models, budget) for name, budget in PLANS.items()}
     return Table(
         "Full depth in fp8" if not quick else "Full depth in fp8 (quick: shallow)",
         f"{depth[0]} double and {depth[1]} single blocks, T5 of {t5} layers, "
-        f"{synthetic.size(spec) / 1e9:.1f} GB in one file; `generate` at 256x256. The file is out of the"
-        " system's cache before it is read and before it is loaded.",
-        ["", ""],
-        [[name, value if isinstance(value, str) else f"{value:.2f}"] for name, value in found.items()],
+        f"{synthetic.size(spec) / 1e9:.1f} GB in one file, with USO's LoRA; `generate` at 256x256. The file"
+        " is out of the system's cache before it is read and before it is loaded.",
+        ["", *found],
+        [[row, *(_cell(plan[row]) for plan in found.values())] for row in next(iter(found.values()))],
         raw=found,
     )
+
+
+def _in_new_process(models: Path, budget: str | None) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.full_size", str(models), *([budget] if budget else [])]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def _cell(value: Any) -> str:
+    return value if isinstance(value, str) else f"{value:.2f}"
 
 
 def read_seconds(path: Path, names: dict[str, tuple[int, int]]) -> float:
@@ -84,21 +94,42 @@ def ranges(path: Path, prefix: str) -> dict[str, tuple[int, int]]:
     }
 
 
-def measure(models: Path) -> dict[str, Any]:
+def measure(models: Path, budget: str | None) -> dict[str, Any]:
     """What the table shows."""
     from usoflow.api.engine import Engine
     from usoflow.execution.memory import PeakMemory
+
+    found = _loading(models / CHECKPOINT, budget)
+    peak = PeakMemory(torch.device("cpu"))
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Engine(models=models, output=folder, device="cpu", vram=budget) as engine,
+    ):
+        one = engine.generate("a cat", size=(256, 256), steps=1, seed=0)
+        more = engine.generate("a cat", size=(256, 256), steps=3, seed=1)
+    sampling = sum(node.seconds for node in more.nodes if node.class_type == "KSampler")
+    return {
+        "dtype": one.dtype,
+        **found,
+        "generate with 1 step, first of the process, s": one.seconds,
+        "step of the sampler, s (mean of 3)": sampling / 3,
+        "peak memory, GB": peak.bytes() / 1e9,
+    }
+
+
+def _loading(path: Path, budget: str | None) -> dict[str, Any]:
+    """The transformer's bytes read, and its weights in place: each from the disk."""
     from usoflow.models.checkpoint import TensorFile
     from usoflow.models.library import ModelLibrary
     from usoflow.models.placement import Placement
+    from usoflow.settings import bytes_of
 
-    path = models / CHECKPOINT
     tensors = ranges(path, "model.diffusion_model.")
     forget(path)
     reading = read_seconds(path, tensors)
     forget(path)
-    placement = Placement.choose("cpu")
-    library, component = ModelLibrary(placement), TensorFile.open(path).components()["flux"]
+    library = ModelLibrary(Placement.choose("cpu", budget=bytes_of(budget) if budget else None))
+    component = TensorFile.open(path).components()["flux"]
     start = time.perf_counter()
     with torch.inference_mode():
         flux = library.flux(component, (), "default")
@@ -106,22 +137,10 @@ def measure(models: Path) -> dict[str, Any]:
     loading = time.perf_counter() - start
     del flux, touched
     library.clear()
-    peak = PeakMemory(placement.device)
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        Engine(models=models, output=folder, device="cpu") as engine,
-    ):
-        one = engine.generate("a cat", size=(256, 256), steps=1, seed=0)
-        more = engine.generate("a cat", size=(256, 256), steps=3, seed=1)
-    whole = sum(node.seconds for node in more.nodes if node.class_type == "KSampler")
     return {
-        "dtype": one.dtype,
         "read the transformer's bytes, s": reading,
         "weights in place, s": loading,
         "in place : read": loading / reading,
-        "generate with 1 step, cold, s": one.seconds,
-        "seconds per step (of 3)": whole / 3,
-        "peak memory, GB": peak.bytes() / 1e9,
     }
 
 
@@ -131,4 +150,4 @@ def _touch(parameter: torch.Tensor) -> int:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(Path(sys.argv[1]))))
+    print(json.dumps(measure(Path(sys.argv[1]), *sys.argv[2:] or [None])))
