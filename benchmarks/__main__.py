@@ -51,7 +51,7 @@ def _growth(options: argparse.Namespace) -> Iterator[Table]:
 
 
 def _workflow(options: argparse.Namespace) -> Iterable[Table]:
-    return [workflow.table(options.scratch, options.rounds, quick=options.quick)]
+    return [workflow.table(options.scratch, quick=options.quick)]
 
 
 def _full(options: argparse.Namespace) -> Iterable[Table]:

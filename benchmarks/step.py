@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import peer
-from benchmarks.report import Table
+from benchmarks.report import Plot, Table
 from benchmarks.timing import Times, in_turn
 from usoflow.execution.memory import kept_memory
 from usoflow.models.checkpoint import TensorFile
@@ -190,12 +190,20 @@ def _table(side: int, found: Mapping[Case, Times], rounds: int) -> Table:
     raw: dict[str, Any] = {case.name: dict(times.seconds) for case, times in found.items()}
     return Table(
         f"DiT step, {side}x{side}",
-        f"Full width, 1 double and 2 single blocks, seconds; medians of {rounds} rounds taken in turn. The"
+        f"Full width, 1 double and 1 single block, seconds; medians of {rounds} rounds taken in turn. The"
         " last columns say how many times faster usoflow is (median of the ratios within a round, eager).",
         ["", "tokens", *names, *ratios],
         rows,
         raw=raw,
+        plots={f"step-{side}": _plot(found, names)},
     )
+
+
+def _plot(found: Mapping[Case, Times], names: Sequence[str]) -> Plot:
+    cases = sorted(found, key=lambda case: case.tokens)
+    tokens = [float(case.tokens) for case in cases]
+    lines = {name: (tokens, [found[case].median(name) for case in cases]) for name in names}
+    return Plot("tokens", "seconds of a step", lines, logarithmic=True)
 
 
 def _ratios(times: Times) -> list[str]:
