@@ -1,6 +1,6 @@
 """Measures what is asked for, prints tables, writes a report.
 
-    python -m benchmarks step growth workflow full pocket easycache numerics gpu
+    python -m benchmarks step growth workflow full pocket easycache numerics lora gpu
     python -m benchmarks --quick all        # minutes: small sizes, to see that everything runs
 
 From the root of the repository, in its environment (`make .venv/.installed-test`), on a machine that does
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import fast_paths, full_size, gpu, growth, pocket, step, synthetic, workflow
+from benchmarks import fast_paths, full_size, gpu, growth, lora, pocket, step, synthetic, workflow
 from benchmarks.report import Table, machine, write
 
 SHALLOW = "checkpoints/flux1-dev-bf16.safetensors"
@@ -71,6 +71,10 @@ def _fast_paths(options: argparse.Namespace) -> Iterable[Table]:
     return [fast_paths.table(1 if options.quick else 4)]
 
 
+def _lora(options: argparse.Namespace) -> Iterable[Table]:
+    return [lora.table(options.rounds, quick=options.quick)]
+
+
 def _gpu(options: argparse.Namespace) -> Iterator[Table]:
     yield from gpu.tables(options.scratch, options.rounds, quick=options.quick)
 
@@ -83,6 +87,7 @@ SECTIONS: Mapping[str, Callable[[argparse.Namespace], Iterable[Table]]] = {
     "pocket": _pocket,
     "easycache": _easycache,
     "numerics": _fast_paths,
+    "lora": _lora,
     "gpu": _gpu,
 }
 
