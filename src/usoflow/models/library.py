@@ -20,6 +20,7 @@ from usoflow.models import flux, pages, style_projector, text, vae, vision
 from usoflow.models.checkpoint import Component
 from usoflow.models.flux import OFFICIAL_DEPTH, Flux, FluxConfig
 from usoflow.models.lora import attach
+from usoflow.models.passage import give_back_pinned
 from usoflow.models.placement import Placement
 from usoflow.models.style_projector import LEVELS, StyleProjector, StyleProjectorConfig
 from usoflow.models.text import ClipText, ClipTextConfig, T5Config, T5Encoder, TextEncoding, encode_prompt
@@ -164,6 +165,7 @@ class ModelLibrary:
         pages.trim()
         if self.placement.device.type == "cuda":
             torch.cuda.empty_cache()
+            give_back_pinned()
 
     def _forget_transformers(self) -> None:
         """The budget is for one."""

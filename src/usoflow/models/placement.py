@@ -92,7 +92,8 @@ class Placement:
         if budgeted and self.device.type == "cpu":
             residence.settle_on_cpu(module, blocks, self.dtype, self.weight_bytes, as_stored=as_stored)
         elif budgeted and self.device.type == "cuda":
-            residence.settle_on_gpu(module, blocks, self.device, self.weight_bytes)
+            pinned = int(PART_OF_CPU * _free_memory())
+            residence.settle_on_gpu(module, blocks, self.device, self.weight_bytes, pinned=pinned)
         elif self.device.type != "cpu":
             module.to(self.device)
         return module

@@ -6,7 +6,7 @@ On a CPU, from fast and large to slow and small:
 - stored: as the file has them, mapped; each is widened when it is used, into one buffer
 - passing: the same, and a block's pages are given back when it is done, while the next one's are read
 
-On a GPU, blocks are resident as stored, as many as fit; the others come for each use and leave after it.
+On a GPU, blocks are resident as stored, as many as fit; the others pass through (`passage`).
 `Placement` says how much memory there is.
 """
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from usoflow.models import pages
 from usoflow.models.kernels import Scratch, pack
+from usoflow.models.passage import Passage
 from usoflow.models.weights import Linear
 
 logger = logging.getLogger(__name__)
@@ -50,17 +51,16 @@ class Sizes:
         )
 
     def resident(self, budget: int) -> int:
-        """How many blocks, from the first, stay within a budget; the others pass through, one at a time."""
+        """How many blocks, from the first, stay within a budget; two of the others pass through at a time."""
         if self.stored <= budget:
             return len(self.blocks)
-        left = budget - (self.stored - sum(self.blocks)) - max(self.blocks, default=0)
-        count = 0
-        for size in self.blocks:
-            left -= size
-            if left < 0:
-                break
-            count += 1
-        return count
+        left = budget - (self.stored - sum(self.blocks))
+        fitting = (
+            count
+            for count in range(len(self.blocks))
+            if sum(self.blocks[:count]) + 2 * max(self.blocks[count:]) <= left
+        )
+        return max(fitting, default=0)
 
 
 def settle_on_cpu(
@@ -89,32 +89,27 @@ def settle_on_cpu(
     return "passing"
 
 
-def settle_on_gpu(module: nn.Module, blocks: Sequence[nn.Module], device: torch.device, budget: int) -> int:
-    """Move a network to a GPU, but for the blocks that do not fit; how many blocks are resident."""
+def settle_on_gpu(
+    module: nn.Module, blocks: Sequence[nn.Module], device: torch.device, budget: int, *, pinned: int
+) -> int:
+    """Move a network to a GPU, but for the blocks that do not fit; how many blocks are resident.
+
+    Args:
+        module: all of it.
+        blocks: in the order of their use.
+        device: the GPU; a CPU can stand in for it.
+        budget: bytes on the device.
+        pinned: bytes of the host's memory that the other blocks may take (`passage`).
+    """
     resident = Sizes.of(module, blocks, torch.bfloat16).resident(budget)
     for part in (*blocks[:resident], *_but(module, blocks)):
         part.to(device)
-    for block in blocks[resident:]:
-        _let_pass(block, device)
+    for layer in _linear_layers(module):  # scales are small
+        layer.scale_weight = None if layer.scale_weight is None else layer.scale_weight.to(device)
     if resident < len(blocks):
+        Passage(blocks[resident:], device, pinned=pinned)
         logger.info("%d of %d blocks stay on the GPU, the others pass through.", resident, len(blocks))
     return resident
-
-
-def _let_pass(block: nn.Module, device: torch.device) -> None:
-    """Let a block's weights come to a device when it is called, and leave when it is done."""
-    home = [(parameter, parameter.data) for parameter in block.parameters()]
-
-    def enter(_module: nn.Module, _inputs: object) -> None:
-        for parameter, stored in home:
-            parameter.data = stored.to(device, copy=True)
-
-    def leave(_module: nn.Module, _inputs: object, _out: object) -> None:
-        for parameter, stored in home:
-            parameter.data = stored
-
-    block.register_forward_pre_hook(enter)
-    block.register_forward_hook(leave)
 
 
 def _make_ready(layer: Linear, dtype: torch.dtype) -> None:
