@@ -227,6 +227,7 @@ def _view(base: L) -> L:
         if isinstance(ours, Linear) and isinstance(theirs, Linear):
             ours.scale_weight, ours.quantised = theirs.scale_weight, theirs.quantised
             ours.scratch, ours.regular = theirs.scratch, theirs.regular
+            ours.row_scales = theirs.row_scales
     return view.eval()
 
 
