@@ -22,6 +22,7 @@ from usoflow.models.flux import OFFICIAL_DEPTH, Flux, FluxConfig
 from usoflow.models.lora import attach
 from usoflow.models.passage import give_back_pinned
 from usoflow.models.placement import Placement
+from usoflow.models.regions import Regions
 from usoflow.models.style_projector import LEVELS, StyleProjector, StyleProjectorConfig
 from usoflow.models.text import ClipText, ClipTextConfig, T5Config, T5Encoder, TextEncoding, encode_prompt
 from usoflow.models.tokens import ClipTokenizer, T5Tokenizer, Tokenizers
@@ -58,6 +59,11 @@ class ModelLibrary:
         self._modules: dict[Key, nn.Module] = {}
         self._views: dict[str, tuple[Key, nn.Module]] = {}  # by role: the last LoRAs in use
         self._encodings: OrderedDict[Key, Any] = OrderedDict()  # of prompts and pictures, the last used last
+        self._regions = Regions()
+
+    def begin_run(self) -> None:
+        """Another run begins: shapes that a run before it had may be compiled for (`regions`)."""
+        self._regions.begin_run()
 
     def encode_text(
         self,
@@ -200,6 +206,8 @@ class ModelLibrary:
         if weight_dtype == "fp8_e4m3fn":
             _narrow(module)
         self.placement.settle(module, module.blocks, as_stored=weight_dtype != "default")
+        if self.placement.compiled:
+            self._regions.attach(module)
         return module
 
     def _with_loras(self, role: str, base: L, loras: tuple[LoraUse, ...]) -> L:

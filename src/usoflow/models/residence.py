@@ -72,12 +72,16 @@ def settle_on_cpu(
     budget: int,
     *,
     as_stored: bool = False,
+    packed: bool = True,
 ) -> str:
-    """Lay the weights of a network; says how: "ready", "stored" or "passing"."""
+    """Lay the weights of a network; says how: "ready", "stored" or "passing".
+
+    What is to be compiled must not be packed: a compiler cannot look inside.
+    """
     sizes = Sizes.of(module, blocks, dtype)
     if sizes.ready <= budget and not as_stored:
         for layer in _linear_layers(module):
-            _make_ready(layer, dtype)
+            _make_ready(layer, dtype, packed=packed)
         return "ready"
     scratch = Scratch()
     for layer in _linear_layers(module):
@@ -130,11 +134,11 @@ def multiply_in_fp8(blocks: Sequence[nn.Module], device: torch.device) -> None:
                 layer.multiply_in_fp8(device)
 
 
-def _make_ready(layer: Linear, dtype: torch.dtype) -> None:
+def _make_ready(layer: Linear, dtype: torch.dtype, *, packed: bool) -> None:
     """The weight as it is multiplied: wide, scaled, packed; the file's pages are given back."""
     before = layer.weight.data
     wide: Tensor = layer.plain_weight(dtype)
-    layer.weight = nn.Parameter(pack(wide), requires_grad=False)
+    layer.weight = nn.Parameter(pack(wide) if packed else wide, requires_grad=False)
     layer.quantised = layer.scale_weight = None
     moved = layer.weight.is_mkldnn or layer.weight.data_ptr() != before.data_ptr()
     if moved and before.nbytes >= WORTH_GIVING_BACK:

@@ -93,7 +93,11 @@ class Linear(nn.Module):
         scales = self.row_scales if x.dtype == fp8.WIDE and not torch.is_grad_enabled() else None
         if not self.branches and scales is None:
             return linear(x, self._weight(x), bias, gelu=gelu)
-        y = fp8.product(x, self.weight, scales, bias) if scales is not None else linear(x, self._weight(x), bias)
+        y = (
+            fp8.product(x, self.weight, scales, bias)
+            if scales is not None
+            else linear(x, self._weight(x), bias)
+        )
         for branch in self.branches:
             y = branch(x, y)
         return F.gelu(y, approximate="tanh") if gelu else y
