@@ -109,8 +109,17 @@ def test_gradients_are_those_of_the_widened_weight() -> None:
     assert relative(x.grad, layer.weight.double().sum(0).expand(5, 64)) < 1e-2
 
 
-def test_a_cpu_widens() -> None:
+def test_a_cpu_could_multiply_but_widens() -> None:
+    assert fp8.works_on(CPU)
     assert not fp8.multiplied_on(CPU)
+
+
+def test_where_the_product_is_not_there_weights_are_widened(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("Rowwise scaling is not supported here")
+
+    monkeypatch.setattr(torch, "_scaled_mm", refuse)
+    assert not fp8.works_on(CPU)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
