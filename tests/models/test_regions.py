@@ -97,6 +97,18 @@ def test_a_second_run_of_the_same_shapes_is_compiled(small_models: Path, graphs:
 
 
 @torch.inference_mode()
+def test_a_server_meets_many_sizes(small_models: Path, graphs: Graphs) -> None:
+    """More than torch compiles of a function by itself."""
+    library, (file, _) = ModelLibrary(Placement(CPU, torch.float32, compiled=True)), files(small_models)
+    flux, sides = library.flux(file, (), "default"), range(4, 24, 2)
+    for _ in range(2):
+        library.begin_run()
+        for side in sides:
+            velocity(flux, side=side)
+    assert graphs.traced == 2 * len(sides)
+
+
+@torch.inference_mode()
 def test_nothing_is_compiled_where_it_was_not_asked_for(small_models: Path, graphs: Graphs) -> None:
     library, (file, _) = ModelLibrary(Placement.choose("cpu", "fp32")), files(small_models)
     for _ in range(3):

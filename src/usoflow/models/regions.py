@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"  # Inductor's own
 NEVER = sys.maxsize
+VARIANTS = 64  # of a block: sizes of pictures, LoRAs; torch's own limit is 8
 
 Shapes = tuple[Any, ...]
 
@@ -76,6 +77,7 @@ class Regions:
     def _of(self, kind: type[Block]) -> Callable[..., Any]:
         if kind not in self._compiled:
             os.environ.setdefault(CACHE_VARIABLE, str(self.folder))
+            torch._dynamo.config.cache_size_limit = VARIANTS
             logger.info("%s: compiled now, which takes a while once.", kind.__name__)
             self._compiled[kind] = torch.compile(kind.compute, dynamic=False, fullgraph=True)
         return self._compiled[kind]
