@@ -57,7 +57,6 @@ def twin(ours: Flux, dtype: torch.dtype = torch.float32) -> nn.Module:
 def velocity(
     theirs: nn.Module,
     latent: Tensor,
-    sigma: float,
     text: Tensor,
     pooled: Tensor,
     *,
@@ -65,13 +64,14 @@ def velocity(
     references: Sequence[Tensor] = (),
     method: str = "uxo",
     style: Tensor | None = None,
-) -> Callable[[], Tensor]:
-    """One step of theirs on the inputs of `Flux.prepare`; what a pipeline prepares once is prepared here.
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Steps of theirs, of a latent like this one and a sigma, on the inputs of `Flux.prepare`; what a
+    pipeline prepares once is prepared here.
 
     Style tokens are put before the text tokens after their `context_embedder`, where ours puts them.
     """
     batch, dtype = len(latent), next(theirs.parameters()).dtype
-    parts = [latent, *(reference.expand(batch, *reference.shape[1:]) for reference in references)]
+    parts = [patchify(reference.expand(batch, *reference.shape[1:])) for reference in references]
     ids = position_ids(_size(latent), [_size(reference) for reference in references], method)
     styles = 0 if style is None else style.shape[1]
     embedder: Any = theirs.context_embedder
@@ -81,17 +81,21 @@ def velocity(
         embedder.register_forward_hook(lambda _module, _inputs, out: torch.cat([tokens, out], 1))
     device = latent.device
     inputs = {
-        "hidden_states": torch.cat([patchify(part) for part in parts], 1).to(dtype),
         "encoder_hidden_states": text.expand(batch, -1, -1).to(dtype),
         "pooled_projections": pooled.expand(batch, -1).to(dtype),
-        "timestep": torch.full((batch,), sigma, device=device, dtype=dtype),
         "guidance": torch.full((batch,), guidance, device=device),
         "img_ids": ids.to(device),
         "txt_ids": torch.zeros(text.shape[1] + styles, 3, device=device),
         "return_dict": False,
     }
     count = patchify(latent).shape[1]
-    return lambda: unpatchify(theirs(**inputs)[0][:, :count].to(latent.dtype), latent.shape)
+
+    def step(x: Tensor, sigma: Tensor) -> Tensor:
+        tokens = torch.cat([patchify(x), *parts], 1).to(dtype)
+        answer = theirs(hidden_states=tokens, timestep=sigma.to(dtype).expand(batch), **inputs)[0]
+        return unpatchify(answer[:, :count].to(x.dtype), x.shape)
+
+    return step
 
 
 def _size(latent: Tensor) -> tuple[int, int]:

@@ -26,6 +26,8 @@ QUICK_TEXT = 64  # tokens where it is only to be seen that everything runs
 BOUNDS = {"fp32": 1e-4, "bf16": 3e-2}  # relative L2 distance of the two answers
 PIXELS = 8  # per latent
 
+Velocity = Callable[[Tensor, Tensor], Tensor]  # of a latent and sigma
+
 
 @dataclass(frozen=True, slots=True)
 class Case:
@@ -96,35 +98,45 @@ def inputs_of(case: Case, flux: Flux, device: torch.device) -> Inputs:
     )
 
 
-def ours(flux: Flux, given: Inputs, dtype: torch.dtype) -> Callable[[], Tensor]:
-    """One step, its `prepare` done."""
+def our_velocity(flux: Flux, given: Inputs, dtype: torch.dtype) -> Velocity:
+    """Steps, their `prepare` done."""
     with torch.inference_mode():
         prepared = flux.prepare(
             given.text, given.pooled, (given.latent.shape[-2], given.latent.shape[-1]),
             batch=len(given.latent), guidance=GUIDANCE, references=given.references, method="uxo",
             style=given.style, dtype=dtype,
         )  # fmt: skip
-    sigma = torch.tensor(SIGMA, device=given.latent.device)
+    return lambda x, sigma: flux(x, sigma, prepared)
+
+
+def their_velocity(model: nn.Module, given: Inputs) -> Velocity:
+    """Steps of the peer."""
+    return peer.velocity(
+        model, given.latent, given.text, given.pooled, guidance=GUIDANCE,
+        references=given.references, style=given.style,
+    )  # fmt: skip
+
+
+def ours(flux: Flux, given: Inputs, dtype: torch.dtype) -> Callable[[], Tensor]:
+    """One step."""
+    velocity, sigma = our_velocity(flux, given, dtype), torch.tensor(SIGMA)
 
     def step() -> Tensor:
         with kept_memory():  # as the executor does it for a run; not for the peer, whose turn is next
-            velocity: Tensor = flux(given.latent, sigma, prepared)
-        return velocity
+            return velocity(given.latent, sigma)
 
     return step
 
 
 def theirs(model: nn.Module, given: Inputs) -> Callable[[], Tensor]:
     """One step of the peer."""
-    return peer.velocity(
-        model, given.latent, SIGMA, given.text, given.pooled, guidance=GUIDANCE,
-        references=given.references, style=given.style,
-    )  # fmt: skip
+    velocity, sigma = their_velocity(model, given), torch.tensor(SIGMA)
+    return lambda: velocity(given.latent, sigma)
 
 
-def load(path: Path, dtype: str, *, device: str = "cpu") -> Flux:
+def load(path: Path, dtype: str) -> Flux:
     """The transformer as the library holds it for a run."""
-    library = ModelLibrary(Placement.choose(device, dtype))
+    library = ModelLibrary(Placement.choose("cpu", dtype))
     with torch.inference_mode():
         return library.flux(TensorFile.open(path).components()["flux"], (), "default")
 
@@ -132,15 +144,14 @@ def load(path: Path, dtype: str, *, device: str = "cpu") -> Flux:
 class Contest:
     """The models that compete: each dtype's ours and theirs; theirs also compiled, if wanted."""
 
-    def __init__(self, path: Path, dtypes: Sequence[str], *, compiled: bool, device: str = "cpu") -> None:
-        self.device = torch.device(device)
+    def __init__(self, path: Path, dtypes: Sequence[str], *, compiled: bool) -> None:
         self.ours: dict[str, tuple[Flux, torch.dtype]] = {}
         self.theirs: dict[str, nn.Module] = {}
         plain = load(path, "fp32")
         for name in dtypes:
             dtype = DTYPES[name]
-            self.ours[f"usoflow {name}"] = load(path, name, device=device), dtype
-            model = peer.twin(plain, dtype).to(self.device)
+            self.ours[f"usoflow {name}"] = load(path, name), dtype
+            model = peer.twin(plain, dtype)
             self.theirs[f"diffusers {name}"] = model
             if compiled:
                 self.theirs[f"diffusers {name} compiled"] = torch.compile(model)  # type: ignore[assignment]
@@ -148,7 +159,7 @@ class Contest:
     def ways(self, case: Case) -> Mapping[str, Callable[[], Tensor]]:
         """A step of each."""
         some = next(iter(self.ours.values()))[0]
-        given = inputs_of(case, some, self.device)
+        given = inputs_of(case, some, torch.device("cpu"))
         found = {name: ours(flux, given, dtype) for name, (flux, dtype) in self.ours.items()}
         return found | {name: theirs(model, given) for name, model in self.theirs.items()}
 

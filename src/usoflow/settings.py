@@ -148,6 +148,11 @@ def find_folders(
     )
 
 
+def compiled_folder() -> Path:
+    """Where a compiler keeps what it made."""
+    return platformdirs.user_cache_path("usoflow") / "compiled"
+
+
 def _own_models() -> list[Path]:
     own = platformdirs.user_data_path("usoflow") / "models"
     return [own] if any(_names(own, MODEL_SUFFIXES)) else [own, POCKET_MODELS]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -160,6 +161,22 @@ def test_what_is_done_is_told_before_the_next(small_models: Path, pictures: Path
         running.communicate()
     assert Path(first).is_file()
     assert running.returncode == 130
+
+
+@pytest.mark.parametrize(("count", "failures"), [(1, 0), (2, 1)])
+def test_only_a_second_picture_is_compiled(small_options: list[str], count: int, failures: int) -> None:
+    """Where no compiler is: what would be compiled is said not to be."""
+    script = "import sys, usoflow.cli.main as m; sys.exit(m.main())"
+    command = [sys.executable, "-c", script, "generate", "a cat", "--compile", f"--count={count}"]
+    done = subprocess.run(
+        [*command, *small_options],
+        env=os.environ | {"CXX": "/no/such/compiler"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("The compiler failed") == failures
 
 
 def test_an_empty_prompt_is_explained(small_options: list[str], pictures: Path) -> None:

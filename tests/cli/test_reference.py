@@ -28,5 +28,5 @@ def test_every_command_is_there() -> None:
 def test_options_are_those_of_the_help(command: str) -> None:
     help_ = re.sub(r"\x1b\[[0-9;]*m", "", usoflow(*command.split(), "--help").out)  # without colours
     section = reference().partition(f"## `usoflow {command}")[2].partition("\n## ")[0]
-    listed = set(re.findall(r"`(--[a-z-]+)", section)) | set(re.findall(r", (--[a-z-]+)", section))
+    listed = set(re.findall(r"(?:`|, |/)(--[a-z-]+)", section))
     assert listed == set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", help_)) - {"--help"}

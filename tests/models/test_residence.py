@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from usoflow.models.pages import bring, mapped
 from usoflow.models.placement import Placement, _free_in_container
 from usoflow.models.residence import Sizes, settle_on_cpu, settle_on_gpu
 from usoflow.models.weights import Linear, LowRank
+from usoflow.pocket.untrained import FLUX
 
 CPU = torch.device("cpu")
 
@@ -138,21 +140,28 @@ def test_memory_of_ones_own_has_no_pages_to_give_back(small_models: Path) -> Non
 def test_blocks_fill_a_budget_from_the_first() -> None:
     sizes = Sizes(stored=100, ready=200, blocks=(20, 20, 20, 20))
     assert sizes.resident(100) == 4
-    assert sizes.resident(99) == 2  # 20 that are no block's, one that passes, and two that fit
+    assert sizes.resident(99) == 1  # 20 that are no block's, two that pass, and one that fits
     assert sizes.resident(10) == 0
+    uneven = Sizes(stored=100, ready=200, blocks=(30, 30, 10, 10, 10))
+    assert uneven.resident(99) == 2  # 10 that are no block's; the two that pass are small
+    assert uneven.resident(89) == 0  # or they are not
 
 
-@pytest.mark.parametrize("fit", [0, 1, None])
-def test_blocks_that_do_not_fit_a_device_come_and_leave(small_models: Path, fit: int | None) -> None:
+@pytest.mark.parametrize("pinned", [0, 10**9])
+@pytest.mark.parametrize("fit", [0, 3, None])
+def test_blocks_that_do_not_fit_a_device_come_and_leave(fit: int | None, pinned: int) -> None:
     """The copies' device is the CPU too: what is tested is which blocks come, when, and that they leave."""
-    path = small_models / "checkpoints" / "flux1-dev-fp8.safetensors"
-    flux = load_flux(TensorFile.open(path).components()["flux"])
+    torch.manual_seed(0)
+    flux = Flux(replace(FLUX, single_blocks=6)).requires_grad_(False)
+    for parameter in flux.parameters():
+        parameter.normal_(std=0.05)
     expected = velocity(flux, torch.float32)
     sizes = Sizes.of(flux, flux.blocks, torch.float32)
-    rest = sizes.stored - sum(sizes.blocks) + max(sizes.blocks)
-    budget = sizes.stored if fit is None else rest + sum(sizes.blocks[:fit])
+    rest, passing = sizes.stored - sum(sizes.blocks), sizes.blocks[fit or 0 :]
+    budget = sizes.stored if fit is None else rest + sum(sizes.blocks[:fit]) + 2 * max(passing)
+    resident = settle_on_gpu(flux, flux.blocks, CPU, budget, pinned=pinned)
+    assert resident == (len(flux.blocks) if fit is None else fit)
     home = [[parameter.data_ptr() for parameter in block.parameters()] for block in flux.blocks]
-    assert settle_on_gpu(flux, flux.blocks, CPU, budget) == (len(home) if fit is None else fit)
     away: list[int] = []
     for number, block in enumerate(flux.blocks):
         block.register_forward_pre_hook(
@@ -162,8 +171,9 @@ def test_blocks_that_do_not_fit_a_device_come_and_leave(small_models: Path, fit:
                 else None
             )
         )
-    assert torch.equal(velocity(flux, torch.float32), expected)
-    assert away == ([] if fit is None else list(range(fit, len(home))))
+    for _ in range(3):
+        assert torch.equal(velocity(flux, torch.float32), expected)
+    assert away == ([] if fit is None else 3 * list(range(fit, len(home))))
     assert [[parameter.data_ptr() for parameter in block.parameters()] for block in flux.blocks] == home
 
 

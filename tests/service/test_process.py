@@ -56,10 +56,11 @@ def prompt_with(class_type: str) -> dict[str, object]:
 
 def test_a_worker_is_told_all_its_settings(place: Path) -> None:
     folders = find_folders(models=place, output=place / "output")
-    given = WorkerSettings(folders, place / "jobs.sqlite", "cpu", "bf16", 8 * 10**9, place)
+    given = WorkerSettings(folders, place / "jobs.sqlite", "cpu", "bf16", 8 * 10**9, place, False)
     told = WorkerSettings.from_argument(given.to_argument())
     assert (told.device, told.dtype, told.budget) == ("cpu", "bf16", 8 * 10**9)
     assert (told.store, told.custom_nodes) == (given.store, given.custom_nodes)
+    assert told.compiled is False
 
 
 def test_a_job_becomes_a_picture(engine: WorkerProcess, place: Path) -> None:

@@ -77,6 +77,8 @@ class Engine:
         device: "auto", "cpu", "cuda" or "mps".
         dtype: of the transformer: "auto", "bf16", "fp16" or "fp32".
         vram: memory for the transformer's weights, as "8GB"; default a part of what is free. On a CPU, RAM.
+        compiled: whether the transformer's blocks are compiled, from the second picture of a size on; default
+            on CUDA only.
         custom_nodes: folder of your own nodes, as ComfyUI's `custom_nodes`; their code is run.
 
     Raises:
@@ -93,9 +95,10 @@ class Engine:
         dtype: str = "auto",
         custom_nodes: str | Path | None = None,
         vram: str | None = None,
+        compiled: bool | None = None,
     ) -> None:
         self._models, self._inputs, self._output = _path(models), _path(inputs), _path(output)
-        self._device, self._dtype = device, dtype
+        self._device, self._dtype, self._compiled = device, dtype, compiled
         self._budget = None if vram is None else bytes_of(vram)
         self._custom_nodes = _path(custom_nodes)
         self._executor: Executor | None = None
@@ -149,7 +152,7 @@ class Engine:
         from usoflow.models.library import ModelLibrary
         from usoflow.models.placement import Placement
 
-        placement = Placement.choose(self._device, self._dtype, self._budget)
+        placement = Placement.choose(self._device, self._dtype, self._budget, compiled=self._compiled)
         self._executor = Executor(self.nodes, ModelLibrary(placement))
 
     def run(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from usoflow.cli import report
-from usoflow.cli.options import AsJson, Device, Dtype, InDtype, Models, OnDevice, Output, Vram
+from usoflow.cli.options import AsJson, Compiled, Device, Dtype, InDtype, Models, OnDevice, Output, Vram
 from usoflow.cli.run import execute
 from usoflow.cli.words import SeveralWords
 from usoflow.errors import UsoflowError
@@ -86,6 +86,7 @@ def generate(
     device: OnDevice = Device.auto,
     dtype: InDtype = Dtype.auto,
     vram: Vram = None,
+    compiled: Compiled = None,
     as_json: AsJson = False,
 ) -> None:
     """Generate pictures with the official USO workflow.
@@ -110,7 +111,14 @@ def generate(
     )
     sweeps = [_sweep(item) for item in sweep or ()]
     wanted = list(_variants(request, count, sweeps))
-    engine = Engine(models=models, output=output, device=device.value, dtype=dtype.value, vram=vram)
+    engine = Engine(
+        models=models,
+        output=output,
+        device=device.value,
+        dtype=dtype.value,
+        vram=vram,
+        compiled=compiled,
+    )
     results = []
     for result in _run(engine, wanted, assignments or [], save_workflow, quiet=as_json):
         results.append(result)

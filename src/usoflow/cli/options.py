@@ -45,4 +45,11 @@ Vram = Annotated[
         help="Memory for the transformer's weights, as 8GB; else part of what is free. On a CPU, RAM.",
     ),
 ]
+Compiled = Annotated[
+    bool | None,
+    typer.Option(
+        "--compile/--no-compile",
+        help="Compile the transformer's blocks from the second picture of a size on; default on CUDA only.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, and no progress.")]

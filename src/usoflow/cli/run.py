@@ -13,6 +13,7 @@ import typer
 from usoflow.cli import report
 from usoflow.cli.options import (
     AsJson,
+    Compiled,
     CustomNodes,
     Device,
     Dtype,
@@ -51,6 +52,7 @@ def run(
     device: OnDevice = Device.auto,
     dtype: InDtype = Dtype.auto,
     vram: Vram = None,
+    compiled: Compiled = None,
     as_json: AsJson = False,
 ) -> None:
     """Run a workflow and save its pictures."""
@@ -64,6 +66,7 @@ def run(
         device=device.value,
         dtype=dtype.value,
         vram=vram,
+        compiled=compiled,
         custom_nodes=custom_nodes,
     )
     workflow = Workflow.load(file, nodes=engine.nodes)

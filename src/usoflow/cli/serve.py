@@ -12,7 +12,18 @@ from typing import Annotated
 
 import typer
 
-from usoflow.cli.options import CustomNodes, Device, Dtype, InDtype, Input, Models, OnDevice, Output, Vram
+from usoflow.cli.options import (
+    Compiled,
+    CustomNodes,
+    Device,
+    Dtype,
+    InDtype,
+    Input,
+    Models,
+    OnDevice,
+    Output,
+    Vram,
+)
 from usoflow.errors import UsoflowError
 
 STATE_VARIABLE = "USOFLOW_STATE"
@@ -36,6 +47,7 @@ def serve(
     device: OnDevice = Device.auto,
     dtype: InDtype = Dtype.auto,
     vram: Vram = None,
+    compiled: Compiled = None,
 ) -> None:
     """Serve the editor and ComfyUI's API."""
     import platformdirs
@@ -61,7 +73,7 @@ def serve(
         custom_nodes=check_folder(custom_nodes) if custom_nodes else None,
     )
     bound = _bound(listen, port)
-    app = create_app(settings, device=device.value, dtype=dtype.value, budget=budget)
+    app = create_app(settings, device=device.value, dtype=dtype.value, budget=budget, compiled=compiled)
     address = f"http://{_shown(listen)}:{port}/" + (f"?token={token}" if token else "")
     print(f"usoflow: {address}", flush=True)
     if ui:

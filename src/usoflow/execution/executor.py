@@ -90,6 +90,7 @@ class Executor:
             NodeError: what went wrong in which node.
             UsoflowError: `cancelled`.
         """
+        self.library.begin_run()
         run = _Run(self, prompt, folders, workflow, listen, cancellation or Cancellation(), reserve)
         with kept_memory():
             return run.execute(targets)

@@ -8,9 +8,9 @@ reference tokens, guidance, rotary tables) is computed once by `Flux.prepare`; `
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -124,9 +124,9 @@ class Flux(nn.Module):
         self.final_layer = FinalLayer(hidden, patch_dim)
 
     @property
-    def blocks(self) -> list[nn.Module]:
+    def blocks(self) -> list[Block]:
         """All blocks, in the order in which they are passed."""
-        return [*self.double_blocks, *self.single_blocks]
+        return cast(list[Block], [*self.double_blocks, *self.single_blocks])
 
     def prepare(
         self,
@@ -270,7 +270,23 @@ class StreamAttention(nn.Module):
         return self.norm(self.qkv(x), self.heads, rope)
 
 
-class DoubleBlock(nn.Module):
+class Block(nn.Module):
+    """A block: `compute`, or the `way` that is set in its place (`regions`). Hooks are around either."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.way: Callable[..., Any] | None = None
+
+    def forward(self, *inputs: Any) -> Any:
+        """The inputs of `compute`."""
+        return self.compute(*inputs) if self.way is None else self.way(self, *inputs)
+
+    def compute(self, *inputs: Any) -> Any:
+        """What the block does."""
+        raise NotImplementedError
+
+
+class DoubleBlock(Block):
     """Text and image keep their own weights and attend to each other."""
 
     def __init__(self, config: FluxConfig) -> None:
@@ -280,7 +296,7 @@ class DoubleBlock(nn.Module):
         self.img_attn, self.txt_attn = StreamAttention(config), StreamAttention(config)
         self.img_mlp, self.txt_mlp = Mlp(config), Mlp(config)
 
-    def forward(self, text: Tensor, image: Tensor, vector: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+    def compute(self, text: Tensor, image: Tensor, vector: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         """text: [B, T, hidden], image: [B, I, hidden] -> the same."""
         text_mod, image_mod = self.txt_mod(vector), self.img_mod(vector)
         lengths = [text.shape[1], image.shape[1]]
@@ -311,7 +327,7 @@ class Mlp(nn.ModuleDict):
         return self["2"](self["0"](x, gelu=True))
 
 
-class SingleBlock(nn.Module):
+class SingleBlock(Block):
     """Attention and MLP in parallel on all tokens, sharing their two linear layers."""
 
     def __init__(self, config: FluxConfig) -> None:
@@ -323,7 +339,7 @@ class SingleBlock(nn.Module):
         self.norm = QKNorm(config.head_dim)
         self.modulation = Modulation(config.hidden, 1)
 
-    def forward(self, x: Tensor, vector: Tensor, rope: Rope) -> Tensor:
+    def compute(self, x: Tensor, vector: Tensor, rope: Rope) -> Tensor:
         """x: [B, L, hidden] -> the same."""
         shift, scale, gate = self.modulation(vector)
         projected = self.linear1(modulate(self.norm_in(x), shift, scale))

@@ -38,12 +38,9 @@ def _multiplied() -> frozenset[torch.dtype]:
 
 def fast(x: Tensor) -> bool:
     """Whether products with x are oneDNN's: on an x86 CPU, in fp32 or bf16, with no gradient asked for."""
-    return (
-        x.device.type == "cpu"
-        and x.dtype in _multiplied()
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-    )
+    if torch.compiler.is_compiling():  # first: what follows is not to be traced
+        return False
+    return x.device.type == "cpu" and x.dtype in _multiplied() and not torch.is_grad_enabled()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool = False) -> Tensor:

@@ -20,7 +20,9 @@ from usoflow.models import flux, pages, style_projector, text, vae, vision
 from usoflow.models.checkpoint import Component
 from usoflow.models.flux import OFFICIAL_DEPTH, Flux, FluxConfig
 from usoflow.models.lora import attach
+from usoflow.models.passage import give_back_pinned
 from usoflow.models.placement import Placement
+from usoflow.models.regions import Regions
 from usoflow.models.style_projector import LEVELS, StyleProjector, StyleProjectorConfig
 from usoflow.models.text import ClipText, ClipTextConfig, T5Config, T5Encoder, TextEncoding, encode_prompt
 from usoflow.models.tokens import ClipTokenizer, T5Tokenizer, Tokenizers
@@ -57,6 +59,11 @@ class ModelLibrary:
         self._modules: dict[Key, nn.Module] = {}
         self._views: dict[str, tuple[Key, nn.Module]] = {}  # by role: the last LoRAs in use
         self._encodings: OrderedDict[Key, Any] = OrderedDict()  # of prompts and pictures, the last used last
+        self._regions = Regions()
+
+    def begin_run(self) -> None:
+        """Another run begins: shapes that a run before it had may be compiled for (`regions`)."""
+        self._regions.begin_run()
 
     def encode_text(
         self,
@@ -169,6 +176,7 @@ class ModelLibrary:
         pages.trim()
         if self.placement.device.type == "cuda":
             torch.cuda.empty_cache()
+            give_back_pinned()
 
     def _forget_transformers(self) -> None:
         """The budget is for one."""
@@ -203,6 +211,8 @@ class ModelLibrary:
         if weight_dtype == "fp8_e4m3fn":
             _narrow(module)
         self.placement.settle(module, module.blocks, as_stored=weight_dtype != "default")
+        if self.placement.compiled:
+            self._regions.attach(module)
         return module
 
     def _with_loras(self, role: str, base: L, loras: tuple[LoraUse, ...]) -> L:
@@ -230,6 +240,7 @@ def _view(base: L) -> L:
         if isinstance(ours, Linear) and isinstance(theirs, Linear):
             ours.scale_weight, ours.quantised = theirs.scale_weight, theirs.quantised
             ours.scratch, ours.regular = theirs.scratch, theirs.regular
+            ours.row_scales = theirs.row_scales
     return view.eval()
 
 

@@ -42,15 +42,26 @@ class Placement:
 
     Attributes:
         budget: bytes for the transformer's weights; None is a part of what is free when they are loaded.
+        compiled: whether the transformer's blocks are compiled, from the second picture of a size on.
     """
 
     device: torch.device
     dtype: torch.dtype
     budget: int | None = None
+    compiled: bool = False
 
     @classmethod
-    def choose(cls, device: str = "auto", dtype: str = "auto", budget: int | None = None) -> Self:
+    def choose(
+        cls,
+        device: str = "auto",
+        dtype: str = "auto",
+        budget: int | None = None,
+        *,
+        compiled: bool | None = None,
+    ) -> Self:
         """From what a user asks for: `auto`, `cpu`, `cuda`, `mps`; `auto`, `bf16`, `fp16`, `fp32`; bytes.
+
+        `compiled` is by default so on CUDA only.
 
         Raises:
             UsoflowError: `device_unavailable`.
@@ -59,7 +70,7 @@ class Placement:
         if chosen.type not in _devices():
             raise UsoflowError("device_unavailable", f"There is no {device} device here.")
         dtype_ = _best_dtype(chosen) if dtype == "auto" else DTYPES[dtype]
-        return cls(chosen, dtype_, budget)
+        return cls(chosen, dtype_, budget, chosen.type == "cuda" if compiled is None else compiled)
 
     @property
     def vae_dtype(self) -> torch.dtype:
@@ -99,9 +110,12 @@ class Placement:
         """
         budgeted = bool(blocks) and not torch.is_grad_enabled()
         if budgeted and self.device.type == "cpu":
-            residence.settle_on_cpu(module, blocks, self.dtype, self.weight_bytes, as_stored=as_stored)
+            residence.settle_on_cpu(
+                module, blocks, self.dtype, self.weight_bytes, as_stored=as_stored, packed=not self.compiled
+            )
         elif budgeted and self.device.type == "cuda":
-            residence.settle_on_gpu(module, blocks, self.device, self.weight_bytes)
+            pinned = int(PART_OF_CPU * _free_memory())
+            residence.settle_on_gpu(module, blocks, self.device, self.weight_bytes, pinned=pinned)
         elif self.device.type != "cpu":
             module.to(self.device)
         return module

@@ -6,7 +6,8 @@ On a CPU, from fast and large to slow and small:
 - stored: as the file has them, mapped, read in by threads; each is widened when it is used, into one buffer
 - passing: the same, and a block's pages are given back when it is done, while the next one's are read
 
-On a GPU, blocks are resident as stored, as many as fit; the others come for each use and leave after it.
+On a GPU, blocks are resident as stored, as many as fit; the others pass through (`passage`). Where it
+multiplies fp8, the blocks' fp8 weights are not widened (`fp8`).
 `Placement` says how much memory there is.
 """
 
@@ -19,8 +20,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from usoflow.models import pages
+from usoflow.models import fp8, pages
+from usoflow.models.flux import Modulation
 from usoflow.models.kernels import Scratch, pack
+from usoflow.models.passage import Passage
 from usoflow.models.weights import Linear
 
 logger = logging.getLogger(__name__)
@@ -50,17 +53,16 @@ class Sizes:
         )
 
     def resident(self, budget: int) -> int:
-        """How many blocks, from the first, stay within a budget; the others pass through, one at a time."""
+        """How many blocks, from the first, stay within a budget; two of the others pass through at a time."""
         if self.stored <= budget:
             return len(self.blocks)
-        left = budget - (self.stored - sum(self.blocks)) - max(self.blocks, default=0)
-        count = 0
-        for size in self.blocks:
-            left -= size
-            if left < 0:
-                break
-            count += 1
-        return count
+        left = budget - (self.stored - sum(self.blocks))
+        fitting = (
+            count
+            for count in range(len(self.blocks))
+            if sum(self.blocks[:count]) + 2 * max(self.blocks[count:]) <= left
+        )
+        return max(fitting, default=0)
 
 
 def settle_on_cpu(
@@ -70,11 +72,15 @@ def settle_on_cpu(
     budget: int,
     *,
     as_stored: bool = False,
+    packed: bool = True,
 ) -> str:
-    """Lay the weights of a network; says how: "ready", "stored" or "passing"."""
+    """Lay the weights of a network; says how: "ready", "stored" or "passing".
+
+    What is to be compiled must not be packed: a compiler cannot look inside.
+    """
     sizes = Sizes.of(module, blocks, dtype)
     if sizes.ready <= budget and not as_stored:
-        _make_all_ready(module, blocks, dtype)
+        _make_all_ready(module, blocks, dtype, packed=packed)
         return "ready"
     scratch = Scratch()
     for layer in _linear_layers(module):
@@ -89,49 +95,62 @@ def settle_on_cpu(
     return "passing"
 
 
-def settle_on_gpu(module: nn.Module, blocks: Sequence[nn.Module], device: torch.device, budget: int) -> int:
-    """Move a network to a GPU, but for the blocks that do not fit; how many blocks are resident."""
+def settle_on_gpu(
+    module: nn.Module, blocks: Sequence[nn.Module], device: torch.device, budget: int, *, pinned: int
+) -> int:
+    """Move a network to a GPU, but for the blocks that do not fit; how many blocks are resident.
+
+    Args:
+        module: all of it.
+        blocks: in the order of their use.
+        device: the GPU; a CPU can stand in for it.
+        budget: bytes on the device.
+        pinned: bytes of the host's memory that the other blocks may take (`passage`).
+    """
     resident = Sizes.of(module, blocks, torch.bfloat16).resident(budget)
     for part in (*blocks[:resident], *_but(module, blocks)):
         part.to(device)
-    for block in blocks[resident:]:
-        _let_pass(block, device)
+    for layer in _linear_layers(module):  # scales are small
+        layer.scale_weight = None if layer.scale_weight is None else layer.scale_weight.to(device)
+    if fp8.multiplied_on(device):
+        multiply_in_fp8(blocks, device)
     if resident < len(blocks):
+        Passage(blocks[resident:], device, pinned=pinned)
         logger.info("%d of %d blocks stay on the GPU, the others pass through.", resident, len(blocks))
     return resident
 
 
-def _let_pass(block: nn.Module, device: torch.device) -> None:
-    """Let a block's weights come to a device when it is called, and leave when it is done."""
-    home = [(parameter, parameter.data) for parameter in block.parameters()]
+def multiply_in_fp8(blocks: Sequence[nn.Module], device: torch.device) -> None:
+    """Let the blocks' fp8 weights be multiplied as they are, but for those of the modulation.
 
-    def enter(_module: nn.Module, _inputs: object) -> None:
-        for parameter, stored in home:
-            parameter.data = stored.to(device, copy=True)
-
-    def leave(_module: nn.Module, _inputs: object, _out: object) -> None:
-        for parameter, stored in home:
-            parameter.data = stored
-
-    block.register_forward_pre_hook(enter)
-    block.register_forward_hook(leave)
+    What that gives shifts and scales every token alike; its products, a row for each picture, cost nothing.
+    """
+    for block in blocks:
+        exact = {
+            layer for part in block.children() if isinstance(part, Modulation) for layer in part.modules()
+        }
+        for layer in _linear_layers(block):
+            if layer not in exact:
+                layer.multiply_in_fp8(device)
 
 
-def _make_all_ready(module: nn.Module, blocks: Sequence[nn.Module], dtype: torch.dtype) -> None:
+def _make_all_ready(
+    module: nn.Module, blocks: Sequence[nn.Module], dtype: torch.dtype, *, packed: bool
+) -> None:
     """Part by part; while one is widened, the system reads the next."""
     parts = [*_but(module, blocks), *blocks]
     held = [pages.mapped(part.parameters()) for part in parts]
     for part, following in zip(parts, [*held[1:], []], strict=True):
         pages.read_ahead(following)
         for layer in _linear_layers(part):
-            _make_ready(layer, dtype)
+            _make_ready(layer, dtype, packed=packed)
 
 
-def _make_ready(layer: Linear, dtype: torch.dtype) -> None:
+def _make_ready(layer: Linear, dtype: torch.dtype, *, packed: bool) -> None:
     """The weight as it is multiplied: wide, scaled, packed; the file's pages are given back."""
     before = layer.weight.data
     wide: Tensor = layer.plain_weight(dtype)
-    layer.weight = nn.Parameter(pack(wide), requires_grad=False)
+    layer.weight = nn.Parameter(pack(wide) if packed else wide, requires_grad=False)
     layer.quantised = layer.scale_weight = None
     moved = layer.weight.is_mkldnn or layer.weight.data_ptr() != before.data_ptr()
     if moved and before.nbytes >= WORTH_GIVING_BACK:

@@ -19,13 +19,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from usoflow.errors import UsoflowError
+from usoflow.models import fp8
 from usoflow.models.checkpoint import QUANTISED, Component, matches_any, some
 from usoflow.models.gguf_file import arrays, is_gguf
 from usoflow.models.kernels import Scratch, fast, has_nan, linear, widen
 from usoflow.models.quantised import dequantise
 
 SCALE = "scale_weight"
-UNUSED_SCALES = ("*.scale_input",)  # activation scales of fp8 matmuls: we quantise no activations
+UNUSED_SCALES = ("*.scale_input",)  # activation scales of fp8 matmuls: ours are those of each row
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -70,7 +71,8 @@ class Linear(nn.Module):
     """y = x W^T + b, weight [out, in] in any storage dtype, with optional scale and low-rank branches.
 
     A weight of a GGUF file is held as bytes [out, bytes of a row]; `quantised` then names its format.
-    `scratch`, which the layers of a network share, is where weights are widened on a CPU.
+    `scratch`, which the layers of a network share, is where weights are widened on a CPU. With `row_scales`
+    an fp8 weight is not widened at all, where the input is bf16 and no gradient is asked for (`fp8`).
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
@@ -81,18 +83,29 @@ class Linear(nn.Module):
         self.bias = _parameter(out_features) if bias else None
         self.scale_weight: Tensor | None = None
         self.scratch: Scratch | None = None
+        self.row_scales: Tensor | None = None
         self.branches = nn.ModuleList()
         self.regular: bool | None = None  # an fp8 weight without NaNs; None: not looked at yet
 
     def forward(self, x: Tensor, *, gelu: bool = False) -> Tensor:
         """x: [..., in] -> [..., out], in the dtype of x; through GELU (tanh approximation) on request."""
         bias = None if self.bias is None else widened(self.bias, x)
-        if not self.branches:
+        scales = self.row_scales if x.dtype == fp8.WIDE and not torch.is_grad_enabled() else None
+        if not self.branches and scales is None:
             return linear(x, self._weight(x), bias, gelu=gelu)
-        y = linear(x, self._weight(x), bias)
+        y = (
+            fp8.product(x, self.weight, scales, bias)
+            if scales is not None
+            else linear(x, self._weight(x), bias)
+        )
         for branch in self.branches:
             y = branch(x, y)
         return F.gelu(y, approximate="tanh") if gelu else y
+
+    def multiply_in_fp8(self, device: torch.device) -> None:
+        """Multiply in fp8 on this device from now on, if the weight is stored so and its sides allow it."""
+        if self.quantised is None and fp8.fits(self.weight):
+            self.row_scales = fp8.row_scales(self.scale_weight, self.shape[0]).to(device)
 
     def plain_weight(self, dtype: torch.dtype) -> Tensor:
         """The weight [out, in] in a dtype, its scale applied; the stored one if that is the same."""

@@ -31,7 +31,12 @@ RETRY_AFTER = 5  # seconds, while the queue is full or the server restarts
 
 
 def create_app(
-    settings: ServerSettings, *, device: str = "auto", dtype: str = "auto", budget: int | None = None
+    settings: ServerSettings,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    budget: int | None = None,
+    compiled: bool | None = None,
 ) -> FastAPI:
     """The application with a worker process of its own.
 
@@ -41,7 +46,7 @@ def create_app(
     settings = settings.with_inputs(settings.examples)
     lock = hold(settings.state / "lock")  # until this process ends
     worker = WorkerSettings(
-        settings.folders, settings.jobs_file, device, dtype, budget, settings.custom_nodes
+        settings.folders, settings.jobs_file, device, dtype, budget, settings.custom_nodes, compiled
     )
     engine = WorkerProcess(worker, inherited=[lock])
     return assemble(settings, JobStore(settings.jobs_file), engine)

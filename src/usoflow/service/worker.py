@@ -46,6 +46,7 @@ class WorkerSettings:
     dtype: str = "auto"
     budget: int | None = None
     custom_nodes: Path | None = None
+    compiled: bool | None = None
 
     def to_argument(self) -> str:
         """As one command line argument."""
@@ -60,6 +61,7 @@ class WorkerSettings:
             "dtype": self.dtype,
             "budget": self.budget,
             "custom_nodes": _absolute(self.custom_nodes) if self.custom_nodes else None,
+            "compiled": self.compiled,
         }
         return json.dumps(record)
 
@@ -75,7 +77,13 @@ class WorkerSettings:
         )
         custom = Path(record["custom_nodes"]) if record["custom_nodes"] else None
         return cls(
-            folders, Path(record["store"]), record["device"], record["dtype"], record["budget"], custom
+            folders,
+            Path(record["store"]),
+            record["device"],
+            record["dtype"],
+            record["budget"],
+            custom,
+            record["compiled"],
         )
 
 
@@ -215,7 +223,7 @@ def _made(
     from usoflow.models.placement import Placement
     from usoflow.service.preview import Previewer
 
-    placement = Placement.choose(settings.device, settings.dtype, settings.budget)
+    placement = Placement.choose(settings.device, settings.dtype, settings.budget, compiled=settings.compiled)
     library = ModelLibrary(placement)
     worker = Worker(settings, Executor(registry, library), Previewer(library), JobStore(settings.store), send)
     return worker, _system(placement.device)

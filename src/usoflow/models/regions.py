@@ -1,0 +1,99 @@
+"""Blocks of a transformer compiled, not the whole network: each type once, for all blocks of the type.
+
+Never before a first picture: what is asked for in one run is computed eagerly, and only where a later run
+asks the same network for the same shapes, its blocks are compiled. The compiler (torch.compile with Inductor)
+keeps what it made on disk, for other processes. Hooks of blocks are outside of what is compiled.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from usoflow.models.flux import Block, Flux, FluxInputs
+from usoflow.settings import compiled_folder
+
+logger = logging.getLogger(__name__)
+
+CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"  # Inductor's own
+NEVER = sys.maxsize
+VARIANTS = 64  # of a block: sizes of pictures, LoRAs; torch's own limit is 8
+
+Shapes = tuple[Any, ...]
+
+
+class Regions:
+    """Decides for each step whether its blocks are computed eagerly or compiled, and compiles them.
+
+    Attributes:
+        folder: where the compiler keeps what it made, unless `CACHE_VARIABLE` names another place.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder or compiled_folder()
+        self._run = 0
+        self._first: WeakKeyDictionary[nn.Module, dict[Shapes, int]] = WeakKeyDictionary()  # run of each
+        self._now: tuple[dict[Shapes, int], Shapes] = {}, ()
+        self._compiled: dict[type[Block], Callable[..., Any]] = {}
+        self._failed = False
+
+    def begin_run(self) -> None:
+        """What was asked for before this may be compiled from now on."""
+        self._run += 1
+
+    def attach(self, flux: Flux) -> None:
+        """Let a network's blocks be computed here; modules that share its hooks too."""
+        flux.register_forward_pre_hook(self._look)
+
+    def _look(self, flux: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """Before a step: take note of its shapes."""
+        assert isinstance(flux, Flux)
+        known, shapes = self._first.setdefault(flux, {}), _shapes(*inputs)
+        known.setdefault(shapes, self._run)
+        self._now = known, shapes
+        for block in flux.blocks:
+            block.way = self._compute
+
+    def _compute(self, block: Block, *inputs: Any) -> Any:
+        known, shapes = self._now
+        if known[shapes] < self._run:
+            try:
+                return self._of(type(block))(block, *inputs)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # the compiler's are of many kinds
+                known[shapes] = NEVER
+                self._warn(error)
+        return block.compute(*inputs)
+
+    def _of(self, kind: type[Block]) -> Callable[..., Any]:
+        if kind not in self._compiled:
+            os.environ.setdefault(CACHE_VARIABLE, str(self.folder))
+            torch._dynamo.config.cache_size_limit = VARIANTS
+            logger.info("%s: compiled now, which takes a while once.", kind.__name__)
+            self._compiled[kind] = torch.compile(kind.compute, dynamic=False, fullgraph=True)
+        return self._compiled[kind]
+
+    def _warn(self, error: Exception) -> None:
+        """Once, however often it fails."""
+        if not self._failed:
+            inner = getattr(error, "inner_exception", error)  # what the compiler itself said
+            reason = str(inner).strip().partition("\n")[0]
+            logger.warning(
+                "The compiler failed, blocks are computed without it: %s: %s", type(inner).__name__, reason
+            )
+        self._failed = True
+
+
+def _shapes(latent: torch.Tensor, _sigma: torch.Tensor, inputs: FluxInputs) -> Shapes:
+    """What blocks are specialised for."""
+    references = None if inputs.references is None else inputs.references.shape
+    return latent.shape, inputs.text.shape, references, inputs.text.dtype

@@ -1,0 +1,288 @@
+"""Compiled blocks: never in a first run, each type once, with LoRAs and weights that pass, or not at all."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from usoflow.models.checkpoint import Component, TensorFile
+from usoflow.models.flux import Flux
+from usoflow.models.library import LoraUse, ModelLibrary
+from usoflow.models.passage import Passage
+from usoflow.models.placement import Placement
+from usoflow.models.residence import multiply_in_fp8
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, at its imports
+
+
+class Graphs:
+    """A backend that runs what was traced as it is, and counts."""
+
+    def __init__(self) -> None:
+        self.traced = self.calls = 0
+        self.broken = False
+
+    def __call__(self, graph: Any, _inputs: list[Tensor]) -> Callable[..., Any]:
+        if self.broken:
+            raise RuntimeError("no compiler is here\nand more of it")
+        self.traced += 1
+
+        def call(*inputs: Tensor) -> Any:
+            self.calls += 1
+            return graph(*inputs)
+
+        return call
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Graphs]:
+    """torch.compile traces as ever, and gives what it traced to this."""
+    found = Graphs()
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=found))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "unused")
+    yield found
+    torch._dynamo.reset()
+
+
+def files(models: Path) -> tuple[Component, Component]:
+    """Transformer and LoRA."""
+    checkpoint = TensorFile.open(models / "checkpoints" / "flux1-dev-fp8.safetensors")
+    lora = TensorFile.open(models / "loras" / "uso-flux1-dit-lora-v1.safetensors")
+    return checkpoint.components()["flux"], lora.component("uso_lora")
+
+
+def velocity(flux: Flux, side: int = 8, dtype: torch.dtype = torch.float32) -> Tensor:
+    torch.manual_seed(0)
+    c = flux.config
+    latent, text, pooled = torch.randn(1, 16, side, 8), torch.randn(1, 4, c.text_dim), torch.randn(1, 32)
+    inputs = flux.prepare(text, pooled, (side, 8), references=[torch.randn(1, 16, 4, 4)], dtype=dtype)
+    answer: Tensor = flux(latent, torch.tensor(0.5), inputs)
+    return answer
+
+
+def near(found: Tensor, expected: Tensor, bound: float = 1e-5) -> bool:
+    return float((found - expected).norm() / expected.norm()) < bound
+
+
+@torch.inference_mode()
+def test_a_second_run_of_the_same_shapes_is_compiled(small_models: Path, graphs: Graphs) -> None:
+    library, (file, _) = ModelLibrary(Placement(CPU, torch.float32, compiled=True)), files(small_models)
+    flux = library.flux(file, (), "default")
+    library.begin_run()
+    expected = velocity(flux)
+    velocity(flux)  # another step, or another sampler: still the first picture
+    other = velocity(flux, side=12)
+    assert graphs.calls == 0
+    library.begin_run()
+    assert near(velocity(flux), expected)
+    assert (graphs.traced, graphs.calls) == (2, len(flux.blocks))
+    velocity(flux, side=16)  # new in this run
+    assert graphs.traced == 2
+    assert near(velocity(flux, side=12), other)
+    assert graphs.traced == 4
+
+
+@torch.inference_mode()
+def test_a_server_meets_many_sizes(small_models: Path, graphs: Graphs) -> None:
+    """More than torch compiles of a function by itself."""
+    library, (file, _) = ModelLibrary(Placement(CPU, torch.float32, compiled=True)), files(small_models)
+    flux, sides = library.flux(file, (), "default"), range(4, 24, 2)
+    for _ in range(2):
+        library.begin_run()
+        for side in sides:
+            velocity(flux, side=side)
+    assert graphs.traced == 2 * len(sides)
+
+
+@torch.inference_mode()
+def test_nothing_is_compiled_where_it_was_not_asked_for(small_models: Path, graphs: Graphs) -> None:
+    library, (file, _) = ModelLibrary(Placement.choose("cpu", "fp32")), files(small_models)
+    for _ in range(3):
+        library.begin_run()
+        velocity(library.flux(file, (), "default"))
+    assert graphs.calls == 0
+
+
+@torch.inference_mode()
+def test_other_loras_begin_anew(small_models: Path, graphs: Graphs) -> None:
+    """A new combination is a first picture; what was compiled for another goes on."""
+    library, (file, lora) = ModelLibrary(Placement(CPU, torch.float32, compiled=True)), files(small_models)
+    plain = ModelLibrary(Placement(CPU, torch.float32))
+    for uses, calls in (((), 0), ((LoraUse(lora, 1.0),), 0), ((), 4), ((LoraUse(lora, 1.0),), 8)):
+        library.begin_run()
+        expected = velocity(plain.flux(file, uses, "default"))
+        assert near(velocity(library.flux(file, uses, "default")), expected)
+        assert graphs.calls == calls
+    assert graphs.traced == 4
+
+
+@torch.inference_mode()
+def test_weights_that_pass_stay_outside(small_models: Path, graphs: Graphs) -> None:
+    """The hooks that bring them are not compiled, so each block finds its own."""
+    library, (file, lora) = ModelLibrary(Placement(CPU, torch.float32, compiled=True)), files(small_models)
+    flux = library.flux(file, (LoraUse(lora, 1.0),), "default")
+    expected = velocity(flux)
+    library.clear()
+    base = library.flux(file, (), "default")
+    Passage(base.blocks[1:], CPU, pinned=10**9)
+    flux = library.flux(file, (LoraUse(lora, 1.0),), "default")
+    for _ in range(3):
+        library.begin_run()
+        assert near(velocity(flux), expected)
+        assert near(velocity(flux), expected)
+    assert graphs.calls == 4 * len(flux.blocks)
+
+
+@torch.inference_mode()
+def test_fp8_is_compiled_too(small_models: Path, graphs: Graphs) -> None:
+    library, (file, _) = ModelLibrary(Placement(CPU, torch.bfloat16, compiled=True)), files(small_models)
+    flux = library.flux(file, (), "fp8_e4m3fn")
+    multiply_in_fp8(flux.blocks, CPU)
+    library.begin_run()
+    expected = velocity(flux, dtype=torch.bfloat16)
+    library.begin_run()
+    assert near(velocity(flux, dtype=torch.bfloat16), expected, 5e-2)  # what is rounded differs a little
+    assert graphs.calls == len(flux.blocks)
+
+
+@torch.inference_mode()
+def test_bf16_weights_are_not_packed_for_a_compiler(small_models: Path, graphs: Graphs) -> None:
+    library, (file, _) = ModelLibrary(Placement(CPU, torch.bfloat16, compiled=True)), files(small_models)
+    flux = library.flux(file, (), "default")
+    library.begin_run()
+    expected = velocity(flux, dtype=torch.bfloat16)
+    library.begin_run()
+    assert near(velocity(flux, dtype=torch.bfloat16), expected, 2e-2)
+    assert graphs.calls == len(flux.blocks)
+
+
+@torch.inference_mode()
+def test_a_compiler_that_fails_is_said_once(
+    small_models: Path, graphs: Graphs, caplog: pytest.LogCaptureFixture
+) -> None:
+    library, (file, _) = ModelLibrary(Placement(CPU, torch.float32, compiled=True)), files(small_models)
+    flux = library.flux(file, (), "default")
+    graphs.broken = True
+    with caplog.at_level(logging.WARNING, logger="usoflow"):
+        expected = velocity(flux), velocity(flux, side=12)
+        for _ in range(3):
+            library.begin_run()
+            assert torch.equal(velocity(flux), expected[0])
+            assert torch.equal(velocity(flux, side=12), expected[1])
+    assert len(caplog.records) == 1
+    assert "no compiler is here" in caplog.text
+
+
+@torch.inference_mode()
+def test_memory_that_runs_out_is_no_failure_of_the_compiler(
+    small_models: Path, graphs: Graphs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library, (file, _) = ModelLibrary(Placement(CPU, torch.float32, compiled=True)), files(small_models)
+    flux = library.flux(file, (), "default")
+
+    def none_left(*_: object) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    velocity(flux)
+    library.begin_run()
+    monkeypatch.setattr(library._regions, "_of", lambda _kind: none_left)
+    with pytest.raises(torch.OutOfMemoryError):
+        velocity(flux)
+
+
+@torch.inference_mode()
+def test_a_compiled_network_is_forgotten_at_once(small_models: Path, graphs: Graphs) -> None:
+    """Its memory is wanted for the next one."""
+    library, (file, lora) = ModelLibrary(Placement(CPU, torch.float32, compiled=True)), files(small_models)
+    for _ in range(2):
+        library.begin_run()
+        velocity(library.flux(file, (LoraUse(lora, 1.0),), "default"))
+    assert graphs.calls
+    kept = weakref.ref(library.flux(file, (), "default").double_blocks[0].img_attn.qkv.weight)
+    gc.disable()
+    try:
+        library.clear()
+        assert kept() is None
+    finally:
+        gc.enable()
+
+
+PICTURES = """
+import sys, torch, logging
+from usoflow.models.flux import Flux
+from usoflow.models.regions import Regions
+from usoflow.pocket.untrained import FLUX
+from dataclasses import replace
+
+torch.manual_seed(0)
+flux = Flux(replace(FLUX, double_blocks=0)).requires_grad_(False)
+for parameter in flux.parameters():
+    parameter.normal_(std=0.05)
+latent, text, pooled = torch.randn(1, 16, 8, 8), torch.randn(1, 4, FLUX.text_dim), torch.randn(1, 32)
+regions = Regions()
+regions.attach(flux)
+with torch.inference_mode():
+    inputs = flux.prepare(text, pooled, (8, 8))
+    pictures = []
+    for _ in range(2):
+        regions.begin_run()
+        pictures.append(flux(latent, torch.tensor(0.5), inputs))
+    from torch._dynamo.utils import counters
+    print(float((pictures[0] - pictures[1]).norm() / pictures[0].norm()))
+    print(counters["stats"]["unique_graphs"], counters["inductor"]["fxgraph_cache_hit"])
+"""
+
+
+def drawn(cache: Path, **variables: str) -> tuple[float, int, int, str]:
+    """Two pictures in a process of their own: distance, graphs, graphs found on disk, what was said."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("TORCHINDUCTOR", "TRITON"))}
+    done = subprocess.run(
+        [sys.executable, "-c", PICTURES],
+        env=environment | {"XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1"} | variables,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    distance, traced, found = done.stdout.split()
+    return float(distance), int(traced), int(found), done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the cache's place is told as Linux has it")
+def test_other_processes_find_what_was_compiled(tmp_path: Path) -> None:
+    first = drawn(tmp_path)
+    assert first[0] < 1e-5
+    assert first[1:3] == (1, 0)
+    assert any((tmp_path / "usoflow" / "compiled").iterdir())
+    assert drawn(tmp_path)[1:3] == (1, 1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the cache's place is told as Linux has it")
+def test_without_a_compiler_all_is_eager(tmp_path: Path) -> None:
+    distance, _, _, said = drawn(tmp_path, CXX="/no/such/compiler")
+    assert distance == 0
+    assert said.count("The compiler failed") == 1
+    assert "InvalidCxxCompiler" in said
+
+
+def test_by_default_a_cpu_compiles_nothing() -> None:
+    assert not Placement.choose("cpu").compiled
+    assert Placement.choose("cpu", compiled=True).compiled
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+def test_by_default_a_gpu_compiles() -> None:
+    assert Placement.choose("cuda").compiled
+    assert not Placement.choose("cuda", compiled=False).compiled
