@@ -8,25 +8,30 @@ from __future__ import annotations
 import functools
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from types import MappingProxyType
+from typing import TypeVar
 from unittest.mock import patch
 
 import torch
 from PIL.Image import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 from benchmarks.quality import psnr, ssim
 from benchmarks.report import Table
 from usoflow.api.engine import Engine
 from usoflow.api.workflow import Workflow
-from usoflow.models import kernels
+from usoflow.models import kernels, residence
+from usoflow.models.placement import Placement
 from usoflow.settings import POCKET_MODELS
+
+M = TypeVar("M", bound=nn.Module)
 
 HERE = Path("examples")
 CHECKPOINT = "checkpoints/usoflow-pocket.safetensors"
@@ -43,18 +48,36 @@ class Way:
         dtype: of the transformer.
         vram: the budget, if any.
         fp8: the matrices of the blocks are stored in fp8.
+        compiled: blocks are compiled, which needs a run before.
         within: what else holds meanwhile.
     """
 
     dtype: str
     vram: str | None = None
     fp8: bool = False
+    compiled: bool = False
     within: Callable[[], AbstractContextManager[object]] = nullcontext
 
 
 def _torch_alone() -> AbstractContextManager[object]:
     """Without oneDNN's products and attention by heads."""
     return patch.object(kernels, "_multiplied", frozenset)
+
+
+@contextmanager
+def _products_in_fp8() -> Iterator[None]:
+    """As on a GPU that multiplies fp8; torch computes that on a CPU too, slowly."""
+    settle = Placement.settle
+
+    def settled(
+        self: Placement, module: M, blocks: Sequence[nn.Module] = (), *, as_stored: bool = False
+    ) -> M:
+        settle(self, module, blocks, as_stored=bool(blocks) or as_stored)
+        residence.multiply_in_fp8(blocks, self.device)
+        return module
+
+    with patch.object(Placement, "settle", settled):
+        yield
 
 
 REFERENCE = Way("fp32", within=_torch_alone)
@@ -64,7 +87,9 @@ WAYS: Mapping[str, Way] = MappingProxyType(
         "fp32, weights passing through 1 MB": Way("fp32", vram="1MB"),
         "bf16": Way("bf16"),
         "bf16, weights passing through 1 MB": Way("bf16", vram="1MB"),
+        "bf16, compiled": Way("bf16", compiled=True),
         "bf16, blocks stored in fp8": Way("bf16", fp8=True),
+        "bf16, blocks stored and multiplied in fp8": Way("bf16", fp8=True, within=_products_in_fp8),
     }
 )
 BOUNDS: Mapping[str, tuple[float, float]] = MappingProxyType(  # of the worst picture: PSNR in dB, SSIM
@@ -73,7 +98,9 @@ BOUNDS: Mapping[str, tuple[float, float]] = MappingProxyType(  # of the worst pi
         "fp32, weights passing through 1 MB": (80.0, 0.9999),
         "bf16": (46.0, 0.995),
         "bf16, weights passing through 1 MB": (46.0, 0.995),
+        "bf16, compiled": (46.0, 0.995),
         "bf16, blocks stored in fp8": (30.0, 0.97),
+        "bf16, blocks stored and multiplied in fp8": (24.0, 0.9),
     }
 )
 
@@ -112,8 +139,12 @@ def pictures(way: Way, seeds: int) -> list[Image]:
         way.within(),
         _models(fp8=way.fp8) as models,
         tempfile.TemporaryDirectory() as output,
-        Engine(models=models, output=output, device="cpu", dtype=way.dtype, vram=way.vram) as engine,
+        Engine(
+            models=models, output=output, device="cpu", dtype=way.dtype, vram=way.vram, compiled=way.compiled
+        ) as engine,
     ):
+        for graph in graphs() if way.compiled else ():
+            engine.run(graph.with_seed(seeds))
         made = (engine.run(graph.with_seed(seed)) for graph in graphs() for seed in range(seeds))
         return [result.images[0] for result in made]
 

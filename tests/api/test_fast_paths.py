@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 from benchmarks.fast_paths import BOUNDS, WAYS, measure
 
+NAMES = [pytest.param(name, marks=pytest.mark.full if way.compiled else ()) for name, way in WAYS.items()]
 
-@pytest.mark.parametrize("name", WAYS)
+
+@pytest.mark.parametrize("name", NAMES)
 def test_pictures_stay_near_those_of_fp32(name: str) -> None:
     """Text, subject, style and both; the worst of them."""
     decibels, alike = measure(WAYS[name], seeds=1)

@@ -90,9 +90,7 @@ class Placement:
     def room(self) -> int:
         """Bytes that a computation beside the transformer may take now."""
         free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else _free_memory()
-        return (
-            int(PART_FOR_WORK * free) if self.budget is None else min(int(PART_FOR_WORK * free), self.budget)
-        )
+        return min(int(PART_FOR_WORK * free), sys.maxsize if self.budget is None else self.budget)
 
     @property
     def smaller(self) -> Self:

@@ -91,13 +91,12 @@ class Linear(nn.Module):
         """x: [..., in] -> [..., out], in the dtype of x; through GELU (tanh approximation) on request."""
         bias = None if self.bias is None else widened(self.bias, x)
         scales = self.row_scales if x.dtype == fp8.WIDE and not torch.is_grad_enabled() else None
-        if not self.branches and scales is None:
+        if scales is not None:
+            y = fp8.product(x, self.weight, scales, bias)
+        elif self.branches:
+            y = linear(x, self._weight(x), bias)
+        else:
             return linear(x, self._weight(x), bias, gelu=gelu)
-        y = (
-            fp8.product(x, self.weight, scales, bias)
-            if scales is not None
-            else linear(x, self._weight(x), bias)
-        )
         for branch in self.branches:
             y = branch(x, y)
         return F.gelu(y, approximate="tanh") if gelu else y
