@@ -26,7 +26,7 @@ def tables(path: Path, rounds: int, *, quick: bool) -> Iterator[Table]:
     side = 64 if quick else 256
     count = 2 if quick else len(REFERENCES)
     by_references = [
-        Case(f"{n} references", (side, side), (side,) * n, text=text) for n in REFERENCES[:count]
+        Case(f"references: {n}", (side, side), (side,) * n, text=text) for n in REFERENCES[:count]
     ]
     tokens = [case.tokens for case in by_references]
     yield _table("references", by_references, tokens, contest, rounds)

@@ -8,10 +8,12 @@ from benchmarks.fast_paths import BOUNDS, WAYS, measure
 NAMES = [pytest.param(name, marks=pytest.mark.full if way.compiled else ()) for name, way in WAYS.items()]
 
 
+@pytest.mark.filterwarnings("ignore:bf16 and fp16 are mixed")  # Inductor says it of the pocket LoRA
 @pytest.mark.parametrize("name", NAMES)
-def test_pictures_stay_near_those_of_fp32(name: str) -> None:
+def test_pictures_stay_near_those_of_fp32(name: str, caplog: pytest.LogCaptureFixture) -> None:
     """Text, subject, style and both; the worst of them."""
     decibels, alike = measure(WAYS[name], seeds=1)
+    assert "The compiler failed" not in caplog.text
     least, least_alike = BOUNDS[name]
     assert min(decibels) >= least
     assert min(alike) >= least_alike
