@@ -23,6 +23,7 @@ import torch
 from benchmarks import synthetic
 from benchmarks.report import Table
 from usoflow.execution.progress import NodeFinished
+from usoflow.models.flux import OFFICIAL_DEPTH
 
 CHECKPOINT = "checkpoints/flux1-dev-fp8.safetensors"
 PLANS = {"by itself": None, "--vram 6GB": "6GB"}
@@ -32,7 +33,7 @@ T5_LAYERS = 24
 
 def table(scratch: Path | None, *, quick: bool) -> Table:
     """Write the files, measure each plan in a new process, remove them."""
-    depth, t5 = (synthetic.SHALLOW, 1) if quick else (synthetic.FULL, T5_LAYERS)
+    depth, t5 = (synthetic.SHALLOW, 1) if quick else (OFFICIAL_DEPTH, T5_LAYERS)
     spec = synthetic.checkpoint(depth, "F8_E4M3", t5_layers=t5)
     with synthetic.written({CHECKPOINT: spec} | synthetic.uso_files(depth), scratch) as models:
         found = {name: _in_new_process(models, budget) for name, budget in PLANS.items()}

@@ -24,7 +24,7 @@ from benchmarks.report import Table
 from benchmarks.timing import seconds
 from usoflow.execution.memory import PeakMemory
 from usoflow.models.checkpoint import Component, TensorFile
-from usoflow.models.flux import Flux, FluxConfig
+from usoflow.models.flux import OFFICIAL_DEPTH, Flux, FluxConfig
 from usoflow.models.library import ModelLibrary, load_flux
 from usoflow.models.placement import PART_OF_GPU, Placement
 from usoflow.models.residence import Sizes
@@ -51,7 +51,7 @@ class Extent:
     def of(cls, *, gpu: bool, quick: bool) -> Extent:
         """Full on a GPU, unless it is to be quick."""
         if gpu:
-            depth, steps = (synthetic.SHALLOW, 2) if quick else (synthetic.FULL, 20)
+            depth, steps = (synthetic.SHALLOW, 2) if quick else (OFFICIAL_DEPTH, 20)
             return cls("cuda", depth, 1024, (512, 1024), step.TEXT_TOKENS, steps, 8192, (24, 16, 12, 8))
         steps = 2 if quick else 20
         return cls("cpu", synthetic.SHALLOW, 64, (32, 64), step.QUICK_TEXT, steps, 512, (4, 1, 0.5))

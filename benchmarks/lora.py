@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from benchmarks.report import Table
 from benchmarks.timing import in_turn
+from usoflow.models.fp8 import LARGEST, STORED
 from usoflow.models.kernels import Scratch
 from usoflow.models.weights import Linear, LowRank
 
 ROWS, INPUTS, RANK = 9216, 3072, 128  # q, k and v of a FLUX.1 block, under USO's LoRA
 SHARE = 0.05  # of the LoRA's change in the weight's norm
-LARGEST = 448.0  # of e4m3
 
 
 def table(rounds: int, *, quick: bool) -> Table:
@@ -57,7 +57,7 @@ def table(rounds: int, *, quick: bool) -> Table:
 def _rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
     """In e4m3, with the scale that makes its largest value the format's."""
     scale = weight.abs().amax() / LARGEST
-    return (weight / scale).to(torch.float8_e4m3fn), scale
+    return (weight / scale).to(STORED), scale
 
 
 def _layer(weight: Tensor, scale: Tensor) -> Linear:

@@ -26,7 +26,6 @@ TORCH = {
     "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn
 }  # fmt: skip
 SHALLOW = (1, 1)
-FULL = (19, 38)
 SPARE = 2 << 30  # bytes of disk to leave free
 
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from networks import lora_of, transformer_of, velocity
 from usoflow.models import fp8
-from usoflow.models.checkpoint import TensorFile
-from usoflow.models.flux import Flux, Modulation
+from usoflow.models.flux import Modulation
 from usoflow.models.library import LoraUse, ModelLibrary
 from usoflow.models.placement import Placement
 from usoflow.models.residence import multiply_in_fp8
@@ -129,24 +129,9 @@ def test_a_gpu_multiplies() -> None:
     assert fp8.multiplied_on(device) == capable
 
 
-def velocity(flux: Flux, dtype: torch.dtype) -> Tensor:
-    torch.manual_seed(0)
-    c = flux.config
-    latent, text, pooled = (
-        torch.randn(1, c.channels, 16, 8),
-        torch.randn(1, 4, c.text_dim),
-        torch.zeros(1, 32),
-    )
-    with torch.inference_mode():
-        inputs = flux.prepare(text, pooled, (16, 8), dtype=dtype)
-        answer: Tensor = flux(latent, torch.tensor(0.5), inputs)
-        return answer
-
-
 def test_a_transformer_in_fp8_is_near_the_exact_one(small_models: Path) -> None:
     """Stored in fp8, with a LoRA: against the same numbers computed in fp32."""
-    file = TensorFile.open(small_models / "checkpoints" / "flux1-dev-fp8.safetensors").components()["flux"]
-    lora = TensorFile.open(small_models / "loras" / "uso-flux1-dit-lora-v1.safetensors").component("uso_lora")
+    file, lora = transformer_of(small_models), lora_of(small_models)
     library = ModelLibrary(Placement(CPU, torch.bfloat16))
     with torch.inference_mode():
         base = library.flux(file, (), "fp8_e4m3fn")

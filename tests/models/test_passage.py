@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from usoflow.models.checkpoint import TensorFile
+from networks import lora_of, transformer_of
 from usoflow.models.library import LoraUse, ModelLibrary, load_flux
 from usoflow.models.passage import Buffer, Passage
 from usoflow.models.placement import Placement
@@ -171,8 +171,7 @@ def test_after_a_block_that_failed_all_is_as_before() -> None:
 @pytest.mark.parametrize("inference", [False, True])
 def test_loras_share_what_passes(small_models: Path, inference: bool) -> None:
     """A view with LoRAs and the network itself, in turn, as runs with different LoRAs use them."""
-    file = TensorFile.open(small_models / "checkpoints" / "flux1-dev-fp8.safetensors").components()["flux"]
-    lora = TensorFile.open(small_models / "loras" / "uso-flux1-dit-lora-v1.safetensors").component("uso_lora")
+    file, lora = transformer_of(small_models), lora_of(small_models)
     with torch.inference_mode(inference), torch.no_grad():
         passing, plain = (ModelLibrary(Placement(CPU, torch.float32)) for _ in range(2))
         module = load_flux(file)

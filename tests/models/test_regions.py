@@ -17,7 +17,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from usoflow.models.checkpoint import Component, TensorFile
+import networks
+from networks import lora_of, transformer_of
+from usoflow.models.checkpoint import Component
 from usoflow.models.flux import Flux
 from usoflow.models.library import LoraUse, ModelLibrary
 from usoflow.models.passage import Passage
@@ -60,18 +62,11 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Graphs]:
 
 def files(models: Path) -> tuple[Component, Component]:
     """Transformer and LoRA."""
-    checkpoint = TensorFile.open(models / "checkpoints" / "flux1-dev-fp8.safetensors")
-    lora = TensorFile.open(models / "loras" / "uso-flux1-dit-lora-v1.safetensors")
-    return checkpoint.components()["flux"], lora.component("uso_lora")
+    return transformer_of(models), lora_of(models)
 
 
 def velocity(flux: Flux, side: int = 8, dtype: torch.dtype = torch.float32) -> Tensor:
-    torch.manual_seed(0)
-    c = flux.config
-    latent, text, pooled = torch.randn(1, 16, side, 8), torch.randn(1, 4, c.text_dim), torch.randn(1, 32)
-    inputs = flux.prepare(text, pooled, (side, 8), references=[torch.randn(1, 16, 4, 4)], dtype=dtype)
-    answer: Tensor = flux(latent, torch.tensor(0.5), inputs)
-    return answer
+    return networks.velocity(flux, dtype, height=side, reference=True)
 
 
 def near(found: Tensor, expected: Tensor, bound: float = 1e-5) -> bool:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from usoflow.models.checkpoint import Component, TensorFile
+from networks import transformer_of, velocity
 from usoflow.models.flux import Flux
 from usoflow.models.library import ModelLibrary, load_flux
 from usoflow.models.pages import bring, mapped
@@ -24,37 +24,20 @@ CPU = torch.device("cpu")
 
 
 def flux_of(models: Path, budget: int | None, dtype: torch.dtype) -> Flux:
-    path = models / "checkpoints" / "flux1-dev-fp8.safetensors"
     library = ModelLibrary(Placement(CPU, dtype, budget))
     with torch.inference_mode():  # as the executor loads it
-        return library.flux(TensorFile.open(path).components()["flux"], (), "default")
-
-
-def component_of(models: Path) -> Component:
-    return TensorFile.open(models / "checkpoints" / "flux1-dev-fp8.safetensors").components()["flux"]
+        return library.flux(transformer_of(models), (), "default")
 
 
 def linear_layers(flux: Flux) -> list[Linear]:
     return [layer for layer in flux.modules() if isinstance(layer, Linear)]
 
 
-def velocity(flux: Flux, dtype: torch.dtype) -> Tensor:
-    torch.manual_seed(0)
-    c = flux.config
-    latent, text, pooled = (
-        torch.randn(1, c.channels, 8, 8),
-        torch.randn(1, 4, c.text_dim),
-        torch.randn(1, c.pooled_dim),
-    )
-    with torch.inference_mode():
-        return flux(latent, torch.tensor(0.5), flux.prepare(text, pooled, (8, 8), dtype=dtype))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_plan_gives_the_same_numbers(small_models: Path, dtype: torch.dtype) -> None:
     found = {}
     for budget, as_stored in ((10**9, False), (10**9, True), (1, False)):
-        flux = load_flux(component_of(small_models))
+        flux = load_flux(transformer_of(small_models))
         with torch.inference_mode():
             plan = settle_on_cpu(flux, flux.blocks, dtype, budget, as_stored=as_stored)
         found[plan] = velocity(flux, dtype)
@@ -66,14 +49,14 @@ def test_every_plan_gives_the_same_numbers(small_models: Path, dtype: torch.dtyp
 def test_plans_are_what_they_say(small_models: Path) -> None:
     """Ready: all wide, in the order in which they are multiplied; else as the file has them."""
     ready, passing = (flux_of(small_models, budget, torch.bfloat16) for budget in (10**9, 1))
-    stored = load_flux(component_of(small_models))
+    stored = load_flux(transformer_of(small_models))
     assert all(layer.weight.dtype == torch.bfloat16 for layer in linear_layers(ready))
     for one, other in zip(linear_layers(passing), linear_layers(stored), strict=True):
         assert one.weight.dtype == other.weight.dtype
 
 
 def test_training_finds_weights_as_stored(small_models: Path) -> None:
-    component = component_of(small_models)
+    component = transformer_of(small_models)
     flux = ModelLibrary(Placement(CPU, torch.bfloat16, 1)).flux(component, (), "default")
     assert not any(block._forward_pre_hooks for block in flux.blocks)
     for one, other in zip(linear_layers(flux), linear_layers(load_flux(component)), strict=True):
@@ -90,7 +73,7 @@ def test_a_picture_is_drawn_as_it_is_learnt(
     on part of each layer's rows, scaled fp8."""
 
     def made() -> Flux:
-        flux = load_flux(component_of(small_models))
+        flux = load_flux(transformer_of(small_models))
         torch.manual_seed(0)
         for layer in linear_layers(flux):
             if scaled:
@@ -120,8 +103,7 @@ def test_a_picture_is_drawn_as_it_is_learnt(
 
 def test_pages_that_were_given_back_are_read_again(small_models: Path) -> None:
     """Twice through the blocks: the second time from pages that had left."""
-    path = small_models / "checkpoints" / "flux1-dev-fp8.safetensors"
-    component = TensorFile.open(path).components()["flux"]
+    component = transformer_of(small_models)
     with torch.inference_mode():
         flux = ModelLibrary(Placement(CPU, torch.float32, 1)).flux(component, (), "default")
     assert mapped(flux.blocks[0].parameters()), "the file is mapped"
@@ -131,10 +113,7 @@ def test_pages_that_were_given_back_are_read_again(small_models: Path) -> None:
 
 def test_memory_of_ones_own_has_no_pages_to_give_back(small_models: Path) -> None:
     assert mapped([torch.ones(1 << 16), torch.empty(0)]) == []
-    component = TensorFile.open(small_models / "checkpoints" / "flux1-dev-fp8.safetensors").components()[
-        "flux"
-    ]
-    assert mapped(load_flux(component).parameters())
+    assert mapped(load_flux(transformer_of(small_models)).parameters())
 
 
 def test_blocks_fill_a_budget_from_the_first() -> None:

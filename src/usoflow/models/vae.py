@@ -8,7 +8,7 @@ FLUX.1, without quantisation convolutions; parameter names equal the keys of tha
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -294,8 +294,7 @@ class AutoEncoder(nn.Module):
         """
         pixels = centre_crop(images, self.config.factor)[..., :3].movedim(-1, 1)  # [B, 3, H, W]
         # At its peak five maps of the finest level are held.
-        tiles = self._tiles(pixels.shape, 5 * self.config.widths[0] * dtype.itemsize, room)
-        grid = tiles and Grid(*tiles, before=self.config.factor, after=1)
+        grid = self._grid(pixels, 5 * self.config.widths[0] * dtype.itemsize, room, before=self.config.factor)
         mean = self._each(lambda x: self.encoder(x).chunk(2, dim=1)[0], pixels * 2 - 1, dtype, grid)
         return require_finite(mean, "VAE encoding")
 
@@ -324,24 +323,25 @@ class AutoEncoder(nn.Module):
                 remedy="Sample the latent first, or make it with EmptySD3LatentImage.",
             )
         # At its peak four maps are held, enlarged to the finest level and as wide as the next.
-        factor, wide = self.config.factor, self.config.widths[min(1, len(self.config.widths) - 1)]
-        size = [factor * side for side in latent.shape[-2:]]
-        tiles = self._tiles(size, 4 * wide * dtype.itemsize, room)
-        grid = tiles and Grid(*tiles, before=1, after=factor)
+        wide = self.config.widths[min(1, len(self.config.widths) - 1)]
+        grid = self._grid(latent, 4 * wide * dtype.itemsize, room, after=self.config.factor)
         pixels = require_finite(self._each(self.decoder, latent, dtype, grid), "VAE decoding")
         return ((pixels + 1) / 2).clamp_(0, 1).movedim(1, -1).contiguous()
 
-    def _tiles(self, size: Sequence[int], per_pixel: int, room: int | None) -> tuple[int, int] | None:
-        """Side and overlap of tiles, in latents, for pictures [..., H, W]; None where a whole one fits."""
-        height, width = size[-2:]
+    def _grid(
+        self, batch: Tensor, per_pixel: int, room: int | None, *, before: int = 1, after: int = 1
+    ) -> Grid | None:
+        """The tiles for pictures or latents [..., H, W] that need `per_pixel` bytes; None where all fits."""
+        factor = self.config.factor
+        height, width = (factor * side // before for side in batch.shape[-2:])  # in pixels
         if room is None or height * width * per_pixel <= room:
             return None
-        side = max(LEAST_TILE, int((room / per_pixel) ** 0.5) // self.config.factor)
+        side = max(LEAST_TILE, int((room / per_pixel) ** 0.5) // factor)
         logger.info(
             "The VAE works in tiles of %d pixels: %dx%d at once would need %.1f GB, and there are %.1f.",
-            side * self.config.factor, width, height, height * width * per_pixel / 1e9, room / 1e9,
+            side * factor, width, height, height * width * per_pixel / 1e9, room / 1e9,
         )  # fmt: skip
-        return side, side // OVERLAP
+        return Grid(side, side // OVERLAP, before, after)
 
     def _each(
         self, network: Callable[[Tensor], Tensor], batch: Tensor, dtype: torch.dtype, grid: Grid | None

@@ -1,0 +1,36 @@
+"""The small models' transformer and LoRA (fixture `small_models`), and what a transformer answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from usoflow.models.checkpoint import Component, TensorFile
+from usoflow.models.flux import Flux
+
+
+def transformer_of(models: Path) -> Component:
+    """Of the all-in-one file."""
+    return TensorFile.open(models / "checkpoints" / "flux1-dev-fp8.safetensors").components()["flux"]
+
+
+def lora_of(models: Path) -> Component:
+    """USO's."""
+    return TensorFile.open(models / "loras" / "uso-flux1-dit-lora-v1.safetensors").component("uso_lora")
+
+
+@torch.inference_mode()
+def velocity(
+    flux: Flux, dtype: torch.dtype = torch.float32, *, height: int = 8, reference: bool = False
+) -> Tensor:
+    """Of the same noise every time, [1, C, height, 8]."""
+    torch.manual_seed(0)
+    c = flux.config
+    latent, text = torch.randn(1, c.channels, height, 8), torch.randn(1, 4, c.text_dim)
+    pooled = torch.randn(1, c.pooled_dim)
+    references = [torch.randn(1, c.channels, 4, 4)] if reference else []
+    inputs = flux.prepare(text, pooled, (height, 8), references=references, dtype=dtype)
+    answer: Tensor = flux(latent, torch.tensor(0.5), inputs)
+    return answer
