@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from usoflow.models.weights import Linear
 from usoflow.training import autoencoder, package
 from usoflow.training.autoencoder import VaeStage
 from usoflow.training.backgrounds import BACKGROUNDS
-from usoflow.training.base import BaseStage, Pocket
+from usoflow.training.base import GUIDANCE, BaseStage, Pocket
 from usoflow.training.captions import CaptionTokenizer, Vocabulary
 from usoflow.training.drawings import Sprites
 from usoflow.training.initial import initialise
@@ -181,6 +182,33 @@ def test_lora_begins_as_nothing_and_its_file_computes_the_same(teaching: Teachin
     for layer in teaching.base.flux.modules():  # the fixture is shared
         if isinstance(layer, Linear):
             layer.branches = torch.nn.ModuleList()
+
+
+def test_guidance_is_where_the_answer_comes_to_rest(teaching: Teaching) -> None:
+    """Without the plain base nothing is added; with it, u + s (v - u) is its own target."""
+    strength = 2.5
+    guided = dataclasses.replace(
+        teaching, plain=teaching.base, stage=dataclasses.replace(STAGE, guidance=strength)
+    )
+    batch = teaching.lessons.first("both", 4)
+    x, sigma = torch.randn(4, 16, 8, 8), torch.full((4,), 0.5)
+    straight = torch.randn(x.shape)
+    assert torch.equal(teaching.target(batch, x, sigma, straight, torch.randn(x.shape)), straight)
+    text = teaching.base.encode_texts(["", "", "", ""])
+    plain = teaching.base.velocity(x, sigma, text, guidance=1.0, dtype=torch.float32)
+    rest = plain + strength * (straight - plain)
+    assert torch.allclose(guided.target(batch, x, sigma, straight, rest), rest, atol=1e-4)
+    assert not torch.allclose(guided.target(batch, x, sigma, straight, straight), straight, atol=0.1)
+
+
+def test_words_alone_are_answered_as_the_plain_base_does(teaching: Teaching) -> None:
+    guided = dataclasses.replace(teaching, plain=teaching.base)
+    batch = teaching.lessons.first("text", 4)
+    x, sigma = torch.randn(4, 16, 8, 8), torch.full((4,), 0.5)
+    wanted = teaching.velocity(batch, x, sigma, guidance=GUIDANCE)
+    got = guided.target(batch, x, sigma, torch.zeros_like(x), torch.zeros_like(x))
+    assert torch.allclose(got, wanted, atol=1e-5)
+    assert wanted.abs().mean() > 0.01
 
 
 def written(teaching: Teaching, folder: Path, lora: dict[str, torch.nn.Parameter]) -> Path:

@@ -70,6 +70,7 @@ class UsoStage:
         rank: of the LoRA.
         style_mix, subject_mix: how often each use is shown in each stage.
         practice: samples of `subject` over which practice gives way to lessons, see `Teaching.flow_loss`.
+        guidance: with which the LoRA learns to answer, see `Teaching.target`; 1 is none.
         reward_from: part of a stage after which style reward learning begins.
         reward_every: steps from one with a reward to the next.
         reward_weight: of the reward in the loss.
@@ -86,6 +87,7 @@ class UsoStage:
         ("subject", 0.45), ("both", 0.35), ("style", 0.15), ("text", 0.05),
     )  # fmt: skip
     practice: int = 0
+    guidance: float = 1.0
     reward_from: float = 0.75
     reward_every: int = 4
     reward_weight: float = 0.1
@@ -158,6 +160,11 @@ class Lessons:
         empty = (tokenizer.t5([""]), tokenizer.clip([""]))
         return cls(sets, {use: found.ids(tokenizer) for use, found in sets.items()}, empty)
 
+    def silence(self, count: int) -> tuple[Ids, Ids]:
+        """The ids of empty prompts."""
+        t5, clip = (np.repeat(none, count, axis=0) for none in self.empty)
+        return t5, clip
+
     def first(self, use: Use, count: int) -> Batch:
         """The first lessons of a use, prompts as they are."""
         t5, clip = self.ids[use]
@@ -186,13 +193,17 @@ class Batch:
 
 @dataclass(frozen=True)
 class Teaching:
-    """The frozen base, the projector, the lessons, and how the model is asked."""
+    """The frozen base, the projector, the lessons, and how the model is asked.
+
+    `plain` is the base once more, to which no LoRA is added. Without it nothing is taught of guidance.
+    """
 
     base: Base
     projector: StyleProjector
     lessons: Lessons
     stage: UsoStage
     dtype: torch.dtype
+    plain: Base | None = None
 
     def velocity(self, batch: Batch, x: Tensor, sigma: Tensor, *, guidance: float) -> Tensor:
         """The transformer's answer to a batch, with the content and style that its use has; float32."""
@@ -226,21 +237,39 @@ class Teaching:
             generator = torch.Generator().manual_seed((recipe.seed << 32) + done)
             sigma, x_s, noise = noised(x, self.base.stage, generator)
             got = self.velocity(batch, x_s, sigma, guidance=guidance)
-            return (got - (noise - x)).pow(2).mean()
+            wanted = self.target(batch, x_s, sigma, noise - x, got.detach())
+            return (got - wanted).pow(2).mean()
 
         return loss_of
+
+    @torch.no_grad()
+    def target(self, batch: Batch, x_s: Tensor, sigma: Tensor, straight: Tensor, got: Tensor) -> Tensor:
+        """What should have been answered where `got` was: the straight velocity, or one with guidance.
+
+        A base whose guidance is distilled must not unlearn it. So words alone are answered as the plain base
+        does; for what comes with pictures there is no teacher, and guidance is learnt from the answer itself,
+        as in model guidance (arXiv 2502.12154): with the plain base's unconditional answer u, the target is
+        v + (1 - 1/s) (got - u), and `got` comes to rest at u + s (E[v] - u), which is guidance of strength s.
+        """
+        if self.plain is None:
+            return straight
+        if batch.use == "text":
+            told = self.plain.encode(*batch.ids)
+            return self.plain.velocity(x_s, sigma, told, guidance=GUIDANCE, dtype=self.dtype).float()
+        silent = self.plain.encode(*self.lessons.silence(len(x_s)))
+        plain = self.plain.velocity(x_s, sigma, silent, guidance=1.0, dtype=self.dtype).float()
+        return straight + (1 - 1 / self.stage.guidance) * (got - plain)
 
     def _practice(self, rng: np.random.Generator, count: int, *, reach: int) -> tuple[Batch, Tensor]:
         """Lessons without words, and their content latents, each moved by at most `reach` tokens."""
         batch = self.lessons.choose((("subject", 1.0),), rng, count)
-        silent = tuple(np.repeat(none, count, axis=0) for none in self.lessons.empty)
         content = self.lessons.sets["subject"].rows("content", batch.indices)
         shifts = PATCH * rng.integers(-reach, reach + 1, (count, 2))
         moved = [
             torch.roll(x, (int(down), int(right)), dims=(1, 2))
             for x, (down, right) in zip(content, shifts, strict=True)
         ]
-        return Batch("subject", batch.indices, (silent[0], silent[1])), torch.stack(moved)
+        return Batch("subject", batch.indices, self.lessons.silence(count)), torch.stack(moved)
 
     def reward_loss(self, mix: Mix, recipe: Recipe, reward: StyleReward, sprites: Sprites) -> LossFunction:
         """Style reward of pictures begun without and finished with gradients, as a loss."""

@@ -5,6 +5,7 @@ Each reads what the ones before left there and continues where it was interrupte
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from torch import nn
@@ -54,7 +55,7 @@ def style(workshop: Workshop) -> None:
 
 def subject(workshop: Workshop) -> None:
     """Content-style disentanglement: train the LoRA beside the frozen projector."""
-    teaching = _teaching(workshop)
+    teaching = dataclasses.replace(_teaching(workshop), plain=workshop.finished().requires_grad_(False))
     load_average(workshop.folder / "style", dict(teaching.projector.named_parameters()))
     branches = add_lora(teaching.base.flux, teaching.stage.rank, teaching.stage.subject.seed)
     _run(workshop, teaching, lora_parameters(branches), "subject")
