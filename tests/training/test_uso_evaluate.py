@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -26,9 +27,11 @@ from usoflow.training.uso_judge import (
     Verdict,
     known_subjects,
     layout_of,
+    shipped_uso_judge,
     style_name,
     styles_of,
     train_uso_judge,
+    write_uso_judge,
 )
 from usoflow.training.uso_report import evaluate
 
@@ -141,3 +144,22 @@ def test_the_judge_learns(sprites: Sprites, tmp_path: Path) -> None:
     fresh = uso_judge._loss(UsoJudge(WORLD), sprites, recipe)
     with torch.no_grad():
         assert again(0) < fresh(0)
+
+
+def test_a_judge_is_read_as_it_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    judge, pictures = UsoJudge(WORLD).eval(), torch.rand(2, 64, 64, 3)
+    write_uso_judge(judge, tmp_path)
+    monkeypatch.setattr(uso_judge.resources, "files", lambda package: tmp_path)
+    wanted, got = judge(pictures), shipped_uso_judge(WORLD)(pictures)
+    assert torch.allclose(got.subject, wanted.subject, atol=1e-2)
+    assert not torch.allclose(UsoJudge(WORLD)(pictures).subject, wanted.subject, atol=1e-2)
+
+
+def test_the_shipped_judge_tells_the_backgrounds_of_the_shipped_world() -> None:
+    rng = np.random.default_rng(0)
+    painted = torch.from_numpy(np.stack([ground.paint(128, rng) for ground in BACKGROUNDS.values()]))
+    with torch.inference_mode():
+        verdict = shipped_uso_judge(WHOLE)(painted.float().clamp(0, 1))
+    right = verdict.background.argmax(dim=1) == torch.arange(len(BACKGROUNDS))
+    assert right.float().mean() > 0.8

@@ -12,9 +12,9 @@ from usoflow.cli.options import Device, Dtype, InDtype, Models, OnDevice
 
 def evaluate(
     models: Models = None,
-    work: Annotated[
-        Path, typer.Option(help="Work folder of `usoflow train`, with drawings and judge.")
-    ] = Path("training"),
+    work: Annotated[Path, typer.Option(help="Work folder of `usoflow train`, with drawings.")] = Path(
+        "training"
+    ),
     output: Annotated[Path, typer.Option(help="Folder for tables and contact sheets.")] = Path("evaluation"),
     count: Annotated[int, typer.Option(help="Questions of each cell.", min=1)] = 200,
     size: Annotated[int, typer.Option(help="Side of the pictures, in pixels.", min=64)] = 128,
@@ -23,7 +23,7 @@ def evaluate(
 ) -> None:
     """Measure the USO models of a folder on held-out subjects and styles, beside ceiling, cheat and chance.
 
-    Drawings and judge are fetched and trained first, where the work folder has none: ten minutes on a CPU.
+    The drawings of the questions are fetched and rendered first, where the work folder has none.
     """
     from usoflow.models.library import ModelLibrary
     from usoflow.models.placement import Placement
@@ -31,13 +31,13 @@ def evaluate(
     from usoflow.training.plan import Plan
     from usoflow.training.stages import Workshop
     from usoflow.training.uso_evaluate import Contender
-    from usoflow.training.uso_judge import train_uso_judge
+    from usoflow.training.uso_judge import shipped_uso_judge
     from usoflow.training.uso_report import evaluate as measure
 
     library = ModelLibrary(Placement.choose(device.value, dtype.value))
     contender = Contender.of(find_folders(models=models), library, side=size)
     workshop = Workshop(work, Plan.read(None))
     workshop.render()
-    judge = train_uso_judge(workshop.sprites, workshop.plan.uso_judge, work / "uso-judge")
+    judge = shipped_uso_judge(workshop.world)
     measure(contender, judge, workshop.sprites, count=count, output=output, say=typer.echo)
     typer.echo(f"Tables and sheets: {output}")

@@ -1,17 +1,18 @@
 """The stages of training, in order: what `usoflow train STAGE` runs.
 
-render   fetch the drawings, render the sprites, write a contact sheet
-vae      train the autoencoder, fold its latent statistics
-base     cache latents, train text encoders and transformer
-large    train them further on larger pictures
-guided   distil guidance into the transformer
-tower    train the vision tower that USO's projector reads
-reward   train the style encoder of style reward learning
-style    train the projector on the frozen base
-subject  train the LoRA beside the frozen projector
-package  write the files
-judge    train the encoder that measures, used for nothing else
-evaluate measure the base's modules on the fixed prompt list
+render    fetch the drawings, render the sprites, write a contact sheet
+vae       train the autoencoder, fold its latent statistics
+base      cache latents, train text encoders and transformer
+large     train them further on larger pictures
+guided    distil guidance into the transformer
+tower     train the vision tower that USO's projector reads
+reward    train the style encoder of style reward learning
+style     train the projector on the frozen base
+subject   train the LoRA beside the frozen projector
+package   write the files
+judge     train the encoder that measures, used for nothing else
+evaluate  measure the base's modules on the fixed prompt list
+uso-judge train the encoder that `usoflow evaluate` measures with
 """
 
 from __future__ import annotations
@@ -36,5 +37,6 @@ STAGES: Mapping[str, Callable[[Workshop], None]] = MappingProxyType(
         "package": uso_stages.package_all,
         "judge": Workshop.judge,
         "evaluate": Workshop.evaluate,
+        "uso-judge": uso_stages.uso_judge,
     }
 )

@@ -1,18 +1,21 @@
 """The encoder that measures Pocket USO: whose subject, which style, what background, where and how large.
 
 Trained on scenes of its own seed, held-out subjects and styles included, and used for nothing else: it is
-neither the reward nor a part of the model. `uso_evaluate` asks it.
+neither the reward nor a part of the model. `uso_evaluate` asks it. The trained one is package data, so that
+everybody measures with the same.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
 from usoflow.training.backgrounds import BACKGROUNDS
@@ -21,6 +24,7 @@ from usoflow.training.loop import LossFunction, Recipe, Training, swap
 from usoflow.training.scenes import Scene, alone, generator, pictures_of
 from usoflow.training.world import World
 
+FILE = "uso-judge.safetensors"
 USO_JUDGE_SEED = 990_003  # of its scenes: no other stage draws from it
 SEEN_SIDE = 96  # pixels at which the judge looks
 WIDTHS = (32, 64, 128, 256)
@@ -116,6 +120,20 @@ def train_uso_judge(sprites: Sprites, recipe: Recipe, folder: Path) -> UsoJudge:
     training.resume()
     training.run(_loss(judge, sprites, recipe), after_save=lambda: None)
     swap(training.parameters, training.average)
+    return judge.eval()
+
+
+def write_uso_judge(judge: UsoJudge, folder: Path) -> None:
+    """Write a trained judge as the package holds it, in fp16."""
+    values = {name: p.detach().to(torch.float16).contiguous() for name, p in judge.named_parameters()}
+    save_file(values, folder / FILE)
+
+
+def shipped_uso_judge(world: World) -> UsoJudge:
+    """The judge that is package data; its answers have the names of the shipped world."""
+    judge = UsoJudge(world)
+    held = load(resources.files("usoflow.training").joinpath(FILE).read_bytes())
+    judge.load_state_dict({name: value.float() for name, value in held.items()})
     return judge.eval()
 
 

@@ -32,6 +32,7 @@ from usoflow.training.uso import (
     lora_parameters,
     new_projector,
 )
+from usoflow.training.uso_judge import train_uso_judge, write_uso_judge
 
 SHOWN = 12  # lessons on a sheet
 
@@ -67,6 +68,13 @@ def package_all(workshop: Workshop) -> None:
     if (workshop.folder / "subject" / "state.pt").exists():
         projector, branches = trained(workshop, workshop.finished())
         package.write_uso(workshop.folder, _tower(workshop), projector, lora_parameters(branches))
+
+
+def uso_judge(workshop: Workshop) -> None:
+    """Train the judge of `usoflow evaluate` and write it as the package holds it."""
+    recipe = workshop.plan.uso_judge
+    judge = train_uso_judge(workshop.sprites, recipe, workshop.folder / "uso-judge")
+    write_uso_judge(judge, workshop.folder)
 
 
 def trained(workshop: Workshop, pocket: Pocket) -> tuple[StyleProjector, dict[str, LowRank]]:
