@@ -8,6 +8,7 @@ are most of the rows, in fp8 (e4m3fn).
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -67,17 +68,21 @@ def _values(module: nn.Module) -> dict[str, Tensor]:
 
 
 def write_uso(
-    folder: Path, tower: SiglipVision, projector: StyleProjector, lora: dict[str, nn.Parameter]
+    folder: Path, tower: SiglipVision, projector: StyleProjector, lora: Mapping[str, Tensor]
 ) -> None:
     """Write the vision tower, the projector and the LoRA, each in its official layout, in fp16."""
     config = tower.config
     declared = json.dumps({"siglip": {"heads": config.heads, "image_size": config.image_size}})
     seen = {"vision_model." + name: value for name, value in _values(tower).items()}
-    low_rank = {name: value.detach() for name, value in lora.items()}
     for name, values, metadata in (
         (USO_FILES["clip_vision"], seen, {CONFIG_KEY: declared}),
         (USO_FILES["model_patches"], _values(projector), None),
-        (USO_FILES["loras"], low_rank, None),
+        (USO_FILES["loras"], lora, None),
     ):
-        narrow = {key: value.to(torch.float16).contiguous() for key, value in values.items()}
-        save_file(narrow, folder / name, metadata=metadata)
+        write_half(folder / name, values, metadata)
+
+
+def write_half(path: Path, values: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write tensors in fp16."""
+    narrow = {name: value.detach().to(torch.float16).contiguous() for name, value in values.items()}
+    save_file(narrow, path, metadata=metadata)
