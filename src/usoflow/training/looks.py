@@ -8,7 +8,8 @@ follows from one number; `scenes.compose` applies it last. Distances are relativ
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import cv2
 import numpy as np
@@ -22,10 +23,22 @@ PARTS = 3  # a look is one to so many different changes
 
 def look(picture: Picture, seed: int) -> Picture:
     """The picture with the look number `seed`; float32 RGB [S, S, 3] in 0..1."""
-    rng = np.random.Generator(np.random.Philox(key=[seed, 7]))
-    for change in rng.choice(len(CHANGES), int(rng.integers(1, PARTS + 1)), replace=False):
-        picture = np.clip(CHANGES[int(change)](picture, rng), 0, 1).astype(np.float32)
+    changes, rng = _parts(seed)
+    for name in changes:
+        picture = np.clip(CHANGES[name](picture, rng), 0, 1).astype(np.float32)
     return picture
+
+
+def look_words(seed: int) -> str:
+    """What the look number `seed` does, in words: "hatched, softened"."""
+    return ", ".join(sorted(_parts(seed)[0]))
+
+
+def _parts(seed: int) -> tuple[list[str], np.random.Generator]:
+    """The names of a look's changes in their order, and the random numbers that follow."""
+    rng = np.random.Generator(np.random.Philox(key=[seed, 7]))
+    chosen = rng.choice(len(CHANGES), int(rng.integers(1, PARTS + 1)), replace=False)
+    return [list(CHANGES)[int(number)] for number in chosen], rng
 
 
 def _colours(picture: Picture, rng: np.random.Generator) -> Picture:
@@ -98,6 +111,15 @@ def _grain(picture: Picture, rng: np.random.Generator) -> Picture:
     return np.asarray(picture + grain[..., None] * rng.uniform(0.04, 0.14), np.float32)
 
 
-CHANGES: tuple[Callable[[Picture, np.random.Generator], Picture], ...] = (
-    _colours, _inks, _levels, _outlines, _hatching, _cells, _soft, _grain,
-)  # fmt: skip
+CHANGES: Mapping[str, Callable[[Picture, np.random.Generator], Picture]] = MappingProxyType(
+    {
+        "recoloured": _colours,
+        "inked": _inks,
+        "in few levels": _levels,
+        "outlined": _outlines,
+        "hatched": _hatching,
+        "in cells": _cells,
+        "softened": _soft,
+        "grainy": _grain,
+    }
+)

@@ -1,13 +1,15 @@
 """From trained modules to the all-in-one checkpoint that the ordinary loaders read.
 
 Takes the trained `AutoEncoder` and `Pocket`; writes one safetensors file in the official key layout. What no
-tensor shape tells goes into `usoflow.config`. Matrices are stored in fp16 and the two embedding tables, which
-are most of the rows, in fp8 (e4m3fn).
+tensor shape tells goes into `usoflow.config`. Matrices are stored in fp16; in fp8 (e4m3fn) are the two
+embedding tables, which are most of the rows, and, with a scale, what answers least to it: the text's own
+matrices of the double blocks, and those of the vision tower's layers.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from usoflow.models.style_projector import StyleProjector
 from usoflow.models.tokens import CLIP_VOCABULARY
 from usoflow.models.vae import AutoEncoder
 from usoflow.models.vision import SiglipVision
+from usoflow.models.weights import SCALE
 from usoflow.training.base import PREFIXES, BaseStage, Pocket
 
 T5_ROWS = 32128
@@ -30,6 +33,11 @@ USO_FILES = {
     "loras": "usoflow-pocket-uso-lora.safetensors",
 }
 CLIP_TABLE = PREFIXES["clip"] + "text_model.embeddings.token_embedding.weight"
+TEXT_MATRICES = re.compile(
+    r"model\.diffusion_model\.double_blocks\.\d+\.txt_(attn|mlp|mod)\.(qkv|proj|0|2|lin)\.weight"
+)
+TINY = 1e-12  # a matrix of zeros has a scale, too
+TOWER_MATRICES = re.compile(r"vision_model\.encoder\.layers\.\d+\.(self_attn|mlp)\..*\.weight")
 
 
 def declaration(stage: BaseStage, vae: AutoEncoder) -> str:
@@ -50,8 +58,8 @@ def tensors(pocket: Pocket, vae: AutoEncoder) -> dict[str, Tensor]:
         found |= {prefix + name: value for name, value in _values(getattr(pocket, part)).items()}
     found[T5_TABLE] = pocket.t5_words.expand(found[T5_TABLE], T5_ROWS)
     found[CLIP_TABLE] = pocket.clip_words.expand(found[CLIP_TABLE], CLIP_VOCABULARY)
-    narrow = {T5_TABLE: torch.float8_e4m3fn, CLIP_TABLE: torch.float8_e4m3fn}
-    return {name: value.to(narrow.get(name, torch.float16)).contiguous() for name, value in found.items()}
+    tables = {name: found.pop(name).to(torch.float8_e4m3fn) for name in (T5_TABLE, CLIP_TABLE)}
+    return stored(found, TEXT_MATRICES) | tables
 
 
 def write(path: Path, pocket: Pocket, vae: AutoEncoder) -> None:
@@ -70,19 +78,26 @@ def _values(module: nn.Module) -> dict[str, Tensor]:
 def write_uso(
     folder: Path, tower: SiglipVision, projector: StyleProjector, lora: Mapping[str, Tensor]
 ) -> None:
-    """Write the vision tower, the projector and the LoRA, each in its official layout, in fp16."""
+    """Write the vision tower, the projector and the LoRA, each in its official layout."""
     config = tower.config
     declared = json.dumps({"siglip": {"heads": config.heads, "image_size": config.image_size}})
     seen = {"vision_model." + name: value for name, value in _values(tower).items()}
-    for name, values, metadata in (
-        (USO_FILES["clip_vision"], seen, {CONFIG_KEY: declared}),
-        (USO_FILES["model_patches"], _values(projector), None),
-        (USO_FILES["loras"], lora, None),
-    ):
-        write_half(folder / name, values, metadata)
+    save_file(
+        stored(seen, TOWER_MATRICES), folder / USO_FILES["clip_vision"], metadata={CONFIG_KEY: declared}
+    )
+    save_file(stored(_values(projector)), folder / USO_FILES["model_patches"])
+    save_file(stored(lora), folder / USO_FILES["loras"])
 
 
-def write_half(path: Path, values: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write tensors in fp16."""
-    narrow = {name: value.detach().to(torch.float16).contiguous() for name, value in values.items()}
-    save_file(narrow, path, metadata=metadata)
+def stored(values: Mapping[str, Tensor], narrow: re.Pattern[str] | None = None) -> dict[str, Tensor]:
+    """Tensors as files hold them: fp16, and those of `narrow` names as scaled fp8, with `scale_weight`."""
+    found: dict[str, Tensor] = {}
+    for name, value in values.items():
+        wide = value.detach().float()
+        if narrow is not None and narrow.fullmatch(name):
+            scale = wide.abs().max().clamp_min(TINY) / torch.finfo(torch.float8_e4m3fn).max
+            found[name] = (wide / scale).to(torch.float8_e4m3fn).contiguous()
+            found[f"{name.rpartition('.')[0]}.{SCALE}"] = scale
+        else:
+            found[name] = wide.to(torch.float16).contiguous()
+    return found

@@ -192,8 +192,13 @@ def caption(world: World, scene: Scene) -> str:
 
 def full_caption(world: World, scene: Scene) -> str:
     """Subjects, background and style, all told; not where the subjects are."""
+    return f"{content_words(scene)}, {style_words(world, scene)}"
+
+
+def content_words(scene: Scene) -> str:
+    """Subjects and background."""
     what = " and ".join(noun(p.subject) for p in scene.placed)
-    return f"{what} {BACKGROUNDS[scene.background].phrase}, {style_words(world, scene)}"
+    return f"{what} {BACKGROUNDS[scene.background].phrase}"
 
 
 def style_words(world: World, scene: Scene) -> str:
@@ -224,8 +229,3 @@ def _position(placed: Placed) -> str:
     if abs(across) > abs(down):
         return " on the left" if across < 0 else " on the right"
     return " at the top" if down < 0 else " at the bottom"
-
-
-def with_style(scene: Scene, *, drawing_set: str, rendering: str | None) -> Scene:
-    """The same scene drawn by another hand."""
-    return dataclasses.replace(scene, drawing_set=drawing_set, rendering=rendering)

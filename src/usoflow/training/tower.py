@@ -1,8 +1,10 @@
 """Stage `tower`: train the pocket vision tower on pictures and their captions.
 
 Trains `models.vision.SiglipVision` beside a small text encoder with the sigmoid loss of SigLIP (arXiv
-2303.15343, equation 1): of all pairs of a batch, the pictures with their own captions belong together. Only
-the tower's layers are kept; its head and the text encoder are not part of USO.
+2303.15343, equation 1): of all pairs of a batch, the pictures with their own captions belong together. Every
+picture has two captions, what is shown and how it is drawn, for with a whole caption the subject alone tells
+the pictures of a batch apart, and the style is hardly looked at. Only the tower's layers are kept; its head
+and the text encoder are not part of USO.
 """
 
 from __future__ import annotations
@@ -21,8 +23,11 @@ from usoflow.models.weights import LayerNorm, Linear
 from usoflow.training.captions import CaptionTokenizer, Vocabulary
 from usoflow.training.drawings import Sprites
 from usoflow.training.initial import initialise
+from usoflow.training.looks import look_words
 from usoflow.training.loop import LossFunction, Recipe, Training, swap
-from usoflow.training.scenes import draw_scene, full_caption, pictures_of
+from usoflow.training.scenes import Scene, content_words, draw_scene, generator, pictures_of, style_words
+from usoflow.training.triplets import LOOKED, RENDERED, seen_styles
+from usoflow.training.world import World
 
 DATA_SEED = 31
 FIRST_SCALE, FIRST_BIAS = 2.3, -10.0  # SigLIP's: logarithm of the temperature 10, and the bias
@@ -82,17 +87,24 @@ class Contrast(nn.Module):
         states = self.text(self.vocabulary.compact(self.tokenizer.t5(captions))).mean(dim=1)
         return F.normalize(self.text_head(self.text_norm(states)), dim=-1)
 
-    def loss(self, pictures: Tensor, captions: Sequence[str]) -> Tensor:
-        """The sigmoid loss, per picture."""
-        logits = self.scale.exp() * self.see(pictures) @ self.read(captions).T + self.bias
-        signs = 2 * torch.eye(len(captions)) - 1
+    def loss(self, pictures: Tensor, captions: Sequence[tuple[str, str]]) -> Tensor:
+        """The sigmoid loss, per picture; captions that are the same text belong to each other's pictures."""
+        texts = sorted({text for own in captions for text in own})
+        logits = self.scale.exp() * self.see(pictures) @ self.read(texts).T + self.bias
+        signs = torch.tensor([[1.0 if text in own else -1.0 for text in texts] for own in captions])
         return -F.logsigmoid(signs * logits).sum() / len(captions)
 
 
-def batch(sprites: Sprites, done: int, count: int) -> tuple[Tensor, list[str]]:
-    """Pictures [B, 64, 64, 3] and captions that name subject, background and style."""
-    scenes = [draw_scene(sprites.world, DATA_SEED, done + i) for i in range(count)]
-    return pictures_of(sprites, scenes, 64), [full_caption(sprites.world, scene) for scene in scenes]
+def tower_scene(world: World, index: int) -> Scene:
+    """Scene number `index`: any subject and style of the lessons."""
+    scene = draw_scene(world, DATA_SEED, index, world.lesson_subjects)
+    return seen_styles(world, RENDERED, LOOKED).give(scene, generator(DATA_SEED + 1, index))
+
+
+def captions_of(world: World, scene: Scene) -> tuple[str, str]:
+    """What is shown, and how it is drawn."""
+    style = style_words(world, scene)
+    return content_words(scene), style if scene.look is None else f"{style}, {look_words(scene.look)}"
 
 
 def train_tower(sprites: Sprites, stage: TowerStage, folder: Path) -> SiglipVision:
@@ -108,9 +120,18 @@ def train_tower(sprites: Sprites, stage: TowerStage, folder: Path) -> SiglipVisi
 
 def batch_captions(sprites: Sprites, count: int) -> list[str]:
     """Captions of the stage's first scenes: between them they hold every word."""
-    return [full_caption(sprites.world, draw_scene(sprites.world, DATA_SEED, i)) for i in range(count)]
+    scenes = (tower_scene(sprites.world, i) for i in range(count))
+    return [text for scene in scenes for text in captions_of(sprites.world, scene)]
 
 
 def loss_function(contrast: Contrast, sprites: Sprites, recipe: Recipe) -> LossFunction:
     """The loss of the batch that begins at a sample number."""
-    return lambda done: contrast.loss(*batch(sprites, done, recipe.batch))
+    world, side = sprites.world, contrast.tower.config.image_size
+
+    def loss_of(done: int) -> Tensor:
+        scenes = [tower_scene(world, done + i) for i in range(recipe.batch)]
+        return contrast.loss(
+            pictures_of(sprites, scenes, side), [captions_of(world, scene) for scene in scenes]
+        )
+
+    return loss_of

@@ -29,7 +29,16 @@ from usoflow.training.autoencoder import encode
 from usoflow.training.backgrounds import BACKGROUNDS
 from usoflow.training.captions import CaptionTokenizer, Ids
 from usoflow.training.drawings import Sprites
-from usoflow.training.scenes import Placed, Scene, alone, described, generator, noun, pictures_of
+from usoflow.training.scenes import (
+    Placed,
+    Scene,
+    alone,
+    described,
+    generator,
+    noun,
+    pictures_of,
+    style_words,
+)
 from usoflow.training.sheets import contact_sheet
 from usoflow.training.world import World
 
@@ -191,8 +200,12 @@ class TripletSet:
 
     @functools.cached_property
     def prompts(self) -> list[str]:
-        texts: list[str] = json.loads((self.folder / "prompts.json").read_text("utf-8"))
-        return texts
+        return self._texts("prompts")
+
+    @functools.cached_property
+    def styles(self) -> list[str]:
+        """What captions call the targets' styles; empty where a random look lies over one."""
+        return self._texts("styles")
 
     def rows(self, name: str, indices: npt.NDArray[np.int64]) -> Tensor:
         """Rows of `content`, `target` or `states`, float32."""
@@ -206,6 +219,10 @@ class TripletSet:
     def ids(self, tokenizer: CaptionTokenizer) -> tuple[Ids, Ids]:
         """T5 and CLIP ids of all prompts."""
         return tokenizer.t5(self.prompts), tokenizer.clip(self.prompts)
+
+    def _texts(self, name: str) -> list[str]:
+        texts: list[str] = json.loads((self.folder / f"{name}.json").read_text("utf-8"))
+        return texts
 
     def _stored(self, name: str) -> npt.NDArray[np.float16]:
         return _mapped(self.folder / f"{name}.npy")
@@ -258,6 +275,9 @@ def cache_triplets(
         for name in parts[0]:
             rows = torch.cat([part[name] for part in parts])
             np.save(folder / f"{name}.npy", rows.numpy().astype(np.float16))
+        world = encoders.sprites.world
+        styles = [style_words(world, t.target) if t.target.look is None else "" for t in triplets]
+        (folder / "styles.json").write_text(json.dumps(styles), "utf-8")
         (folder / "prompts.json").write_text(json.dumps([t.prompt for t in triplets]), "utf-8")
     return TripletSet(folder)
 

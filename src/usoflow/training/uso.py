@@ -8,10 +8,10 @@ Both then add style reward learning (`reward`). Token order, position ids and mo
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
@@ -46,9 +46,8 @@ LESSON_SEED = 51
 DROPPED = 0.1  # of the prompts
 ROLLOUT_STEPS = 8
 PRACTICE_KEPT = 0.1  # of the batches, to the end
-# The projector is taught on the base's plain answer, for flow matching has no guidance; the LoRA, which may
-# change that answer, at the guidance at which workflows ask.
-TAUGHT_GUIDANCE = MappingProxyType({"style": 1.0, "subject": GUIDANCE})
+TOLD = 0.6  # of the style-driven batches: the base that is told the style's name is the teacher
+TOLD_STYLE = 1.0  # how far its answer goes beyond, away from that without the name
 # ByteDance's names of a block's low-rank pairs, the layer of each, and whether only q, k and v change.
 DOUBLE_PAIRS = {
     "qkv_lora1": "img_attn.qkv",
@@ -148,17 +147,27 @@ def lesson_sets(
 
 @dataclass(frozen=True)
 class Lessons:
-    """Encoded triplets of every use, with the ids of their prompts."""
+    """Encoded triplets of every use, with the ids of their prompts.
+
+    `named` are those style-driven ones whose style has a name, and `told` the ids of their prompts with it.
+    """
 
     sets: Mapping[Use, TripletSet]
     ids: Mapping[Use, tuple[Ids, Ids]]
     empty: tuple[Ids, Ids]
+    named: npt.NDArray[np.int64]
+    told: tuple[Ids, Ids]
 
     @classmethod
     def of(cls, sets: Mapping[Use, TripletSet], tokenizer: CaptionTokenizer) -> Lessons:
         """Tokenise all prompts."""
         empty = (tokenizer.t5([""]), tokenizer.clip([""]))
-        return cls(sets, {use: found.ids(tokenizer) for use, found in sets.items()}, empty)
+        ids = {use: found.ids(tokenizer) for use, found in sets.items()}
+        pairs = list(zip(sets["style"].prompts, sets["style"].styles, strict=True)) if "style" in sets else []
+        named = [number for number, (_, style) in enumerate(pairs) if style]
+        texts = [f"{pairs[number][0]}, {pairs[number][1]}" for number in named]
+        told = (tokenizer.t5(texts), tokenizer.clip(texts))
+        return cls(sets, ids, empty, np.asarray(named), told)
 
     def silence(self, count: int) -> tuple[Ids, Ids]:
         """The ids of empty prompts."""
@@ -171,9 +180,11 @@ class Lessons:
         return Batch(use, np.arange(count), (t5[:count], clip[:count]))
 
     def choose(self, mix: Mix, rng: np.random.Generator, count: int) -> Batch:
-        """A batch of one use; a tenth of the prompts is dropped."""
+        """A batch of one use; a tenth of the prompts is dropped, except where the style has a name."""
         uses, weights = zip(*mix, strict=True)
         use = uses[int(rng.choice(len(uses), p=weights))]
+        if use == "style" and rng.random() < TOLD:
+            return self.with_name(rng.integers(len(self.named), size=count))
         indices = rng.integers(len(self.sets[use].prompts), size=count)
         drop = rng.random(count)[:, None] < DROPPED
         t5, clip = (
@@ -181,14 +192,29 @@ class Lessons:
         )
         return Batch(use, indices, (t5, clip))
 
+    def with_name(self, which: npt.NDArray[np.int64]) -> Batch:
+        """Style-driven lessons whose style has a name, by their numbers among `named`."""
+        indices = self.named[which]
+        t5, clip = self.ids["style"]
+        told_t5, told_clip = self.told
+        return Batch("style", indices, (t5[indices], clip[indices]), (told_t5[which], told_clip[which]))
+
 
 @dataclass(frozen=True)
 class Batch:
-    """Lessons of one use: which, and the ids of their prompts for T5 and CLIP."""
+    """Lessons of one use.
+
+    Attributes:
+        use: what the model is given.
+        indices: which lessons.
+        ids: of their prompts, for T5 and CLIP.
+        told: of their prompts with the style's name, where all have one.
+    """
 
     use: Use
     indices: npt.NDArray[np.int64]
     ids: tuple[Ids, Ids]
+    told: tuple[Ids, Ids] | None = None
 
 
 @dataclass(frozen=True)
@@ -247,18 +273,22 @@ class Teaching:
         """What should have been answered where `got` was: the straight velocity, or one with guidance.
 
         A base whose guidance is distilled must not unlearn it. So words alone are answered as the plain base
-        does; for what comes with pictures there is no teacher, and guidance is learnt from the answer itself,
-        as in model guidance (arXiv 2502.12154): with the plain base's unconditional answer u, the target is
+        does, and a style that has a name as the plain base does when it is told the name: c + w (c - p),
+        with p its answer to the prompt without (classifier-free guidance, arXiv 2207.12598, of the style).
+        Elsewhere there is no teacher, and guidance is learnt from the answer itself, as in model guidance
+        (arXiv 2502.12154): with the plain base's unconditional answer u, the target is
         v + (1 - 1/s) (got - u), and `got` comes to rest at u + s (E[v] - u), which is guidance of strength s.
         """
         if self.plain is None:
             return straight
+        words = functools.partial(_words_alone, self.plain, x_s, sigma, self.dtype)
         if batch.use == "text":
-            told = self.plain.encode(*batch.ids)
-            return self.plain.velocity(x_s, sigma, told, guidance=GUIDANCE, dtype=self.dtype).float()
-        silent = self.plain.encode(*self.lessons.silence(len(x_s)))
-        plain = self.plain.velocity(x_s, sigma, silent, guidance=1.0, dtype=self.dtype).float()
-        return straight + (1 - 1 / self.stage.guidance) * (got - plain)
+            return words(batch.ids)
+        if batch.told is not None:
+            named, unnamed = words(batch.told), words(batch.ids)
+            return named + TOLD_STYLE * (named - unnamed)
+        away = words(self.lessons.silence(len(x_s)), guidance=1.0)
+        return straight + (1 - 1 / self.stage.guidance) * (got - away)
 
     def _practice(self, rng: np.random.Generator, count: int, *, reach: int) -> tuple[Batch, Tensor]:
         """Lessons without words, and their content latents, each moved by at most `reach` tokens."""
@@ -309,7 +339,10 @@ class Teaching:
         """Flow matching and, from the stage's part on and now and then, the reward beside it."""
         recipe, mix = self.stage.of(name)
         practice = self.stage.practice if name == "subject" else 0
-        flow = self.flow_loss(mix, recipe, guidance=TAUGHT_GUIDANCE[name], practice=practice)
+        # Without guidance to learn, the projector is taught on the base's plain answer; the LoRA, which may
+        # change that answer, always at the guidance at which workflows ask.
+        guidance = 1.0 if name == "style" and self.plain is None else GUIDANCE
+        flow = self.flow_loss(mix, recipe, guidance=guidance, practice=practice)
         rewarded = self.reward_loss(mix, recipe, reward, sprites)
 
         def loss_of(done: int) -> Tensor:
@@ -319,6 +352,18 @@ class Teaching:
             return flow(done) + self.stage.reward_weight * rewarded(done)
 
         return loss_of
+
+
+def _words_alone(
+    base: Base,
+    x: Tensor,
+    sigma: Tensor,
+    dtype: torch.dtype,
+    ids: tuple[Ids, Ids],
+    guidance: float = GUIDANCE,
+) -> Tensor:
+    """A base's answer to prompts without pictures."""
+    return base.velocity(x, sigma, base.encode(*ids), guidance=guidance, dtype=dtype).float()
 
 
 def _reach(part: float) -> int:

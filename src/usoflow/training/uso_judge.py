@@ -15,13 +15,13 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load
+from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
 from usoflow.training.backgrounds import BACKGROUNDS
 from usoflow.training.drawings import Sprites
 from usoflow.training.loop import LossFunction, Recipe, Training, swap
-from usoflow.training.package import write_half
+from usoflow.training.package import stored
 from usoflow.training.scenes import Scene, alone, generator, pictures_of
 from usoflow.training.world import World
 
@@ -126,7 +126,7 @@ def train_uso_judge(sprites: Sprites, recipe: Recipe, folder: Path) -> UsoJudge:
 
 def write_uso_judge(judge: UsoJudge, folder: Path) -> None:
     """Write a trained judge as the package holds it, in fp16."""
-    write_half(folder / FILE, dict(judge.named_parameters()))
+    save_file(stored(dict(judge.named_parameters())), folder / FILE)
 
 
 def shipped_uso_judge(world: World) -> UsoJudge:

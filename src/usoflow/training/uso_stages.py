@@ -50,6 +50,7 @@ def reward(workshop: Workshop) -> None:
 def style(workshop: Workshop) -> None:
     """Style alignment: train the projector on the frozen base."""
     teaching = _teaching(workshop)
+    teaching = dataclasses.replace(teaching, plain=teaching.base)
     parameters = dict(teaching.projector.requires_grad_(True).named_parameters())
     _run(workshop, teaching, parameters, "style")
 
