@@ -49,7 +49,7 @@ RENDERED, LOOKED = 0.45, 0.4  # of the style pictures
 CONTENT_RENDERED, CONTENT_LOOKED = 0.25, 0.1
 CONTENT_SIDES = (0.5, 0.75)  # of a subject on a content picture, in whose middle it is
 SAME_LAYOUT_CHANCE = 0.35
-ALIKE = 0.35
+ALIKE = 0.1
 # Where a target shows the subject: as it is, one token further, where the prompt tells; as and where it is;
 # or anywhere, of any size and angle. A small transformer learns first what it can take over token by token.
 SHIFTED_CHANCE, KEPT_CHANCE = 0.65, 0.2
