@@ -261,7 +261,7 @@ def test_a_style_with_a_name_is_answered_as_by_the_plain_base_that_is_told_it(te
     got = guided.target(batch, x, sigma, torch.zeros_like(x), torch.zeros_like(x))
     assert torch.allclose(got, named + TOLD_STYLE * (named - unnamed), atol=1e-4)
     assert (named - unnamed).abs().mean() > 1e-3
-    uses = [lessons.choose((("style", 1.0),), np.random.default_rng(i), 4) for i in range(40)]
+    uses = [lessons.choose((("style", 1.0),), np.random.default_rng(i), 4, told=0.6) for i in range(40)]
     assert 0.3 < np.mean([batch.told is not None for batch in uses]) < 0.9
 
 

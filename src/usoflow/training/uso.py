@@ -167,7 +167,7 @@ class Lessons:
         named = [number for number, (_, style) in enumerate(pairs) if style]
         texts = [f"{pairs[number][0]}, {pairs[number][1]}" for number in named]
         told = (tokenizer.t5(texts), tokenizer.clip(texts))
-        return cls(sets, ids, empty, np.asarray(named), told)
+        return cls(sets, ids, empty, np.asarray(named, np.int64), told)
 
     def silence(self, count: int) -> tuple[Ids, Ids]:
         """The ids of empty prompts."""
@@ -179,11 +179,14 @@ class Lessons:
         t5, clip = self.ids[use]
         return Batch(use, np.arange(count), (t5[:count], clip[:count]))
 
-    def choose(self, mix: Mix, rng: np.random.Generator, count: int) -> Batch:
-        """A batch of one use; a tenth of the prompts is dropped, except where the style has a name."""
+    def choose(self, mix: Mix, rng: np.random.Generator, count: int, *, told: float = 0.0) -> Batch:
+        """A batch of one use; a tenth of the prompts is dropped.
+
+        `told` is the chance that style-driven lessons are such whose style has a name; none is dropped there.
+        """
         uses, weights = zip(*mix, strict=True)
         use = uses[int(rng.choice(len(uses), p=weights))]
-        if use == "style" and rng.random() < TOLD:
+        if use == "style" and len(self.named) and rng.random() < told:
             return self.with_name(rng.integers(len(self.named), size=count))
         indices = rng.integers(len(self.sets[use].prompts), size=count)
         drop = rng.random(count)[:, None] < DROPPED
@@ -258,7 +261,7 @@ class Teaching:
             if practice and rng.random() < max(1 - done / practice, PRACTICE_KEPT):
                 batch, x = self._practice(rng, recipe.batch, reach=_reach(done / practice))
             else:
-                batch = self.lessons.choose(mix, rng, recipe.batch)
+                batch = self.lessons.choose(mix, rng, recipe.batch, told=0.0 if self.plain is None else TOLD)
                 x = self.lessons.sets[batch.use].rows("target", batch.indices)
             generator = torch.Generator().manual_seed((recipe.seed << 32) + done)
             sigma, x_s, noise = noised(x, self.base.stage, generator)
