@@ -268,7 +268,7 @@ def cache_triplets(
     encoders: Encoders, folder: Path, *, cast: Cast, use: Use, seed: int, count: int
 ) -> TripletSet:
     """Encode lessons 0 to `count` of a use, unless they are there."""
-    if not (folder / "prompts.json").exists():
+    if not (folder / "styles.json").exists():  # it is written last
         folder.mkdir(parents=True, exist_ok=True)
         triplets = [draw_triplet(cast, seed, i, use) for i in range(count)]
         parts = [encoders.rows(triplets[i : i + CHUNK]) for i in range(0, count, CHUNK)]
@@ -277,8 +277,8 @@ def cache_triplets(
             np.save(folder / f"{name}.npy", rows.numpy().astype(np.float16))
         world = encoders.sprites.world
         styles = [style_words(world, t.target) if t.target.look is None else "" for t in triplets]
-        (folder / "styles.json").write_text(json.dumps(styles), "utf-8")
         (folder / "prompts.json").write_text(json.dumps([t.prompt for t in triplets]), "utf-8")
+        (folder / "styles.json").write_text(json.dumps(styles), "utf-8")
     return TripletSet(folder)
 
 
