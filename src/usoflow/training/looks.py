@@ -37,8 +37,9 @@ def look_words(seed: int) -> str:
 def _parts(seed: int) -> tuple[list[str], np.random.Generator]:
     """The names of a look's changes in their order, and the random numbers that follow."""
     rng = np.random.Generator(np.random.Philox(key=[seed, 7]))
-    chosen = rng.choice(len(CHANGES), int(rng.integers(1, PARTS + 1)), replace=False)
-    return [list(CHANGES)[int(number)] for number in chosen], rng
+    names = list(CHANGES)
+    chosen = rng.choice(len(names), int(rng.integers(1, PARTS + 1)), replace=False)
+    return [names[int(number)] for number in chosen], rng
 
 
 def _colours(picture: Picture, rng: np.random.Generator) -> Picture:

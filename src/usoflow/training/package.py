@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from usoflow.models import fp8
 from usoflow.models.checkpoint import CONFIG_KEY
 from usoflow.models.style_projector import StyleProjector
 from usoflow.models.tokens import CLIP_VOCABULARY
@@ -36,7 +37,6 @@ CLIP_TABLE = PREFIXES["clip"] + "text_model.embeddings.token_embedding.weight"
 TEXT_MATRICES = re.compile(
     r"model\.diffusion_model\.double_blocks\.\d+\.txt_(attn|mlp|mod)\.(qkv|proj|0|2|lin)\.weight"
 )
-TINY = 1e-12  # a matrix of zeros has a scale, too
 TOWER_MATRICES = re.compile(r"vision_model\.encoder\.layers\.\d+\.(self_attn|mlp)\..*\.weight")
 
 
@@ -58,7 +58,7 @@ def tensors(pocket: Pocket, vae: AutoEncoder) -> dict[str, Tensor]:
         found |= {prefix + name: value for name, value in _values(getattr(pocket, part)).items()}
     found[T5_TABLE] = pocket.t5_words.expand(found[T5_TABLE], T5_ROWS)
     found[CLIP_TABLE] = pocket.clip_words.expand(found[CLIP_TABLE], CLIP_VOCABULARY)
-    tables = {name: found.pop(name).to(torch.float8_e4m3fn) for name in (T5_TABLE, CLIP_TABLE)}
+    tables = {name: found.pop(name).to(fp8.STORED) for name in (T5_TABLE, CLIP_TABLE)}
     return stored(found, TEXT_MATRICES) | tables
 
 
@@ -93,11 +93,10 @@ def stored(values: Mapping[str, Tensor], narrow: re.Pattern[str] | None = None) 
     """Tensors as files hold them: fp16, and those of `narrow` names as scaled fp8, with `scale_weight`."""
     found: dict[str, Tensor] = {}
     for name, value in values.items():
-        wide = value.detach().float()
         if narrow is not None and narrow.fullmatch(name):
-            scale = wide.abs().max().clamp_min(TINY) / torch.finfo(torch.float8_e4m3fn).max
-            found[name] = (wide / scale).to(torch.float8_e4m3fn).contiguous()
-            found[f"{name.rpartition('.')[0]}.{SCALE}"] = scale
+            rounded, scale = fp8.rounded(value.detach().float().reshape(1, -1))
+            found[name] = rounded.view(value.shape)
+            found[f"{name.rpartition('.')[0]}.{SCALE}"] = scale.squeeze()
         else:
-            found[name] = wide.to(torch.float16).contiguous()
+            found[name] = value.detach().to(torch.float16).contiguous()
     return found
