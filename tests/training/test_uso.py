@@ -27,6 +27,7 @@ from usoflow.training.drawings import Sprites
 from usoflow.training.initial import initialise
 from usoflow.training.looks import CHANGES
 from usoflow.training.loop import Recipe, Training
+from usoflow.training.redraw import Pool, Redrawing, RedrawStage
 from usoflow.training.reward import StyleEncoder, StyleReward
 from usoflow.training.scenes import style_words
 from usoflow.training.tower import (
@@ -49,6 +50,7 @@ from usoflow.training.triplets import (
 )
 from usoflow.training.uso import (
     TOLD_STYLE,
+    Batch,
     Lessons,
     Teaching,
     UsoStage,
@@ -108,6 +110,8 @@ def test_a_lesson_shows_what_its_use_says(use: Use) -> None:
             lesson.content if use == "subject" else lesson.style,
         )
         assert subject == lesson.content.placed[0].subject != lesson.style.placed[0].subject
+        if use == "both" and (lesson.style.rendering or lesson.style.look is not None):
+            source = dataclasses.replace(source, drawing_set=lesson.content.drawing_set)
         assert lesson.target.drawing_set == source.drawing_set
         assert lesson.target.rendering == source.rendering
         assert lesson.target.look == source.look
@@ -245,13 +249,8 @@ def test_words_alone_are_answered_as_the_plain_base_does(teaching: Teaching) -> 
 
 def test_a_style_with_a_name_is_answered_as_by_the_plain_base_that_is_told_it(teaching: Teaching) -> None:
     guided = dataclasses.replace(teaching, plain=teaching.base)
-    lessons = teaching.lessons
-    batch = lessons.with_name(np.arange(4))
-    scenes = [draw_triplet(lesson_cast(WORLD, "style"), 51, int(i), "style").target for i in batch.indices]
-    assert all(scene.look is None for scene in scenes)
+    batch, prompts, told = named_lessons(teaching, "style")
     x, sigma = torch.randn(4, 16, 8, 8), torch.full((4,), 0.5)
-    prompts = [lessons.sets["style"].prompts[i] for i in batch.indices]
-    told = [f"{text}, {style_words(WORLD, scene)}" for text, scene in zip(prompts, scenes, strict=True)]
     named, unnamed = (
         teaching.base.velocity(
             x, sigma, teaching.base.encode_texts(texts), guidance=GUIDANCE, dtype=torch.float32
@@ -261,8 +260,62 @@ def test_a_style_with_a_name_is_answered_as_by_the_plain_base_that_is_told_it(te
     got = guided.target(batch, x, sigma, torch.zeros_like(x), torch.zeros_like(x))
     assert torch.allclose(got, named + TOLD_STYLE * (named - unnamed), atol=1e-4)
     assert (named - unnamed).abs().mean() > 1e-3
-    uses = [lessons.choose((("style", 1.0),), np.random.default_rng(i), 4, told=0.6) for i in range(40)]
-    assert 0.3 < np.mean([batch.told is not None for batch in uses]) < 0.9
+
+
+def test_a_content_picture_is_answered_as_by_the_expert_that_is_told_the_style(teaching: Teaching) -> None:
+    taught = dataclasses.replace(teaching, plain=teaching.base, expert=teaching.base)
+    batch, _, told = named_lessons(teaching, "both")
+    x, sigma = torch.randn(4, 16, 8, 8), torch.full((4,), 0.5)
+    content = teaching.lessons.sets["both"].rows("content", batch.indices)
+    wanted = teaching.base.velocity(
+        x, sigma, teaching.base.encode_texts(told), guidance=GUIDANCE, dtype=torch.float32,
+        references=[content], method="offset",
+    )  # fmt: skip
+    silence = torch.zeros_like(x)
+    assert torch.allclose(taught.target(batch, x, sigma, silence, silence), wanted, atol=1e-4)
+    alone = dataclasses.replace(taught, expert=None)
+    assert not torch.allclose(alone.target(batch, x, sigma, silence, silence), wanted, atol=1e-2)
+
+
+def named_lessons(teaching: Teaching, use: Use) -> tuple[Batch, list[str], list[str]]:
+    """Four lessons whose style has a name, their prompts, and the same with the name."""
+    lessons = teaching.lessons
+    batch = lessons.with_name(use, np.arange(4) % len(lessons.named[use]))
+    scenes = [draw_triplet(lesson_cast(WORLD, use), 51, int(i), use).target for i in batch.indices]
+    assert all(scene.look is None for scene in scenes)
+    prompts = [lessons.sets[use].prompts[i] for i in batch.indices]
+    names = [style_words(WORLD, scene) for scene in scenes]
+    told = [f"{text}, {name}" if text else name for text, name in zip(prompts, names, strict=True)]
+    return batch, prompts, told
+
+
+@pytest.mark.parametrize("use", ["subject", "style", "both"])
+def test_some_batches_with_pictures_are_of_what_words_tell(teaching: Teaching, use: Use) -> None:
+    lessons = teaching.lessons
+    batches = [lessons.choose(((use, 1.0),), np.random.default_rng(i), 4, told=0.6) for i in range(40)]
+    assert 0.3 < np.mean([batch.told is not None for batch in batches]) < 0.9
+
+
+def test_an_expert_learns_to_redraw_what_it_is_given(teaching: Teaching, tmp_path: Path) -> None:
+    plain, sets = teaching.base, teaching.lessons.sets
+    expert = Pocket(plain.stage, plain.t5_words, plain.clip_words)
+    expert.load_state_dict(plain.state_dict())
+    tokenizer = plain.stage.tokenizer
+    kept, changed = (
+        Pool.kept(sets["subject"], tokenizer),
+        Pool.changed([sets["both"], sets["both"]], tokenizer),
+    )
+    named = len(sets["both"].named)
+    assert (len(kept.rows), len(changed.rows)) == (8, 2 * named)
+    target, content = changed.pictures(np.asarray([0, named + 1]))
+    assert torch.equal(target, sets["both"].rows("target", sets["both"].named[:2]))
+    assert torch.equal(content, sets["both"].rows("content", sets["both"].named[:2]))
+    stage = RedrawStage(RECIPE)
+    redrawing = Redrawing(expert, plain, {"subject": kept, "both": changed}, stage, torch.float32)
+    training = Training(dict(expert.named_parameters()), RECIPE, tmp_path)
+    losses = [training.step(lambda _: redrawing.loss(0)) for _ in range(40)]
+    assert losses[-1] < 0.7 * losses[0]
+    assert redrawing.sample("both", np.arange(2), seed=0).shape == (2, 16, 8, 8)
 
 
 def written(teaching: Teaching, folder: Path, lora: dict[str, torch.nn.Parameter]) -> Path:

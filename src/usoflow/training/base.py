@@ -37,6 +37,7 @@ PREFIXES: Mapping[str, str] = {
     "clip": "text_encoders.clip_l.transformer.",
 }
 METHOD = "uxo"  # where reference tokens lie: USO's
+REDRAW_METHOD = "offset"  # the same for pictures that an expert has learnt to redraw: FLUX.1 Kontext's
 MANY = 16  # samples of a batch for which compiling is worth its time
 ZERO = ("_mod.lin", "modulation.lin", "adaLN_modulation.1", "final_layer.linear")
 
@@ -147,16 +148,17 @@ class Base(ABC):
         guidance: float,
         dtype: torch.dtype,
         references: Sequence[Tensor] = (),
+        method: str = METHOD,
         style: Tensor | None = None,
     ) -> Tensor:
         """The transformer's answer, [B, 16, h, w], where `x` is; it computes where the text is.
 
-        References and style as `Flux.prepare` takes them.
+        References, their method and style as `Flux.prepare` takes them.
         """
         device = text[0].device
         inputs = self.flux.prepare(
             *text, (x.shape[-2], x.shape[-1]), batch=len(x), guidance=guidance,
-            references=[latent.to(device) for latent in references], method=METHOD,
+            references=[latent.to(device) for latent in references], method=method,
             style=None if style is None else style.to(device), dtype=dtype,
         )  # fmt: skip
         return self.step(x.to(device), sigma.to(device), inputs).to(x.device)
@@ -257,6 +259,15 @@ def noised(x: Tensor, stage: BaseStage, generator: torch.Generator) -> tuple[Ten
     noise = torch.randn(x.shape, generator=generator)
     part = sigma[:, None, None, None]
     return sigma, (1 - part) * x + part * noise, noise
+
+
+def at_rest(straight: Tensor, got: Tensor, away: Tensor, strength: float) -> Tensor:
+    """The target that teaches an answer guidance, as model guidance does (arXiv 2502.12154).
+
+    With `straight` the velocity v, `got` the answer and `away` an unconditional answer u, the answer to
+    v + (1 - 1/s) (got - u) comes to rest at u + s (E[v] - u): guidance of strength s, without a teacher.
+    """
+    return straight + (1 - 1 / strength) * (got - away)
 
 
 def flow_loss(pocket: Pocket, recipe: Recipe, batches: Batches, *, dtype: torch.dtype) -> LossFunction:

@@ -61,6 +61,10 @@ class CaptionTokenizer:
         tokenizer = ClipTokenizer(self.clip_length)
         return _stack(tokenizer(text)[0].ids for text in texts)
 
+    def __call__(self, texts: Sequence[str]) -> tuple[Ids, Ids]:
+        """The ids for T5 and for CLIP."""
+        return self.t5(texts), self.clip(texts)
+
 
 def end_positions(clip_ids: Ids) -> Tensor:
     """Where the first end token of each row is; [N] int64."""

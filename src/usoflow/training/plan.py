@@ -16,6 +16,7 @@ from usoflow.errors import UsoflowError
 from usoflow.training.autoencoder import VaeStage
 from usoflow.training.base import BaseStage
 from usoflow.training.loop import Recipe
+from usoflow.training.redraw import RedrawStage
 from usoflow.training.tower import TowerStage
 from usoflow.training.uso import UsoStage
 
@@ -27,6 +28,7 @@ class Plan:
     vae: VaeStage
     base: BaseStage
     tower: TowerStage
+    redraw: RedrawStage
     uso: UsoStage
     reward: Recipe
     judge: Recipe
@@ -46,6 +48,7 @@ class Plan:
                 VaeStage(**_section(data["vae"])),
                 BaseStage(**_section(data["base"])),
                 TowerStage(**_section(data["tower"])),
+                RedrawStage(**_section(data["redraw"])),
                 UsoStage(**_section(data["uso"])),
                 Recipe(**data["reward"]),
                 Recipe(**data["judge"]),

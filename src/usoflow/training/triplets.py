@@ -27,7 +27,6 @@ from usoflow.models.vae import AutoEncoder, LatentFormat
 from usoflow.models.vision import SiglipVision, preprocess
 from usoflow.training.autoencoder import encode
 from usoflow.training.backgrounds import BACKGROUNDS
-from usoflow.training.captions import CaptionTokenizer, Ids
 from usoflow.training.drawings import Sprites
 from usoflow.training.scenes import (
     Placed,
@@ -44,6 +43,8 @@ from usoflow.training.world import World
 
 Use = Literal["subject", "style", "both", "text"]
 USES: tuple[Use, ...] = ("subject", "style", "both", "text")
+STYLED: tuple[Use, ...] = ("style", "both")  # those with a style picture
+PICTURED: tuple[Use, ...] = ("subject", "both")  # those with a content picture
 CHUNK = 32
 RENDERED, LOOKED = 0.45, 0.4  # of the style pictures
 CONTENT_RENDERED, CONTENT_LOOKED = 0.25, 0.1
@@ -108,11 +109,11 @@ def seen_styles(world: World, rendered: float, looked: float = 0.0) -> Styles:
     return Styles(world.seen_sets, world.seen_renderings, rendered, looked)
 
 
-def lesson_cast(world: World, use: Use) -> Cast:
+def lesson_cast(world: World, use: Use, *, looked: float = LOOKED) -> Cast:
     """Of the lessons: seen subjects and styles. What the base must know by name is of the core."""
     subjects = world.core if use in ("style", "text") else world.lesson_subjects
     content = seen_styles(world, CONTENT_RENDERED, CONTENT_LOOKED)
-    return Cast(subjects, world.lesson_subjects, content, seen_styles(world, RENDERED, LOOKED), ALIKE)
+    return Cast(subjects, world.lesson_subjects, content, seen_styles(world, RENDERED, looked), ALIKE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,13 +146,17 @@ def draw_triplet(cast: Cast, seed: int, index: int, use: Use) -> Triplet:
     placed, told = alone(subject, rng), rng.random() < PLACE_TOLD_CHANCE
     layout = generator(seed + 1, index)
     same_layout = use == "both" and layout.random() < SAME_LAYOUT_CHANCE
-    if use in ("subject", "both"):
+    if use in PICTURED:
         placed, told = _laid_out(centred, placed, layout)
     silent = same_layout and layout.random() < 0.5
     if use == "both" and layout.random() < cast.alike:
         style = in_style_of(style, content)
     shown = content if same_layout else _scene(placed, rng)
-    target = in_style_of(shown, content if use == "subject" else style)
+    hand = content if use == "subject" else style
+    if use == "both" and (style.rendering or style.look is not None):
+        # The drawing set under a rendering or a look can hardly be seen: the content's own drawing gets it.
+        hand = dataclasses.replace(style, drawing_set=content.drawing_set)
+    target = in_style_of(shown, hand)
     prompt = "" if silent else prompt_of(target, told=told and not same_layout)
     return Triplet(use, content, style, target, prompt)
 
@@ -216,9 +221,14 @@ class TripletSet:
         levels = self.rows("states", indices).unbind(1)
         return MappingProxyType(dict(zip(LEVELS.values(), levels, strict=True)))
 
-    def ids(self, tokenizer: CaptionTokenizer) -> tuple[Ids, Ids]:
-        """T5 and CLIP ids of all prompts."""
-        return tokenizer.t5(self.prompts), tokenizer.clip(self.prompts)
+    @functools.cached_property
+    def named(self) -> npt.NDArray[np.int64]:
+        """The lessons whose target's style has a name."""
+        return np.flatnonzero(self.styles)
+
+    def told(self, indices: npt.NDArray[np.int64]) -> list[str]:
+        """The prompts of some lessons with the names of their styles."""
+        return [", ".join(filter(None, (self.prompts[i], self.styles[i]))) for i in indices]
 
     def _texts(self, name: str) -> list[str]:
         texts: list[str] = json.loads((self.folder / f"{name}.json").read_text("utf-8"))
@@ -236,10 +246,13 @@ def _mapped(path: Path) -> npt.NDArray[np.float16]:
 
 @dataclass(frozen=True)
 class Encoders:
-    """The frozen networks through which lessons are seen, and the side of the pictures they make."""
+    """The frozen networks through which lessons are seen, and the side of the pictures they make.
+
+    Without a tower, lessons have no states of style pictures.
+    """
 
     vae: AutoEncoder
-    tower: SiglipVision
+    tower: SiglipVision | None
     sprites: Sprites
     side: int
     dtype: torch.dtype = torch.float32
@@ -250,17 +263,14 @@ class Encoders:
         pictures = pictures_of(self.sprites, scenes, self.side)
         return LatentFormat().to_model(encode(self.vae, pictures, dtype=self.dtype))
 
-    def states(self, scenes: Sequence[Scene]) -> Tensor:
-        """Hidden states of scenes, as style pictures, shrunk as a workflow does; [B, 3, patches, dim]."""
-        return style_states(self.tower, pictures_of(self.sprites, scenes, self.side))
-
     def rows(self, triplets: Sequence[Triplet]) -> dict[str, Tensor]:
         """What a use needs of its lessons, by the names of `TripletSet`."""
         found = {"target": self.latents([t.target for t in triplets])}
-        if triplets[0].use in ("subject", "both"):
+        if triplets[0].use in PICTURED:
             found["content"] = self.latents([t.content for t in triplets])
-        if triplets[0].use in ("style", "both"):
-            found["states"] = self.states([t.style for t in triplets])
+        if self.tower is not None and triplets[0].use in STYLED:
+            pictures = pictures_of(self.sprites, [t.style for t in triplets], self.side)
+            found["states"] = style_states(self.tower, pictures)
         return found
 
 

@@ -22,15 +22,18 @@ from torch import Tensor, nn
 from usoflow.models.flux import PATCH, Flux
 from usoflow.models.style_projector import StyleProjector, StyleProjectorConfig
 from usoflow.models.weights import Linear, LowRank
-from usoflow.training.base import GUIDANCE, Base, noised
+from usoflow.training.base import GUIDANCE, Base, at_rest, noised
 from usoflow.training.captions import CaptionTokenizer, Ids
 from usoflow.training.drawings import Sprites
 from usoflow.training.initial import initialise
 from usoflow.training.loop import LossFunction, Recipe
+from usoflow.training.redraw import redrawn
 from usoflow.training.reward import StyleReward
 from usoflow.training.scenes import pictures_of
 from usoflow.training.text_to_image import STEPS, euler, levels_of
 from usoflow.training.triplets import (
+    PICTURED,
+    STYLED,
     Encoders,
     TripletSet,
     Use,
@@ -46,7 +49,7 @@ LESSON_SEED = 51
 DROPPED = 0.1  # of the prompts
 ROLLOUT_STEPS = 8
 PRACTICE_KEPT = 0.1  # of the batches, to the end
-TOLD = 0.6  # of the style-driven batches: the base that is told the style's name is the teacher
+TOLD = 0.6  # of the batches with pictures: a base or an expert that is told what they show is the teacher
 TOLD_STYLE = 1.0  # how far its answer goes beyond, away from that without the name
 # ByteDance's names of a block's low-rank pairs, the layer of each, and whether only q, k and v change.
 DOUBLE_PAIRS = {
@@ -149,25 +152,25 @@ def lesson_sets(
 class Lessons:
     """Encoded triplets of every use, with the ids of their prompts.
 
-    `named` are those style-driven ones whose style has a name, and `told` the ids of their prompts with it.
+    `named` are those with pictures of which words tell all: the style, where it is another, has a name;
+    `told` are the ids of those words.
     """
 
     sets: Mapping[Use, TripletSet]
     ids: Mapping[Use, tuple[Ids, Ids]]
     empty: tuple[Ids, Ids]
-    named: npt.NDArray[np.int64]
-    told: tuple[Ids, Ids]
+    named: Mapping[Use, npt.NDArray[np.int64]]
+    told: Mapping[Use, tuple[Ids, Ids]]
 
     @classmethod
     def of(cls, sets: Mapping[Use, TripletSet], tokenizer: CaptionTokenizer) -> Lessons:
         """Tokenise all prompts."""
-        empty = (tokenizer.t5([""]), tokenizer.clip([""]))
-        ids = {use: found.ids(tokenizer) for use, found in sets.items()}
-        pairs = list(zip(sets["style"].prompts, sets["style"].styles, strict=True)) if "style" in sets else []
-        named = [number for number, (_, style) in enumerate(pairs) if style]
-        texts = [f"{pairs[number][0]}, {pairs[number][1]}" for number in named]
-        told = (tokenizer.t5(texts), tokenizer.clip(texts))
-        return cls(sets, ids, empty, np.asarray(named, np.int64), told)
+        ids = {use: tokenizer(found.prompts) for use, found in sets.items()}
+        named = {use: found.named for use, found in sets.items() if use in STYLED}
+        told = {use: tokenizer(sets[use].told(numbers)) for use, numbers in named.items()}
+        if "subject" in sets:
+            named["subject"], told["subject"] = np.arange(len(sets["subject"].prompts)), ids["subject"]
+        return cls(sets, ids, tokenizer([""]), named, told)
 
     def silence(self, count: int) -> tuple[Ids, Ids]:
         """The ids of empty prompts."""
@@ -182,12 +185,13 @@ class Lessons:
     def choose(self, mix: Mix, rng: np.random.Generator, count: int, *, told: float = 0.0) -> Batch:
         """A batch of one use; a tenth of the prompts is dropped.
 
-        `told` is the chance that style-driven lessons are such whose style has a name; none is dropped there.
+        `told` is the chance that lessons with pictures are such of which words tell all; none is dropped
+        there.
         """
         uses, weights = zip(*mix, strict=True)
         use = uses[int(rng.choice(len(uses), p=weights))]
-        if use == "style" and len(self.named) and rng.random() < told:
-            return self.with_name(rng.integers(len(self.named), size=count))
+        if len(self.named.get(use, ())) and rng.random() < told:
+            return self.with_name(use, rng.integers(len(self.named[use]), size=count))
         indices = rng.integers(len(self.sets[use].prompts), size=count)
         drop = rng.random(count)[:, None] < DROPPED
         t5, clip = (
@@ -195,12 +199,12 @@ class Lessons:
         )
         return Batch(use, indices, (t5, clip))
 
-    def with_name(self, which: npt.NDArray[np.int64]) -> Batch:
-        """Style-driven lessons whose style has a name, by their numbers among `named`."""
-        indices = self.named[which]
-        t5, clip = self.ids["style"]
-        told_t5, told_clip = self.told
-        return Batch("style", indices, (t5[indices], clip[indices]), (told_t5[which], told_clip[which]))
+    def with_name(self, use: Use, which: npt.NDArray[np.int64]) -> Batch:
+        """Lessons of a use of which words tell all, by their numbers among `named`."""
+        indices = self.named[use][which]
+        t5, clip = self.ids[use]
+        told_t5, told_clip = self.told[use]
+        return Batch(use, indices, (t5[indices], clip[indices]), (told_t5[which], told_clip[which]))
 
 
 @dataclass(frozen=True)
@@ -211,7 +215,7 @@ class Batch:
         use: what the model is given.
         indices: which lessons.
         ids: of their prompts, for T5 and CLIP.
-        told: of their prompts with the style's name, where all have one.
+        told: of their prompts with the style's name, where words tell all.
     """
 
     use: Use
@@ -225,6 +229,7 @@ class Teaching:
     """The frozen base, the projector, the lessons, and how the model is asked.
 
     `plain` is the base once more, to which no LoRA is added. Without it nothing is taught of guidance.
+    `expert` has learnt to redraw pictures (`redraw`).
     """
 
     base: Base
@@ -233,14 +238,15 @@ class Teaching:
     stage: UsoStage
     dtype: torch.dtype
     plain: Base | None = None
+    expert: Base | None = None
 
     def velocity(self, batch: Batch, x: Tensor, sigma: Tensor, *, guidance: float) -> Tensor:
         """The transformer's answer to a batch, with the content and style that its use has; float32."""
         lessons = self.lessons.sets[batch.use]
         with torch.no_grad():
             text = self.base.encode(*batch.ids)
-        style = self.projector(lessons.states(batch.indices)) if batch.use in ("style", "both") else None
-        content = [lessons.rows("content", batch.indices)] if batch.use in ("subject", "both") else []
+        style = self.projector(lessons.states(batch.indices)) if batch.use in STYLED else None
+        content = [lessons.rows("content", batch.indices)] if batch.use in PICTURED else []
         answer = self.base.velocity(
             x, sigma, text, guidance=guidance, dtype=self.dtype, references=content, style=style
         )
@@ -278,20 +284,23 @@ class Teaching:
         A base whose guidance is distilled must not unlearn it. So words alone are answered as the plain base
         does, and a style that has a name as the plain base does when it is told the name: c + w (c - p),
         with p its answer to the prompt without (classifier-free guidance, arXiv 2207.12598, of the style).
-        Elsewhere there is no teacher, and guidance is learnt from the answer itself, as in model guidance
-        (arXiv 2502.12154): with the plain base's unconditional answer u, the target is
-        v + (1 - 1/s) (got - u), and `got` comes to rest at u + s (E[v] - u), which is guidance of strength s.
+        A content picture is answered as the expert does, without such a push, which would cost the subject.
+        Elsewhere there is no teacher, and guidance is learnt from the answer itself (`at_rest`).
         """
         if self.plain is None:
             return straight
         words = functools.partial(_words_alone, self.plain, x_s, sigma, self.dtype)
         if batch.use == "text":
             return words(batch.ids)
-        if batch.told is not None:
+        if batch.told is not None and batch.use == "style":
             named, unnamed = words(batch.told), words(batch.ids)
             return named + TOLD_STYLE * (named - unnamed)
+        if batch.told is not None and self.expert is not None:
+            content = self.lessons.sets[batch.use].rows("content", batch.indices)
+            text = self.expert.encode(*batch.told)
+            return redrawn(self.expert, x_s, sigma, text, content, dtype=self.dtype)
         away = words(self.lessons.silence(len(x_s)), guidance=1.0)
-        return straight + (1 - 1 / self.stage.guidance) * (got - away)
+        return at_rest(straight, got, away, self.stage.guidance)
 
     def _practice(self, rng: np.random.Generator, count: int, *, reach: int) -> tuple[Batch, Tensor]:
         """Lessons without words, and their content latents, each moved by at most `reach` tokens."""
@@ -307,7 +316,7 @@ class Teaching:
     def reward_loss(self, mix: Mix, recipe: Recipe, reward: StyleReward, sprites: Sprites) -> LossFunction:
         """Style reward of pictures begun without and finished with gradients, as a loss."""
 
-        styled = tuple((use, share) for use, share in mix if use in ("style", "both"))
+        styled = tuple((use, share) for use, share in mix if use in STYLED)
         total = sum(share for _, share in styled)
         shares = tuple((use, share / total) for use, share in styled)
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from torch import nn
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor, nn
 
 from usoflow.models.style_projector import StyleProjector
 from usoflow.models.vae import LatentFormat
@@ -17,11 +19,20 @@ from usoflow.models.weights import LowRank
 from usoflow.training import autoencoder, package
 from usoflow.training.base import Pocket
 from usoflow.training.loop import LossFunction, Training, load_average, swap
+from usoflow.training.redraw import Pool, Redrawing
 from usoflow.training.reward import StyleEncoder, StyleReward, train_style_encoder
 from usoflow.training.sheets import loss_curve
 from usoflow.training.stages import Workshop
 from usoflow.training.tower import train_tower
-from usoflow.training.triplets import Encoders, Use, draw_triplet, lesson_cast, lesson_sheet
+from usoflow.training.triplets import (
+    PICTURED,
+    Encoders,
+    Use,
+    cache_triplets,
+    draw_triplet,
+    lesson_cast,
+    lesson_sheet,
+)
 from usoflow.training.uso import (
     LESSON_SEED,
     Lessons,
@@ -34,12 +45,40 @@ from usoflow.training.uso import (
 )
 from usoflow.training.uso_judge import train_uso_judge, write_uso_judge
 
+REDRAW_SEED = 61  # of the further lessons of `redraw`
 SHOWN = 12  # lessons on a sheet
 
 
 def tower(workshop: Workshop) -> None:
     """Train the vision tower."""
     _tower(workshop)
+
+
+def redraw(workshop: Workshop) -> None:
+    """Teach a copy of the base to draw a given picture anew."""
+    stage, encoders, folder = workshop.plan.redraw, _encoders(workshop), workshop.folder
+    sets = lesson_sets(encoders, folder, PICTURED, count=workshop.plan.uso.lessons)
+    further = cache_triplets(
+        dataclasses.replace(encoders, tower=None), folder / "lessons-redraw",
+        cast=lesson_cast(workshop.world, "both", looked=0.0), use="both", seed=REDRAW_SEED,
+        count=stage.lessons,
+    )  # fmt: skip
+    expert, plain = workshop.finished(), workshop.finished().requires_grad_(False)
+    tokenizer = plain.stage.tokenizer
+    kept, changed = Pool.kept(sets["subject"], tokenizer), Pool.changed([sets["both"], further], tokenizer)
+    redrawing = Redrawing(expert, plain, {"subject": kept, "both": changed}, stage, workshop.dtype)
+    training = Training(dict(expert.named_parameters()), stage.recipe, folder / "redraw")
+    training.resume()
+
+    def report() -> None:
+        loss_curve(training.folder / "loss.png", *zip(*training.log, strict=True), title="redraw")
+        before = swap(training.parameters, training.average)
+        made = redrawing.sample("both", np.arange(SHOWN), seed=0)
+        swap(training.parameters, before)
+        sheet = training.folder / f"sheet-{training.done:07d}.png"
+        _write_lessons(sheet, workshop, made, "both", changed.rows[:SHOWN, 1])
+
+    training.run(redrawing.loss, after_save=report)
 
 
 def reward(workshop: Workshop) -> None:
@@ -57,7 +96,9 @@ def style(workshop: Workshop) -> None:
 
 def subject(workshop: Workshop) -> None:
     """Content-style disentanglement: train the LoRA beside the frozen projector."""
-    teaching = dataclasses.replace(_teaching(workshop), plain=workshop.finished().requires_grad_(False))
+    plain, expert = (workshop.finished().requires_grad_(False) for _ in range(2))
+    workshop.load(expert, "redraw")
+    teaching = dataclasses.replace(_teaching(workshop), plain=plain, expert=expert)
     load_average(workshop.folder / "style", dict(teaching.projector.named_parameters()))
     branches = add_lora(teaching.base.flux, teaching.stage.rank, teaching.stage.subject.seed)
     _run(workshop, teaching, lora_parameters(branches), "subject")
@@ -120,12 +161,17 @@ def _run(
 
 def write_sheet(path: Path, teaching: Teaching, workshop: Workshop, use: Use) -> None:
     """Four pictures for each of the first lessons of a use: content, style, target, and what is made."""
-    sprites = workshop.sprites
     made = teaching.sample(teaching.lessons.first(use, SHOWN), seed=0)
+    _write_lessons(path, workshop, made, use, np.arange(SHOWN))
+
+
+def _write_lessons(
+    path: Path, workshop: Workshop, made: Tensor, use: Use, indices: npt.NDArray[np.int64]
+) -> None:
     drawn = autoencoder.decode(workshop.trained_vae, LatentFormat().from_model(made))
-    cast = lesson_cast(sprites.world, use)
-    lessons = [draw_triplet(cast, LESSON_SEED, i, use) for i in range(SHOWN)]
-    lesson_sheet(path, sprites, lessons, drawn, columns=12)
+    cast = lesson_cast(workshop.world, use)
+    lessons = [draw_triplet(cast, LESSON_SEED, int(i), use) for i in indices]
+    lesson_sheet(path, workshop.sprites, lessons, drawn, columns=12)
 
 
 def _encoders(workshop: Workshop) -> Encoders:
