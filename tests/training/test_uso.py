@@ -311,11 +311,11 @@ def test_an_expert_learns_to_redraw_what_it_is_given(teaching: Teaching, tmp_pat
     assert torch.equal(target, sets["both"].rows("target", sets["both"].named[:2]))
     assert torch.equal(content, sets["both"].rows("content", sets["both"].named[:2]))
     stage = RedrawStage(RECIPE)
-    redrawing = Redrawing(expert, plain, {"subject": kept, "both": changed}, stage, torch.float32)
+    redrawing = Redrawing(expert, plain, kept, changed, stage, torch.float32)
     training = Training(dict(expert.named_parameters()), RECIPE, tmp_path)
     losses = [training.step(lambda _: redrawing.loss(0)) for _ in range(40)]
     assert losses[-1] < 0.7 * losses[0]
-    assert redrawing.sample("both", np.arange(2), seed=0).shape == (2, 16, 8, 8)
+    assert redrawing.sample(np.arange(2), seed=0).shape == (2, 16, 8, 8)
 
 
 def written(teaching: Teaching, folder: Path, lora: dict[str, torch.nn.Parameter]) -> Path:

@@ -37,7 +37,6 @@ PREFIXES: Mapping[str, str] = {
     "clip": "text_encoders.clip_l.transformer.",
 }
 METHOD = "uxo"  # where reference tokens lie: USO's
-REDRAW_METHOD = "offset"  # the same for pictures that an expert has learnt to redraw: FLUX.1 Kontext's
 MANY = 16  # samples of a batch for which compiling is worth its time
 ZERO = ("_mod.lin", "modulation.lin", "adaLN_modulation.1", "final_layer.linear")
 
@@ -197,7 +196,7 @@ class Pocket(nn.Module, Base):
 
     def encode_texts(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Captions -> what `encode` gives."""
-        return self.encode(self.stage.tokenizer.t5(texts), self.stage.tokenizer.clip(texts))
+        return self.encode(*self.stage.tokenizer(texts))
 
     def step(self, x: Tensor, sigma: Tensor, inputs: FluxInputs) -> Tensor:
         """The transformer's answer to prepared inputs; compiled, if it was asked for, for many samples."""
@@ -234,8 +233,7 @@ class Batches:
     @classmethod
     def of(cls, latents: LatentSet, stage: BaseStage) -> Batches:
         """Tokenise the captions of a latent set."""
-        empty = (stage.tokenizer.t5([""]), stage.tokenizer.clip([""]))
-        return cls(latents, *latents.ids(stage.tokenizer), empty, stage.dropped)
+        return cls(latents, *latents.ids(stage.tokenizer), stage.tokenizer([""]), stage.dropped)
 
     def vocabularies(self) -> tuple[Vocabulary, Vocabulary]:
         """The rows that occur for T5 and CLIP."""

@@ -65,7 +65,7 @@ class LatentSet:
 
     def ids(self, tokenizer: CaptionTokenizer) -> tuple[Ids, Ids]:
         """T5 and CLIP ids of all captions."""
-        return tokenizer.t5(self.captions), tokenizer.clip(self.captions)
+        return tokenizer(self.captions)
 
 
 @functools.lru_cache(maxsize=2)

@@ -8,22 +8,22 @@ and words tell the style, so that neither USO's modules nor its places are neede
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from usoflow.training.base import GUIDANCE, REDRAW_METHOD, Base, at_rest, noised
+from usoflow.training.base import GUIDANCE, Base, at_rest, noised
 from usoflow.training.captions import CaptionTokenizer, Ids
 from usoflow.training.loop import Recipe
 from usoflow.training.text_to_image import STEPS, euler, levels_of
 from usoflow.training.triplets import TripletSet
 
-Kind = Literal["subject", "both"]
+METHOD = "offset"  # where the content picture lies: FLUX.1 Kontext's places
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class RedrawStage:
 
     Attributes:
         recipe: length and speed.
-        lessons: further lessons with both pictures, all of styles that have a name.
+        lessons: further lessons with both pictures, whose style picture has no random look.
         guidance: with which redrawing is learnt.
         changed: share of the batches whose lessons change the style.
     """
@@ -85,11 +85,12 @@ class Pool:
 
 @dataclass(frozen=True)
 class Redrawing:
-    """The expert, the base that it was, which stays, and the lessons."""
+    """The expert, the base that it was, which stays, and the lessons whose style is kept or changed."""
 
     expert: Base
     plain: Base
-    pools: Mapping[Kind, Pool]
+    kept: Pool
+    changed: Pool
     stage: RedrawStage
     dtype: torch.dtype
 
@@ -97,31 +98,32 @@ class Redrawing:
         """Flow matching with guidance, away from the plain base's unconditional answer."""
         count, seed = self.stage.recipe.batch, self.stage.recipe.seed
         rng = np.random.default_rng((seed, done))
-        pool = self.pools["both" if rng.random() < self.stage.changed else "subject"]
+        pool = self.changed if rng.random() < self.stage.changed else self.kept
         which = rng.integers(len(pool.rows), size=count)
         x, content = pool.pictures(which)
         drop = rng.random(count)[:, None] < self.expert.stage.dropped
-        silent = self.expert.stage.tokenizer([""] * count)
-        t5, clip = (np.where(drop, none, ids) for none, ids in zip(silent, pool.said(which), strict=True))
+        t5, clip = (
+            np.where(drop, none, ids) for none, ids in zip(self._empty, pool.said(which), strict=True)
+        )
         sigma, x_s, noise = noised(x, self.expert.stage, torch.Generator().manual_seed((seed << 32) + done))
-        got = self._redrawn(x_s, sigma, self.expert.encode(t5, clip), content)
+        got = redrawn(self.expert, x_s, sigma, self.expert.encode(t5, clip), content, dtype=self.dtype)
         with torch.no_grad():
-            away = self.plain.velocity(
-                x_s, sigma, self.plain.encode(*silent), guidance=1.0, dtype=self.dtype
-            ).float()  # fmt: skip
+            silent = self.plain.encode(*(np.repeat(none, count, axis=0) for none in self._empty))
+            away = self.plain.velocity(x_s, sigma, silent, guidance=1.0, dtype=self.dtype).float()
             wanted = at_rest(noise - x, got, away, self.stage.guidance)
         return (got - wanted).pow(2).mean()
 
     @torch.no_grad()
-    def sample(self, kind: Kind, which: npt.NDArray[np.int64], *, seed: int) -> Tensor:
-        """What the expert makes of some lessons, in 20 steps; model latents."""
-        pool = self.pools[kind]
-        text, (x, content) = self.expert.encode(*pool.said(which)), pool.pictures(which)
+    def sample(self, which: npt.NDArray[np.int64], *, seed: int) -> Tensor:
+        """What the expert makes of some lessons that change the style, in 20 steps; model latents."""
+        text, (x, content) = self.expert.encode(*self.changed.said(which)), self.changed.pictures(which)
         start = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
-        return euler(start, levels_of(STEPS), lambda x, sigma: self._redrawn(x, sigma, text, content))
+        answer = functools.partial(redrawn, self.expert, text=text, content=content, dtype=self.dtype)
+        return euler(start, levels_of(STEPS), answer)
 
-    def _redrawn(self, x: Tensor, sigma: Tensor, text: tuple[Tensor, Tensor], content: Tensor) -> Tensor:
-        return redrawn(self.expert, x, sigma, text, content, dtype=self.dtype)
+    @functools.cached_property
+    def _empty(self) -> tuple[Ids, Ids]:
+        return self.expert.stage.tokenizer([""])
 
 
 def redrawn(
@@ -135,5 +137,5 @@ def redrawn(
 ) -> Tensor:
     """An expert's answer to content pictures and what is said of them; float32."""
     return expert.velocity(
-        x, sigma, text, guidance=GUIDANCE, dtype=dtype, references=[content], method=REDRAW_METHOD
+        x, sigma, text, guidance=GUIDANCE, dtype=dtype, references=[content], method=METHOD
     ).float()

@@ -6,10 +6,12 @@ Each stage reads what the ones before left in the folder and continues where it 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from usoflow.models.vae import AutoEncoder
 from usoflow.training import autoencoder, drawings, evaluate, package, text_to_image
@@ -165,17 +167,33 @@ class Workshop:
         self._run(pocket, recipe, loss_of, name, batches.latents.side)
 
     def _run(self, pocket: Pocket, recipe: Recipe, loss_of: LossFunction, name: str, side: int) -> None:
-        folder = self.folder / name
-        training = Training(dict(pocket.named_parameters()), recipe, folder)
+        def show(stem: str) -> None:
+            prompts, vae = text_to_image.PROMPTS, self.trained_vae
+            pictures = text_to_image.sample(pocket, vae, prompts, side=side, dtype=self.dtype, cfg=self.cfg)
+            sheet = Path(f"{stem}.png")
+            contact_sheet(sheet, list(pictures.numpy()), prompts, columns=8, zoom=SHEET_SIDE // side)
+
+        self.train(dict(pocket.named_parameters()), recipe, loss_of, name, show)
+
+    def train(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        recipe: Recipe,
+        loss_of: LossFunction,
+        name: str,
+        show: Callable[[str], None],
+    ) -> None:
+        """Run a stage to its end from wherever its folder is, with a loss curve at every saved state.
+
+        `show` draws its sheets, then and with the averaged weights; it is told how their paths begin.
+        """
+        training = Training(parameters, recipe, self.folder / name)
         training.resume()
 
         def report() -> None:
-            loss_curve(folder / "loss.png", *zip(*training.log, strict=True), title=name)
+            loss_curve(training.folder / "loss.png", *zip(*training.log, strict=True), title=name)
             trained = swap(training.parameters, training.average)
-            prompts, vae = text_to_image.PROMPTS, self.trained_vae
-            pictures = text_to_image.sample(pocket, vae, prompts, side=side, dtype=self.dtype, cfg=self.cfg)
+            show(str(training.folder / f"sheet-{training.done:07d}"))
             swap(training.parameters, trained)
-            sheet = folder / f"sheet-{training.done:07d}.png"
-            contact_sheet(sheet, list(pictures.numpy()), prompts, columns=8, zoom=SHEET_SIDE // side)
 
         training.run(loss_of, after_save=report)

@@ -18,10 +18,9 @@ from usoflow.models.vision import SiglipVision
 from usoflow.models.weights import LowRank
 from usoflow.training import autoencoder, package
 from usoflow.training.base import Pocket
-from usoflow.training.loop import LossFunction, Training, load_average, swap
+from usoflow.training.loop import LossFunction, load_average
 from usoflow.training.redraw import Pool, Redrawing
 from usoflow.training.reward import StyleEncoder, StyleReward, train_style_encoder
-from usoflow.training.sheets import loss_curve
 from usoflow.training.stages import Workshop
 from usoflow.training.tower import train_tower
 from usoflow.training.triplets import (
@@ -66,19 +65,13 @@ def redraw(workshop: Workshop) -> None:
     expert, plain = workshop.finished(), workshop.finished().requires_grad_(False)
     tokenizer = plain.stage.tokenizer
     kept, changed = Pool.kept(sets["subject"], tokenizer), Pool.changed([sets["both"], further], tokenizer)
-    redrawing = Redrawing(expert, plain, {"subject": kept, "both": changed}, stage, workshop.dtype)
-    training = Training(dict(expert.named_parameters()), stage.recipe, folder / "redraw")
-    training.resume()
+    redrawing = Redrawing(expert, plain, kept, changed, stage, workshop.dtype)
 
-    def report() -> None:
-        loss_curve(training.folder / "loss.png", *zip(*training.log, strict=True), title="redraw")
-        before = swap(training.parameters, training.average)
-        made = redrawing.sample("both", np.arange(SHOWN), seed=0)
-        swap(training.parameters, before)
-        sheet = training.folder / f"sheet-{training.done:07d}.png"
-        _write_lessons(sheet, workshop, made, "both", changed.rows[:SHOWN, 1])
+    def show(stem: str) -> None:
+        made = redrawing.sample(np.arange(SHOWN), seed=0)
+        _write_lessons(Path(f"{stem}.png"), workshop, made, "both", changed.rows[:SHOWN, 1])
 
-    training.run(redrawing.loss, after_save=report)
+    workshop.train(dict(expert.named_parameters()), stage.recipe, redrawing.loss, "redraw", show)
 
 
 def reward(workshop: Workshop) -> None:
@@ -96,7 +89,7 @@ def style(workshop: Workshop) -> None:
 
 def subject(workshop: Workshop) -> None:
     """Content-style disentanglement: train the LoRA beside the frozen projector."""
-    plain, expert = (workshop.finished().requires_grad_(False) for _ in range(2))
+    plain, expert = workshop.finished().requires_grad_(False), workshop.pocket().requires_grad_(False)
     workshop.load(expert, "redraw")
     teaching = dataclasses.replace(_teaching(workshop), plain=plain, expert=expert)
     load_average(workshop.folder / "style", dict(teaching.projector.named_parameters()))
@@ -145,18 +138,12 @@ def _run(
     rewarding = StyleReward(_reward(workshop), workshop.trained_vae.requires_grad_(False))
     loss_of: LossFunction = teaching.loss(name, rewarding, workshop.sprites)
     recipe, mix = teaching.stage.of(name)
-    training = Training(parameters, recipe, workshop.folder / name)
-    training.resume()
 
-    def report() -> None:
-        loss_curve(training.folder / "loss.png", *zip(*training.log, strict=True), title=name)
-        before = swap(training.parameters, training.average)
+    def show(stem: str) -> None:
         for use, _ in mix:
-            sheet = training.folder / f"sheet-{training.done:07d}-{use}.png"
-            write_sheet(sheet, teaching, workshop, use)
-        swap(training.parameters, before)
+            write_sheet(Path(f"{stem}-{use}.png"), teaching, workshop, use)
 
-    training.run(loss_of, after_save=report)
+    workshop.train(parameters, recipe, loss_of, name, show)
 
 
 def write_sheet(path: Path, teaching: Teaching, workshop: Workshop, use: Use) -> None:
