@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from discs import WORLD, paint_sprites
 from usoflow.models.checkpoint import TensorFile
@@ -21,21 +23,23 @@ from usoflow.models.weights import SCALE, Linear
 from usoflow.training import autoencoder, package
 from usoflow.training.autoencoder import VaeStage
 from usoflow.training.backgrounds import BACKGROUNDS
-from usoflow.training.base import GUIDANCE, PREFIXES, BaseStage, Pocket
+from usoflow.training.base import GUIDANCE, PREFIXES, BaseStage, Batches, Pocket
 from usoflow.training.captions import CaptionTokenizer, Vocabulary
 from usoflow.training.drawings import Sprites
 from usoflow.training.initial import initialise
+from usoflow.training.latents import LatentSet
 from usoflow.training.looks import CHANGES
 from usoflow.training.loop import Recipe, Training
+from usoflow.training.painting import paint
 from usoflow.training.redraw import Pool, Redrawing, RedrawStage
 from usoflow.training.reward import StyleEncoder, StyleReward
 from usoflow.training.scenes import style_words
 from usoflow.training.tower import (
+    Captioned,
     Contrast,
     TowerStage,
-    batch_captions,
     captions_of,
-    loss_function,
+    new_contrast,
     tower_scene,
 )
 from usoflow.training.triplets import (
@@ -96,8 +100,7 @@ def teaching(sprites: Sprites, tmp_path_factory: pytest.TempPathFactory) -> Teac
 
 
 def contrast_of(sprites: Sprites) -> Contrast:
-    captions = batch_captions(sprites, 40)
-    return Contrast(TOWER, Vocabulary.of(CaptionTokenizer(TOWER.text_length, 16).t5(captions)))
+    return new_contrast(sprites.world, TOWER)
 
 
 @pytest.mark.parametrize("use", USES)
@@ -178,8 +181,9 @@ def test_a_picture_has_a_caption_of_its_content_and_one_of_its_style() -> None:
 def test_contrast_pulls_a_batch_together(sprites: Sprites, tmp_path: Path) -> None:
     contrast = contrast_of(sprites)
     training = Training(dict(contrast.named_parameters()), RECIPE, tmp_path)
-    first = loss_function(contrast, sprites, RECIPE)
-    losses = [training.step(lambda _: first(0)) for _ in range(30)]
+    scenes = [tower_scene(WORLD, i) for i in range(8)]
+    captioned = Captioned.of(scenes, paint(sprites, scenes, 64, tmp_path / "drawn.npy"), contrast, WORLD)
+    losses = [training.step(lambda _: captioned.loss(contrast, RECIPE, 0)) for _ in range(30)]
     assert losses[-1] < 0.5 * losses[0]
 
 
@@ -262,8 +266,10 @@ def test_a_style_with_a_name_is_answered_as_by_the_plain_base_that_is_told_it(te
     assert (named - unnamed).abs().mean() > 1e-3
 
 
-def test_a_content_picture_is_answered_as_by_the_expert_that_is_told_the_style(teaching: Teaching) -> None:
-    taught = dataclasses.replace(teaching, plain=teaching.base, expert=teaching.base)
+def test_a_content_picture_is_answered_as_the_plain_base_redraws_it(
+    teaching: Teaching,
+) -> None:
+    taught = dataclasses.replace(teaching, plain=teaching.base)
     batch, _, told = named_lessons(teaching, "both")
     x, sigma = torch.randn(4, 16, 8, 8), torch.full((4,), 0.5)
     content = teaching.lessons.sets["both"].rows("content", batch.indices)
@@ -273,8 +279,8 @@ def test_a_content_picture_is_answered_as_by_the_expert_that_is_told_the_style(t
     )  # fmt: skip
     silence = torch.zeros_like(x)
     assert torch.allclose(taught.target(batch, x, sigma, silence, silence), wanted, atol=1e-4)
-    alone = dataclasses.replace(taught, expert=None)
-    assert not torch.allclose(alone.target(batch, x, sigma, silence, silence), wanted, atol=1e-2)
+    untold = dataclasses.replace(batch, told=None)
+    assert not torch.allclose(taught.target(untold, x, sigma, silence, silence), wanted, atol=1e-2)
 
 
 def named_lessons(teaching: Teaching, use: Use) -> tuple[Batch, list[str], list[str]]:
@@ -296,26 +302,34 @@ def test_some_batches_with_pictures_are_of_what_words_tell(teaching: Teaching, u
     assert 0.3 < np.mean([batch.told is not None for batch in batches]) < 0.9
 
 
-def test_an_expert_learns_to_redraw_what_it_is_given(teaching: Teaching, tmp_path: Path) -> None:
+def test_the_base_learns_to_redraw_and_keeps_its_words(teaching: Teaching, tmp_path: Path) -> None:
     plain, sets = teaching.base, teaching.lessons.sets
-    expert = Pocket(plain.stage, plain.t5_words, plain.clip_words)
-    expert.load_state_dict(plain.state_dict())
+    base = Pocket(plain.stage, plain.t5_words, plain.clip_words)
+    base.load_state_dict(plain.state_dict())
     tokenizer = plain.stage.tokenizer
-    kept, changed = (
-        Pool.kept(sets["subject"], tokenizer),
-        Pool.changed([sets["both"], sets["both"]], tokenizer),
-    )
-    named = len(sets["both"].named)
-    assert (len(kept.rows), len(changed.rows)) == (8, 2 * named)
-    target, content = changed.pictures(np.asarray([0, named + 1]))
-    assert torch.equal(target, sets["both"].rows("target", sets["both"].named[:2]))
-    assert torch.equal(content, sets["both"].rows("content", sets["both"].named[:2]))
-    stage = RedrawStage(RECIPE)
-    redrawing = Redrawing(expert, plain, kept, changed, stage, torch.float32)
-    training = Training(dict(expert.named_parameters()), RECIPE, tmp_path)
-    losses = [training.step(lambda _: redrawing.loss(0)) for _ in range(40)]
-    assert losses[-1] < 0.7 * losses[0]
-    assert redrawing.sample(np.arange(2), seed=0).shape == (2, 16, 8, 8)
+    kept, changed = Pool.kept(sets["subject"], tokenizer), Pool.changed(sets["both"], tokenizer)
+    named = sets["both"].named
+    assert (len(kept.rows), len(changed.rows)) == (8, len(named))
+    target, content = changed.pictures(np.asarray([0, 1]))
+    assert torch.equal(target, sets["both"].rows("target", named[:2]))
+    assert torch.equal(content, sets["both"].rows("content", named[:2]))
+    scenes = tmp_path / "scenes"
+    scenes.mkdir()
+    shutil.copy(sets["text"].folder / "target.npy", scenes / "latents.npy")
+    shutil.copy(sets["text"].folder / "prompts.json", scenes / "captions.json")
+    words = Batches.of(LatentSet(scenes, seed=1), plain.stage)
+
+    def losses_of(stage: RedrawStage) -> list[Tensor]:
+        redrawing = Redrawing(base, plain, words, kept, changed, stage, torch.float32)
+        training = Training(dict(base.named_parameters()), RECIPE, tmp_path)
+        assert redrawing.sample(np.arange(2), seed=0).shape == (2, 16, 8, 8)
+        return [training.step(lambda _: redrawing.loss(0)) for _ in range(40)]
+
+    assert losses_of(RedrawStage(RECIPE, words=1.0))[0] < 1e-9  # nothing is to be learnt of what it knows
+    redrawn = losses_of(RedrawStage(RECIPE, words=0.0, changed=1.0))
+    assert redrawn[-1] < 0.7 * redrawn[0]
+    forgot = losses_of(RedrawStage(RECIPE, words=1.0))
+    assert forgot[-1] < 0.5 * forgot[0]
 
 
 def written(teaching: Teaching, folder: Path, lora: dict[str, torch.nn.Parameter]) -> Path:
@@ -370,9 +384,7 @@ def test_files_load_and_compute_as_the_modules(teaching: Teaching, tmp_path: Pat
     )
 
 
-def test_reward_is_least_for_the_style_picture_itself_and_flows_back(
-    teaching: Teaching, sprites: Sprites
-) -> None:
+def test_reward_is_least_for_the_style_picture_itself_and_flows_back(teaching: Teaching) -> None:
     torch.manual_seed(0)
     vae = autoencoder.new_autoencoder(VaeStage(RECIPE, widths=(8, 8, 8, 16))).requires_grad_(False)
     reward = StyleReward(StyleEncoder(2, 3).requires_grad_(False), vae)
@@ -385,7 +397,7 @@ def test_reward_is_least_for_the_style_picture_itself_and_flows_back(
     assert latents.grad is not None
     assert latents.grad.abs().sum() > 0
 
-    rewarded = teaching.reward_loss((("both", 1.0),), RECIPE, reward, sprites)
+    rewarded = teaching.reward_loss((("both", 1.0),), RECIPE, reward)
     teaching.projector.zero_grad()
     rewarded(0).backward()
     assert all(p.grad is not None for p in teaching.projector.parameters())

@@ -22,6 +22,7 @@ def train(
     work: Annotated[Path, typer.Option(help="Folder for caches, states and sheets.")] = Path("training"),
     threads: Annotated[int, typer.Option(help="Threads of torch; 0 leaves it to torch.")] = 0,
     compiled: Annotated[bool, typer.Option(help="Compile the transformer's steps.")] = False,
+    device: Annotated[str, typer.Option(help="Where to compute: cpu or cuda.")] = "cpu",
     full_precision: Annotated[bool, typer.Option(help="Compute in fp32 instead of bf16.")] = False,
 ) -> None:
     """Run a stage of training, or all behind the shipped weights; interrupted, it continues where it was."""
@@ -36,6 +37,6 @@ def train(
     if threads:
         torch.set_num_threads(threads)
     dtype = torch.float32 if full_precision else torch.bfloat16
-    workshop = Workshop(work, Plan.read(config), dtype, compiled)
+    workshop = Workshop(work, Plan.read(config), dtype, compiled, torch.device(device))
     for name in STAGES if stage == "all" else (stage,):
         STAGES[name](workshop)

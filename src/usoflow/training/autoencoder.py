@@ -149,14 +149,15 @@ def evaluate(module: AutoEncoder, sprites: Sprites, *, side: int, count: int, sh
 def encode(module: AutoEncoder, images: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
     """[B, S, S, 3] in 0..1 -> mean latents [B, 16, S/8, S/8] float32, the whole batch at once."""
     pixels = images.permute(0, 3, 1, 2).contiguous() * 2 - 1
-    mean: Tensor = module.encoder(pixels.to(dtype)).chunk(2, dim=1)[0]
-    return mean.float()
+    device = module.encoder.conv_in.weight.device
+    mean: Tensor = module.encoder(pixels.to(device, dtype)).chunk(2, dim=1)[0]
+    return mean.float().to(images.device)
 
 
 @torch.no_grad()
 def decode(module: AutoEncoder, latents: Tensor) -> Tensor:
     """Latents [B, 16, h, w] -> pictures [B, 8h, 8w, 3] in 0..1, the whole batch at once."""
-    pixels = module.decoder(latents)
+    pixels = module.decoder(latents.to(module.decoder.conv_in.weight.device)).to(latents.device)
     return ((pixels + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1).contiguous()
 
 

@@ -185,7 +185,7 @@ def run(task: Task, accelerator: Accelerator) -> list[float]:
         workshop.sprites, plan.reward, workshop.folder / "reward", side=task.side
     )
     reward = StyleReward(style_encoder, encoders.vae)
-    step = Step(learned, teaching.loss(task.name, reward, workshop.sprites))
+    step = Step(learned, teaching.loss(task.name, reward))
     losses = learn(step, task.recipe, accelerator)
     if accelerator.is_main_process:
         written = {name: p.detach().to("cpu", torch.bfloat16).contiguous() for name, p in learned.items()}
@@ -224,8 +224,6 @@ def _learned(task: Task, teaching: Teaching) -> dict[str, nn.Parameter]:
     projector.load_state_dict({name: value.float() for name, value in load_file(aligned).items()})
     flux = teaching.base.flux
     branches = add_lora(flux, task.rank, task.recipe.seed)
-    for branch in branches.values():
-        branch.to(flux.img_in.weight.device)
     return lora_parameters(branches)
 
 

@@ -1,13 +1,14 @@
 """The latents of many scenes, computed once and kept on disk: what the base is trained on.
 
-`cache` encodes the scenes of a seed with the trained VAE; `LatentSet` gives batches by number. The cache can
-be interrupted: it continues at the first scene that is not there.
+`cache` encodes the scenes of a seed with the trained VAE; `LatentSet` gives batches by number. `encoded` and
+`held` serve the lessons of Pocket USO (`triplets`) too.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +21,11 @@ from usoflow.models.vae import AutoEncoder, LatentFormat
 from usoflow.training.autoencoder import encode
 from usoflow.training.captions import CaptionTokenizer, Ids
 from usoflow.training.drawings import Sprites
-from usoflow.training.scenes import caption, draw_taught_scene, pictures_of
+from usoflow.training.loop import CPU
+from usoflow.training.painting import Pictures, paint
+from usoflow.training.scenes import caption, draw_taught_scene
 
-CHUNK = 64
+PIXELS = 1 << 22  # that are encoded at once
 
 
 @dataclass(frozen=True)
@@ -32,15 +35,16 @@ class LatentSet:
     Attributes:
         folder: of `latents.npy` (float16 [N, 16, h, w]) and `captions.json`.
         seed: of the order in which scenes are visited.
+        device: where batches are given; on a GPU all latents are held there.
     """
 
     folder: Path
     seed: int
+    device: torch.device = CPU
 
     @functools.cached_property
-    def latents(self) -> npt.NDArray[np.float16]:
-        stored: npt.NDArray[np.float16] = np.load(self.folder / "latents.npy", mmap_mode="r")
-        return stored
+    def latents(self) -> Tensor:
+        return held(self.folder / "latents.npy", self.device)
 
     @property
     def side(self) -> int:
@@ -61,11 +65,32 @@ class LatentSet:
 
     def batch(self, indices: npt.NDArray[np.int64]) -> Tensor:
         """float32 [B, 16, h, w]."""
-        return torch.from_numpy(self.latents[indices].astype(np.float32))
+        return self.latents[torch.from_numpy(indices).to(self.device)].float()
 
     def ids(self, tokenizer: CaptionTokenizer) -> tuple[Ids, Ids]:
         """T5 and CLIP ids of all captions."""
         return tokenizer(self.captions)
+
+
+def encoded(
+    pictures: Pictures, network: Callable[[Tensor], Tensor], path: Path, device: torch.device
+) -> None:
+    """Write what a network makes of many pictures, as float16; it is given float32 [B, S, S, 3] in 0..1."""
+    parts = []
+    for part in torch.from_numpy(pictures).split(max(PIXELS // pictures.shape[1] ** 2, 1)):
+        parts.append(network(part.to(device).float() / 255).half().cpu())
+    np.save(path, torch.cat(parts).numpy())
+
+
+@functools.lru_cache(maxsize=32)
+def held(path: Path, device: torch.device) -> Tensor:
+    """The array of a file; on a CPU it is mapped."""
+    return torch.from_numpy(np.load(path, mmap_mode="c")).to(device)
+
+
+def to_latents(module: AutoEncoder, pictures: Tensor, *, dtype: torch.dtype) -> Tensor:
+    """Model latents [B, 16, h, w] of pictures [B, S, S, 3] in 0..1."""
+    return LatentFormat().to_model(encode(module, pictures, dtype=dtype))
 
 
 @functools.lru_cache(maxsize=2)
@@ -82,24 +107,16 @@ def cache(
     side: int,
     count: int,
     dtype: torch.dtype = torch.float32,
+    device: torch.device = CPU,
 ) -> LatentSet:
     """Encode scenes 0 to `count` of `seed` at `side` pixels, unless they are there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path, progress = folder / "latents.npy", folder / "progress.json"
-    done = json.loads(progress.read_text())["done"] if progress.exists() else 0
-    shape = (count, 16, side // 8, side // 8)
-    mode = "r+" if path.exists() and done else "w+"
-    stored = np.lib.format.open_memmap(path, mode=mode, dtype=np.float16, shape=shape)
-    for start in range(done, count, CHUNK):
-        stop = min(start + CHUNK, count)
-        scenes = [draw_taught_scene(sprites.world, seed, i) for i in range(start, stop)]
-        images = pictures_of(sprites, scenes, side)
-        stored[start:stop] = (
-            LatentFormat().to_model(encode(module, images, dtype=dtype)).numpy().astype(np.float16)
-        )
-        if start % (CHUNK * 50) == 0 or stop == count:
-            stored.flush()
-            progress.write_text(json.dumps({"done": stop}))
-    texts = [caption(sprites.world, draw_taught_scene(sprites.world, seed, i)) for i in range(count)]
-    (folder / "captions.json").write_text(json.dumps(texts), "utf-8")
-    return LatentSet(folder, seed)
+    if not (folder / "captions.json").exists():  # it is written last
+        folder.mkdir(parents=True, exist_ok=True)
+        scenes = [draw_taught_scene(sprites.world, seed, i) for i in range(count)]
+        drawn = folder / "drawn.npy"
+        network = functools.partial(to_latents, module, dtype=dtype)
+        encoded(paint(sprites, scenes, side, drawn), network, folder / "latents.npy", device)
+        drawn.unlink()
+        texts = [caption(sprites.world, scene) for scene in scenes]
+        (folder / "captions.json").write_text(json.dumps(texts), "utf-8")
+    return LatentSet(folder, seed, device)

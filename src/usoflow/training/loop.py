@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from usoflow.errors import UsoflowError
 
+CPU = torch.device("cpu")
+READ_EVERY = 16  # steps
 LossFunction = Callable[[int], Tensor]  # number of samples before this batch -> scalar loss
 # Parts of names of the matrices that AdamW keeps: tables, and layers that touch pixels, latents or words.
 AT_EDGE = ("embed", "shared", "bias", "conv_in", "conv_out", "img_in", "txt_in", "final_layer", "mod")
@@ -121,6 +123,7 @@ class Training:
         self.done = 0
         self.seconds = 0.0
         self.log: list[tuple[int, float]] = []
+        self._new: list[tuple[int, Tensor]] = []
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.optimisers = Optimisers(self.parameters, recipe)
 
@@ -134,25 +137,32 @@ class Training:
                 self.save()
                 after_save()
 
-    def step(self, loss_of: LossFunction) -> float:
-        """One step of the optimiser; returns the loss.
-
-        Raises:
-            UsoflowError: "non_finite" if the loss is no number.
-        """
+    def step(self, loss_of: LossFunction) -> Tensor:
+        """One step of the optimiser; returns the loss."""
         start = time.monotonic()
         loss = loss_of(self.done)
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise UsoflowError("non_finite", f"The loss is {value} after {self.done} samples.")
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
         self.optimisers.step(self.recipe.rate_at(self.done))
         self._average()
         self.done += self.recipe.batch
+        self._new.append((self.done, loss.detach()))
+        if len(self._new) == READ_EVERY:
+            self._read()
         self.seconds += time.monotonic() - start
-        self.log.append((self.done, value))
-        return value
+        return loss.detach()
+
+    def _read(self) -> None:
+        """Put the losses of the last steps into the log: reading one waits for the device.
+
+        Raises:
+            UsoflowError: "non_finite" if one is no number.
+        """
+        for done, loss in self._new:
+            self.log.append((done, float(loss)))
+            if not math.isfinite(self.log[-1][1]):
+                raise UsoflowError("non_finite", f"The loss is {float(loss)} after {done} samples.")
+        self._new.clear()
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -164,6 +174,7 @@ class Training:
 
     def save(self) -> None:
         """Write the state and the log; the old state is replaced only by a complete new one."""
+        self._read()
         self.folder.mkdir(parents=True, exist_ok=True)
         state: dict[str, Any] = {
             "done": self.done,
@@ -186,7 +197,7 @@ class Training:
         path = self.folder / "state.pt"
         if not path.exists():
             return False
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, weights_only=True, map_location="cpu")
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(state["parameters"][name])
@@ -208,5 +219,5 @@ def swap(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -
 
 def load_average(folder: Path, parameters: Mapping[str, nn.Parameter]) -> None:
     """Put the averaged weights of a stage's saved state into parameters of the same names."""
-    state = torch.load(folder / "state.pt", weights_only=True)
+    state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
     swap(parameters, state["average"])

@@ -1,15 +1,14 @@
-"""Stage `redraw`: a copy of the base becomes an expert that draws a given picture anew, in a named style.
+"""Stage `redraw`: the base learns to draw a given picture anew, in a named style, and keeps its words.
 
-The USO paper (arXiv 2508.18966, section 3.1) trains experts that stylise and de-stylise, to make triplets.
-Here the drawing sets give triplets, and the expert is the LoRA's teacher. All its weights learn, from lessons
-with a content picture. That lies where FLUX.1 Kontext has it (arXiv 2506.15742; position method `offset`),
-and words tell the style, so that neither USO's modules nor its places are needed.
+FLUX.1 has seen pictures of one subject twice; a base that never saw two pictures leaves all of this to USO's
+LoRA. The content picture lies where FLUX.1 Kontext has it (arXiv 2506.15742; position method `offset`), and
+words tell the style: neither USO's modules nor its places are used, the LoRA brings them later. What the base
+knew before, it goes on answering as before: words alone are distilled from itself.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from usoflow.training.base import GUIDANCE, Base, at_rest, noised
+from usoflow.training.base import GUIDANCE, Base, Batches, at_rest, noised, random_numbers
 from usoflow.training.captions import CaptionTokenizer, Ids
 from usoflow.training.loop import Recipe
 from usoflow.training.text_to_image import STEPS, euler, levels_of
@@ -32,51 +31,44 @@ class RedrawStage:
 
     Attributes:
         recipe: length and speed.
-        lessons: further lessons with both pictures, whose style picture has no random look.
         guidance: with which redrawing is learnt.
-        changed: share of the batches whose lessons change the style.
+        words: share of the batches without a content picture.
+        changed: share of the batches whose lessons change the style; in the others it is the content's.
     """
 
     recipe: Recipe
-    lessons: int = 24_000
     guidance: float = 2.0
-    changed: float = 0.75
+    words: float = 0.3
+    changed: float = 0.5
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Lessons with a content picture, from several sets, and what is said of them.
+    """Lessons with a content picture, and what is said of them.
 
     Attributes:
-        sets: of the lessons.
-        rows: set and row of each lesson, int64 [N, 2].
-        ids: of what is said, for T5 and CLIP.
+        lessons: all of a use.
+        rows: which of them, int64 [N].
+        ids: of what is said of these, for T5 and CLIP.
     """
 
-    sets: Sequence[TripletSet]
+    lessons: TripletSet
     rows: npt.NDArray[np.int64]
     ids: tuple[Ids, Ids]
 
     @classmethod
     def kept(cls, lessons: TripletSet, tokenizer: CaptionTokenizer) -> Pool:
         """Lessons whose style is the content's; it is not told."""
-        rows = [(0, row) for row in range(len(lessons.prompts))]
-        return cls([lessons], np.asarray(rows, np.int64), tokenizer(lessons.prompts))
+        return cls(lessons, np.arange(len(lessons.prompts)), tokenizer(lessons.prompts))
 
     @classmethod
-    def changed(cls, sets: Sequence[TripletSet], tokenizer: CaptionTokenizer) -> Pool:
+    def changed(cls, lessons: TripletSet, tokenizer: CaptionTokenizer) -> Pool:
         """Lessons whose style has a name, which is told."""
-        rows = [(number, int(row)) for number, found in enumerate(sets) for row in found.named]
-        texts = [text for found in sets for text in found.told(found.named)]
-        return cls(sets, np.asarray(rows, np.int64), tokenizer(texts))
+        return cls(lessons, lessons.named, tokenizer(lessons.told(lessons.named)))
 
     def pictures(self, which: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """Targets and contents, model latents [B, 16, h, w]."""
-        target, content = (
-            torch.cat([self.sets[number].rows(name, np.asarray([row])) for number, row in self.rows[which]])
-            for name in ("target", "content")
-        )
-        return target, content
+        return self.lessons.rows("target", self.rows[which]), self.lessons.rows("content", self.rows[which])
 
     def said(self, which: npt.NDArray[np.int64]) -> tuple[Ids, Ids]:
         """The ids of some lessons."""
@@ -85,49 +77,69 @@ class Pool:
 
 @dataclass(frozen=True)
 class Redrawing:
-    """The expert, the base that it was, which stays, and the lessons whose style is kept or changed."""
+    """The base that learns, as it was before, its captions, and lessons whose style is kept or changed."""
 
-    expert: Base
+    base: Base
     plain: Base
+    words: Batches
     kept: Pool
     changed: Pool
     stage: RedrawStage
     dtype: torch.dtype
 
     def loss(self, done: int) -> Tensor:
+        """Squared error of a batch of one kind."""
+        rng = np.random.default_rng((self.stage.recipe.seed, done))
+        kind = rng.random()
+        if kind < self.stage.words:
+            return self._words_kept(done, rng)
+        return self._redrawn(
+            self.changed if kind < self.stage.words + self.stage.changed else self.kept, done, rng
+        )
+
+    def _words_kept(self, done: int, rng: np.random.Generator) -> Tensor:
+        """To the plain base's answer at any guidance that it was taught."""
+        x, *ids = self.words.get(done, self.stage.recipe.batch)
+        sigma, x_s, _ = self._noised(x, done)
+        guidance = float(rng.uniform(1, self.base.stage.guidance_most))
+        with torch.no_grad():
+            wanted = self.plain.velocity(
+                x_s, sigma, self.plain.encode(*ids), guidance=guidance, dtype=self.dtype
+            )
+        got = self.base.velocity(x_s, sigma, self.base.encode(*ids), guidance=guidance, dtype=self.dtype)
+        return (got.float() - wanted.float()).pow(2).mean()
+
+    def _redrawn(self, pool: Pool, done: int, rng: np.random.Generator) -> Tensor:
         """Flow matching with guidance, away from the plain base's unconditional answer."""
-        count, seed = self.stage.recipe.batch, self.stage.recipe.seed
-        rng = np.random.default_rng((seed, done))
-        pool = self.changed if rng.random() < self.stage.changed else self.kept
+        count = self.stage.recipe.batch
         which = rng.integers(len(pool.rows), size=count)
         x, content = pool.pictures(which)
-        drop = rng.random(count)[:, None] < self.expert.stage.dropped
+        drop = rng.random(count)[:, None] < self.base.stage.dropped
         t5, clip = (
-            np.where(drop, none, ids) for none, ids in zip(self._empty, pool.said(which), strict=True)
+            np.where(drop, none, ids) for none, ids in zip(self.words.empty, pool.said(which), strict=True)
         )
-        sigma, x_s, noise = noised(x, self.expert.stage, torch.Generator().manual_seed((seed << 32) + done))
-        got = redrawn(self.expert, x_s, sigma, self.expert.encode(t5, clip), content, dtype=self.dtype)
+        sigma, x_s, noise = self._noised(x, done)
+        got = redrawn(self.base, x_s, sigma, self.base.encode(t5, clip), content, dtype=self.dtype)
         with torch.no_grad():
-            silent = self.plain.encode(*(np.repeat(none, count, axis=0) for none in self._empty))
+            silent = self.plain.encode(*(np.repeat(none, count, axis=0) for none in self.words.empty))
             away = self.plain.velocity(x_s, sigma, silent, guidance=1.0, dtype=self.dtype).float()
             wanted = at_rest(noise - x, got, away, self.stage.guidance)
         return (got - wanted).pow(2).mean()
 
+    def _noised(self, x: Tensor, done: int) -> tuple[Tensor, Tensor, Tensor]:
+        return noised(x, self.base.stage, random_numbers(x.device, self.stage.recipe.seed, done))
+
     @torch.no_grad()
     def sample(self, which: npt.NDArray[np.int64], *, seed: int) -> Tensor:
-        """What the expert makes of some lessons that change the style, in 20 steps; model latents."""
-        text, (x, content) = self.expert.encode(*self.changed.said(which)), self.changed.pictures(which)
-        start = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
-        answer = functools.partial(redrawn, self.expert, text=text, content=content, dtype=self.dtype)
+        """What the base makes of some lessons that change the style, in 20 steps; model latents."""
+        text, (x, content) = self.base.encode(*self.changed.said(which)), self.changed.pictures(which)
+        start = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).to(x.device)
+        answer = functools.partial(redrawn, self.base, text=text, content=content, dtype=self.dtype)
         return euler(start, levels_of(STEPS), answer)
-
-    @functools.cached_property
-    def _empty(self) -> tuple[Ids, Ids]:
-        return self.expert.stage.tokenizer([""])
 
 
 def redrawn(
-    expert: Base,
+    base: Base,
     x: Tensor,
     sigma: Tensor,
     text: tuple[Tensor, Tensor],
@@ -135,7 +147,7 @@ def redrawn(
     *,
     dtype: torch.dtype,
 ) -> Tensor:
-    """An expert's answer to content pictures and what is said of them; float32."""
-    return expert.velocity(
+    """A base's answer to content pictures and what is said of them; float32."""
+    return base.velocity(
         x, sigma, text, guidance=GUIDANCE, dtype=dtype, references=[content], method=METHOD
     ).float()

@@ -19,7 +19,7 @@ from usoflow.training.base import GUIDANCE, Batches, Pocket, flow_loss, guided_l
 from usoflow.training.drawings import Sprites
 from usoflow.training.evaluate import Question
 from usoflow.training.latents import LatentSet, cache
-from usoflow.training.loop import LossFunction, Recipe, Training, load_average, swap
+from usoflow.training.loop import CPU, LossFunction, Recipe, Training, load_average, swap
 from usoflow.training.plan import Plan
 from usoflow.training.scenes import caption, compose, draw_scene, pictures_of
 from usoflow.training.sheets import contact_sheet, loss_curve
@@ -41,6 +41,7 @@ class Workshop:
     plan: Plan
     dtype: torch.dtype = torch.bfloat16
     compiled: bool = False
+    device: torch.device = CPU
     world: World = field(default_factory=World.load)
 
     @functools.cached_property
@@ -80,15 +81,15 @@ class Workshop:
         """Train on, with larger pictures."""
         pocket = self.pocket()
         self.load(pocket, "base")
-        self._flow(pocket, self.plan.base.large, "large", self._large)
+        self._flow(pocket, self.plan.base.large, "large", self.large_batches)
 
     def guided(self) -> None:
         """Distil guidance into a copy of the trained base."""
         teacher, pocket = self.pocket(), self.pocket()
         for module in (teacher, pocket):
             self.load(module, "large")
-        loss_of = guided_loss(pocket, teacher, self._large, dtype=self.dtype)
-        self._run(pocket, self.plan.base.guided, loss_of, "guided", self._large.latents.side)
+        loss_of = guided_loss(pocket, teacher, self.large_batches, dtype=self.dtype)
+        self._run(pocket, self.plan.base.guided, loss_of, "guided", self.large_batches.latents.side)
 
     @property
     def cfg(self) -> float:
@@ -130,31 +131,34 @@ class Workshop:
         """The trained autoencoder, folded."""
         module = autoencoder.new_autoencoder(self.plan.vae)
         module.load_state_dict(torch.load(self.folder / "vae" / "folded.pt", weights_only=True))
-        return module
+        return module.to(self.device)
 
     def latents(self, side: int, count: int) -> LatentSet:
         """The latents of the first scenes, cached."""
         folder, vae = self.folder / f"latents-{side}", self.trained_vae
-        return cache(vae, self.sprites, folder, seed=LATENT_SEED, side=side, count=count, dtype=self.dtype)
+        return cache(
+            vae, self.sprites, folder, seed=LATENT_SEED, side=side, count=count, dtype=self.dtype,
+            device=self.device,
+        )  # fmt: skip
 
     @functools.cached_property
     def _batches(self) -> Batches:
         return Batches.of(self.latents(self.plan.base.side, self.plan.base.cached), self.plan.base)
 
     @functools.cached_property
-    def _large(self) -> Batches:
+    def large_batches(self) -> Batches:
         return Batches.of(
             self.latents(self.plan.base.large_side, self.plan.base.large_cached), self.plan.base
         )
 
     def pocket(self) -> Pocket:
-        pocket = Pocket(self.plan.base, *self._batches.vocabularies())
+        pocket = Pocket(self.plan.base, *self._batches.vocabularies()).to(self.device)
         return pocket.compiled() if self.compiled else pocket
 
     def finished(self) -> Pocket:
         """The modules of the last stage that has been run."""
         pocket = self.pocket()
-        stages = ("guided", "large", "base")
+        stages = ("redraw", "guided", "large", "base")
         self.load(pocket, next(s for s in stages if (self.folder / s / "state.pt").exists()))
         return pocket
 

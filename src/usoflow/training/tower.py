@@ -9,10 +9,12 @@ and the text encoder are not part of USO.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,12 +26,14 @@ from usoflow.training.captions import CaptionTokenizer, Vocabulary
 from usoflow.training.drawings import Sprites
 from usoflow.training.initial import initialise
 from usoflow.training.looks import look_words
-from usoflow.training.loop import LossFunction, Recipe, Training, swap
-from usoflow.training.scenes import Scene, content_words, draw_scene, generator, pictures_of, style_words
+from usoflow.training.loop import CPU, Recipe, Training, swap
+from usoflow.training.painting import Pictures, paint
+from usoflow.training.scenes import Scene, content_words, draw_scene, generator, style_words
 from usoflow.training.triplets import LOOKED, RENDERED, seen_styles
 from usoflow.training.world import World
 
 DATA_SEED = 31
+WORDS_FROM = 20_000  # scenes whose captions make the vocabulary
 FIRST_SCALE, FIRST_BIAS = 2.3, -10.0  # SigLIP's: logarithm of the temperature 10, and the bias
 
 
@@ -42,6 +46,7 @@ class TowerStage:
         dim, mlp_dim, layers, heads: of the tower; USO reads the output of the twentieth layer from the end.
         patch, grid: pixels of a patch's side, patches of a picture's side.
         text_length: tokens of a caption.
+        drawn: pictures, each of which is shown several times.
     """
 
     recipe: Recipe
@@ -52,6 +57,7 @@ class TowerStage:
     patch: int = 8
     grid: int = 8
     text_length: int = 24
+    drawn: int = 60_000
 
     @property
     def config(self) -> SiglipConfig:
@@ -82,17 +88,24 @@ class Contrast(nn.Module):
         last = self.tower(pixels, [-1]).hidden[-1].mean(dim=1)
         return F.normalize(self.picture_head(self.picture_norm(last)), dim=-1)
 
-    def read(self, captions: Sequence[str]) -> Tensor:
-        """Captions -> unit vectors [B, dim]."""
-        states = self.text(self.vocabulary.compact(self.tokenizer.t5(captions))).mean(dim=1)
+    def read(self, ids: Tensor) -> Tensor:
+        """Captions, as rows of the vocabulary [B, T] -> unit vectors [B, dim]."""
+        states = self.text(ids).mean(dim=1)
         return F.normalize(self.text_head(self.text_norm(states)), dim=-1)
 
-    def loss(self, pictures: Tensor, captions: Sequence[tuple[str, str]]) -> Tensor:
-        """The sigmoid loss, per picture; captions that are the same text belong to each other's pictures."""
-        texts = sorted({text for own in captions for text in own})
-        logits = self.scale.exp() * self.see(pictures) @ self.read(texts).T + self.bias
-        signs = torch.tensor([[1.0 if text in own else -1.0 for text in texts] for own in captions])
-        return -F.logsigmoid(signs * logits).sum() / len(captions)
+    def loss(self, pictures: Tensor, texts: Tensor, ids: Tensor) -> Tensor:
+        """The sigmoid loss, per picture; captions that are the same text belong to each other's pictures.
+
+        Args:
+            pictures: [B, S, S, 3] in 0..1.
+            texts: int64 [B, 2], the numbers of each picture's captions.
+            ids: int64 [N, T], all captions by number.
+        """
+        numbers = texts.flatten()  # [2 B]
+        logits = self.scale.exp() * self.see(pictures) @ self.read(ids[numbers]).T + self.bias
+        own = (texts[:, :, None] == numbers).any(dim=1)  # [B, 2 B]
+        once = 1 / (numbers[:, None] == numbers).sum(dim=0)  # a text that comes n times counts once
+        return -(F.logsigmoid(torch.where(own, logits, -logits)) * once).sum() / len(pictures)
 
 
 def tower_scene(world: World, index: int) -> Scene:
@@ -107,31 +120,60 @@ def captions_of(world: World, scene: Scene) -> tuple[str, str]:
     return content_words(scene), style if scene.look is None else f"{style}, {look_words(scene.look)}"
 
 
-def train_tower(sprites: Sprites, stage: TowerStage, folder: Path) -> SiglipVision:
-    """Run the stage to its end from wherever its folder is."""
-    words = Vocabulary.of(CaptionTokenizer(stage.text_length, 16).t5(batch_captions(sprites, 20_000)))
-    contrast = Contrast(stage, words)
-    training = Training(dict(contrast.named_parameters()), stage.recipe, folder)
-    training.resume()
-    training.run(loss_function(contrast, sprites, stage.recipe), after_save=lambda: None)
-    swap(training.parameters, training.average)
-    return contrast.tower.requires_grad_(False)
+@dataclass(frozen=True)
+class Captioned:
+    """Pictures with two captions each; on the device where they are learnt.
 
+    Attributes:
+        pictures: uint8 [N, S, S, 3].
+        texts: int64 [N, 2], the numbers of their captions.
+        ids: int64 [M, T], the captions as rows of the vocabulary.
+    """
 
-def batch_captions(sprites: Sprites, count: int) -> list[str]:
-    """Captions of the stage's first scenes: between them they hold every word."""
-    scenes = (tower_scene(sprites.world, i) for i in range(count))
-    return [text for scene in scenes for text in captions_of(sprites.world, scene)]
+    pictures: Tensor
+    texts: Tensor
+    ids: Tensor
 
-
-def loss_function(contrast: Contrast, sprites: Sprites, recipe: Recipe) -> LossFunction:
-    """The loss of the batch that begins at a sample number."""
-    world, side = sprites.world, contrast.tower.config.image_size
-
-    def loss_of(done: int) -> Tensor:
-        scenes = [tower_scene(world, done + i) for i in range(recipe.batch)]
-        return contrast.loss(
-            pictures_of(sprites, scenes, side), [captions_of(world, scene) for scene in scenes]
+    @classmethod
+    def of(cls, scenes: Sequence[Scene], pictures: Pictures, contrast: Contrast, world: World) -> Captioned:
+        """Scenes and what was drawn of them."""
+        captions = [captions_of(world, scene) for scene in scenes]
+        known = sorted({text for own in captions for text in own})
+        number = {text: i for i, text in enumerate(known)}
+        device = contrast.scale.device
+        return cls(
+            torch.from_numpy(pictures).to(device),
+            torch.tensor([[number[text] for text in own] for own in captions], device=device),
+            contrast.vocabulary.compact(contrast.tokenizer.t5(known)).to(device),
         )
 
-    return loss_of
+    def loss(self, contrast: Contrast, recipe: Recipe, done: int) -> Tensor:
+        """The loss of the batch that begins at a sample number."""
+        chosen = np.random.default_rng((recipe.seed, done)).integers(len(self.texts), size=recipe.batch)
+        rows = torch.from_numpy(chosen).to(self.texts.device)
+        return contrast.loss(self.pictures[rows].float() / 255, self.texts[rows], self.ids)
+
+
+def new_contrast(world: World, stage: TowerStage) -> Contrast:
+    """With its first weights; between them the first scenes hold every word."""
+    texts = {text for i in range(WORDS_FROM) for text in captions_of(world, tower_scene(world, i))}
+    words = Vocabulary.of(CaptionTokenizer(stage.text_length, 16).t5(sorted(texts)))
+    return Contrast(stage, words)
+
+
+def train_tower(
+    sprites: Sprites, stage: TowerStage, folder: Path, device: torch.device = CPU
+) -> SiglipVision:
+    """Run the stage to its end from wherever its folder is."""
+    world, side = sprites.world, stage.config.image_size
+    contrast = new_contrast(world, stage).to(device)
+    training = Training(dict(contrast.named_parameters()), stage.recipe, folder)
+    training.resume()
+    if training.done < stage.recipe.samples:
+        scenes = [tower_scene(world, i) for i in range(stage.drawn)]
+        folder.mkdir(parents=True, exist_ok=True)
+        pictures = paint(sprites, scenes, side, folder / "drawn.npy")
+        captioned = Captioned.of(scenes, pictures, contrast, world)
+        training.run(functools.partial(captioned.loss, contrast, stage.recipe), after_save=lambda: None)
+    swap(training.parameters, training.average)
+    return contrast.tower.requires_grad_(False)

@@ -23,11 +23,13 @@ import torch
 from torch import Tensor
 
 from usoflow.models.style_projector import LEVELS
-from usoflow.models.vae import AutoEncoder, LatentFormat
+from usoflow.models.vae import AutoEncoder
 from usoflow.models.vision import SiglipVision, preprocess
-from usoflow.training.autoencoder import encode
 from usoflow.training.backgrounds import BACKGROUNDS
 from usoflow.training.drawings import Sprites
+from usoflow.training.latents import encoded, held, to_latents
+from usoflow.training.loop import CPU
+from usoflow.training.painting import Pictures, paint
 from usoflow.training.scenes import (
     Placed,
     Scene,
@@ -45,7 +47,6 @@ Use = Literal["subject", "style", "both", "text"]
 USES: tuple[Use, ...] = ("subject", "style", "both", "text")
 STYLED: tuple[Use, ...] = ("style", "both")  # those with a style picture
 PICTURED: tuple[Use, ...] = ("subject", "both")  # those with a content picture
-CHUNK = 32
 RENDERED, LOOKED = 0.45, 0.4  # of the style pictures
 CONTENT_RENDERED, CONTENT_LOOKED = 0.25, 0.1
 CONTENT_SIDES = (0.5, 0.75)  # of a subject on a content picture, in whose middle it is
@@ -198,10 +199,13 @@ class TripletSet:
 
     Attributes:
         folder: of `target.npy` and, where the use has them, `content.npy` (model latents, float16
-            [N, 16, h, w]) and `states.npy` (float16 [N, 3, patches, dim], from high to low); `prompts.json`.
+            [N, 16, h, w]), `style.npy` (pictures, uint8 [N, S, S, 3]) and `states.npy` (of these, float16
+            [N, 3, patches, dim], from high to low); `prompts.json`, `styles.json`.
+        device: where rows are given; on a GPU all that is asked for is held there.
     """
 
     folder: Path
+    device: torch.device = CPU
 
     @functools.cached_property
     def prompts(self) -> list[str]:
@@ -213,8 +217,13 @@ class TripletSet:
         return self._texts("styles")
 
     def rows(self, name: str, indices: npt.NDArray[np.int64]) -> Tensor:
-        """Rows of `content`, `target` or `states`, float32."""
-        return torch.from_numpy(self._stored(name)[indices].astype(np.float32))
+        """Rows of `content`, `target`, `style` or `states`, float32."""
+        rows = torch.from_numpy(indices).to(self.device)
+        return held(self.folder / f"{name}.npy", self.device)[rows].float()
+
+    def pictures(self, indices: npt.NDArray[np.int64]) -> Tensor:
+        """Style pictures, float32 [B, S, S, 3] in 0..1."""
+        return self.rows("style", indices) / 255
 
     def states(self, indices: npt.NDArray[np.int64]) -> Mapping[int, Tensor]:
         """Hidden states of the style pictures, as the projector takes them."""
@@ -234,44 +243,26 @@ class TripletSet:
         texts: list[str] = json.loads((self.folder / f"{name}.json").read_text("utf-8"))
         return texts
 
-    def _stored(self, name: str) -> npt.NDArray[np.float16]:
-        return _mapped(self.folder / f"{name}.npy")
-
-
-@functools.lru_cache(maxsize=32)
-def _mapped(path: Path) -> npt.NDArray[np.float16]:
-    stored: npt.NDArray[np.float16] = np.load(path, mmap_mode="r")
-    return stored
-
 
 @dataclass(frozen=True)
 class Encoders:
-    """The frozen networks through which lessons are seen, and the side of the pictures they make.
-
-    Without a tower, lessons have no states of style pictures.
-    """
+    """The frozen networks through which lessons are seen, and the side of the pictures they make."""
 
     vae: AutoEncoder
-    tower: SiglipVision | None
+    tower: SiglipVision
     sprites: Sprites
     side: int
     dtype: torch.dtype = torch.float32
+    device: torch.device = CPU
 
-    @torch.no_grad()
-    def latents(self, scenes: Sequence[Scene]) -> Tensor:
-        """Model latents of scenes, [B, 16, h, w]."""
-        pictures = pictures_of(self.sprites, scenes, self.side)
-        return LatentFormat().to_model(encode(self.vae, pictures, dtype=self.dtype))
-
-    def rows(self, triplets: Sequence[Triplet]) -> dict[str, Tensor]:
-        """What a use needs of its lessons, by the names of `TripletSet`."""
-        found = {"target": self.latents([t.target for t in triplets])}
-        if triplets[0].use in PICTURED:
-            found["content"] = self.latents([t.content for t in triplets])
-        if self.tower is not None and triplets[0].use in STYLED:
-            pictures = pictures_of(self.sprites, [t.style for t in triplets], self.side)
-            found["states"] = style_states(self.tower, pictures)
-        return found
+    def write(self, name: str, pictures: Pictures, folder: Path) -> None:
+        """Write a file of `TripletSet`: `states` of style pictures, or latents of others."""
+        network = (
+            functools.partial(style_states, self.tower)
+            if name == "states"
+            else functools.partial(to_latents, self.vae, dtype=self.dtype)
+        )
+        encoded(pictures, network, folder / f"{name}.npy", self.device)
 
 
 def cache_triplets(
@@ -281,15 +272,31 @@ def cache_triplets(
     if not (folder / "styles.json").exists():  # it is written last
         folder.mkdir(parents=True, exist_ok=True)
         triplets = [draw_triplet(cast, seed, i, use) for i in range(count)]
-        parts = [encoders.rows(triplets[i : i + CHUNK]) for i in range(0, count, CHUNK)]
-        for name in parts[0]:
-            rows = torch.cat([part[name] for part in parts])
-            np.save(folder / f"{name}.npy", rows.numpy().astype(np.float16))
+        drawn = paint_triplets(encoders.sprites, triplets, encoders.side, folder)
+        for name, pictures in drawn.items():
+            encoders.write("states" if name == "style" else name, pictures, folder)
+            if name != "style":
+                (folder / f"{name}-drawn.npy").unlink()
         world = encoders.sprites.world
         styles = [style_words(world, t.target) if t.target.look is None else "" for t in triplets]
         (folder / "prompts.json").write_text(json.dumps([t.prompt for t in triplets]), "utf-8")
         (folder / "styles.json").write_text(json.dumps(styles), "utf-8")
-    return TripletSet(folder)
+    return TripletSet(folder, encoders.device)
+
+
+def paint_triplets(
+    sprites: Sprites, triplets: Sequence[Triplet], side: int, folder: Path
+) -> dict[str, Pictures]:
+    """The pictures that lessons of one use need, by the names of `Triplet`."""
+    scenes = {"target": [t.target for t in triplets]}
+    if triplets[0].use in PICTURED:
+        scenes["content"] = [t.content for t in triplets]
+    if triplets[0].use in STYLED:
+        scenes["style"] = [t.style for t in triplets]
+    stems = {name: name if name == "style" else f"{name}-drawn" for name in scenes}
+    return {
+        name: paint(sprites, found, side, folder / f"{stems[name]}.npy") for name, found in scenes.items()
+    }
 
 
 @torch.no_grad()

@@ -22,14 +22,12 @@ from torch import Tensor, nn
 from usoflow.models.flux import PATCH, Flux
 from usoflow.models.style_projector import StyleProjector, StyleProjectorConfig
 from usoflow.models.weights import Linear, LowRank
-from usoflow.training.base import GUIDANCE, Base, at_rest, noised
+from usoflow.training.base import GUIDANCE, Base, at_rest, noised, random_numbers
 from usoflow.training.captions import CaptionTokenizer, Ids
-from usoflow.training.drawings import Sprites
 from usoflow.training.initial import initialise
 from usoflow.training.loop import LossFunction, Recipe
 from usoflow.training.redraw import redrawn
 from usoflow.training.reward import StyleReward
-from usoflow.training.scenes import pictures_of
 from usoflow.training.text_to_image import STEPS, euler, levels_of
 from usoflow.training.triplets import (
     PICTURED,
@@ -38,7 +36,6 @@ from usoflow.training.triplets import (
     TripletSet,
     Use,
     cache_triplets,
-    draw_triplet,
     lesson_cast,
 )
 
@@ -49,7 +46,7 @@ LESSON_SEED = 51
 DROPPED = 0.1  # of the prompts
 ROLLOUT_STEPS = 8
 PRACTICE_KEPT = 0.1  # of the batches, to the end
-TOLD = 0.6  # of the batches with pictures: a base or an expert that is told what they show is the teacher
+TOLD = 0.6  # of the batches with pictures: the plain base that is told what they show is the teacher
 TOLD_STYLE = 1.0  # how far its answer goes beyond, away from that without the name
 # ByteDance's names of a block's low-rank pairs, the layer of each, and whether only q, k and v change.
 DOUBLE_PAIRS = {
@@ -120,8 +117,9 @@ def add_lora(flux: Flux, rank: int, seed: int) -> dict[str, LowRank]:
                 layer: Linear = block.get_submodule(layer_name)
                 rows, inputs = layer.shape
                 rows = 3 * flux.config.hidden if name == "qkv_lora" else rows
-                down = torch.randn(rank, inputs, generator=generator) / inputs**0.5
-                up = torch.zeros(rows, rank)
+                device = layer.weight.device
+                down = (torch.randn(rank, inputs, generator=generator) / inputs**0.5).to(device)
+                up = torch.zeros(rows, rank, device=device)
                 branch = LowRank(down.requires_grad_(), up.requires_grad_(), strength=1.0)
                 layer.branches.append(branch)
                 branches[f"{blocks}.{number}.processor.{name}"] = branch
@@ -228,8 +226,8 @@ class Batch:
 class Teaching:
     """The frozen base, the projector, the lessons, and how the model is asked.
 
-    `plain` is the base once more, to which no LoRA is added. Without it nothing is taught of guidance.
-    `expert` has learnt to redraw pictures (`redraw`).
+    `plain` is the base once more, to which no LoRA is added; it knows how to redraw pictures (`redraw`).
+    Without it nothing is taught of guidance.
     """
 
     base: Base
@@ -238,7 +236,6 @@ class Teaching:
     stage: UsoStage
     dtype: torch.dtype
     plain: Base | None = None
-    expert: Base | None = None
 
     def velocity(self, batch: Batch, x: Tensor, sigma: Tensor, *, guidance: float) -> Tensor:
         """The transformer's answer to a batch, with the content and style that its use has; float32."""
@@ -269,8 +266,8 @@ class Teaching:
             else:
                 batch = self.lessons.choose(mix, rng, recipe.batch, told=0.0 if self.plain is None else TOLD)
                 x = self.lessons.sets[batch.use].rows("target", batch.indices)
-            generator = torch.Generator().manual_seed((recipe.seed << 32) + done)
-            sigma, x_s, noise = noised(x, self.base.stage, generator)
+            numbers = random_numbers(x.device, recipe.seed, done)
+            sigma, x_s, noise = noised(x, self.base.stage, numbers)
             got = self.velocity(batch, x_s, sigma, guidance=guidance)
             wanted = self.target(batch, x_s, sigma, noise - x, got.detach())
             return (got - wanted).pow(2).mean()
@@ -284,7 +281,8 @@ class Teaching:
         A base whose guidance is distilled must not unlearn it. So words alone are answered as the plain base
         does, and a style that has a name as the plain base does when it is told the name: c + w (c - p),
         with p its answer to the prompt without (classifier-free guidance, arXiv 2207.12598, of the style).
-        A content picture is answered as the expert does, without such a push, which would cost the subject.
+        A content picture is answered as the plain base redraws it (`redraw`), told the style's name but
+        without such a push, which would cost the subject.
         Elsewhere there is no teacher, and guidance is learnt from the answer itself (`at_rest`).
         """
         if self.plain is None:
@@ -295,10 +293,9 @@ class Teaching:
         if batch.told is not None and batch.use == "style":
             named, unnamed = words(batch.told), words(batch.ids)
             return named + TOLD_STYLE * (named - unnamed)
-        if batch.told is not None and self.expert is not None:
+        if batch.told is not None:
             content = self.lessons.sets[batch.use].rows("content", batch.indices)
-            text = self.expert.encode(*batch.told)
-            return redrawn(self.expert, x_s, sigma, text, content, dtype=self.dtype)
+            return redrawn(self.plain, x_s, sigma, self.plain.encode(*batch.told), content, dtype=self.dtype)
         away = words(self.lessons.silence(len(x_s)), guidance=1.0)
         return at_rest(straight, got, away, self.stage.guidance)
 
@@ -313,7 +310,7 @@ class Teaching:
         ]
         return Batch("subject", batch.indices, self.lessons.silence(count)), torch.stack(moved)
 
-    def reward_loss(self, mix: Mix, recipe: Recipe, reward: StyleReward, sprites: Sprites) -> LossFunction:
+    def reward_loss(self, mix: Mix, recipe: Recipe, reward: StyleReward) -> LossFunction:
         """Style reward of pictures begun without and finished with gradients, as a loss."""
 
         styled = tuple((use, share) for use, share in mix if use in STYLED)
@@ -325,9 +322,7 @@ class Teaching:
             batch = self.lessons.choose(shares, rng, self.stage.reward_batch)
             x, sigma = self._rollout(batch, rng)
             clean = x - sigma * self.velocity(batch, x, sigma.expand(len(x)), guidance=GUIDANCE)
-            cast = lesson_cast(sprites.world, batch.use)
-            lessons = [draw_triplet(cast, LESSON_SEED, int(i), batch.use) for i in batch.indices]
-            return reward.loss(clean, pictures_of(sprites, [t.style for t in lessons], 8 * x.shape[-1]))
+            return reward.loss(clean, self.lessons.sets[batch.use].pictures(batch.indices))
 
         return loss_of
 
@@ -343,11 +338,11 @@ class Teaching:
 
     @torch.no_grad()
     def _denoise(self, batch: Batch, levels: Tensor, seed: int) -> Tensor:
-        shape = self.lessons.sets[batch.use].rows("target", batch.indices).shape
-        x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        like = self.lessons.sets[batch.use].rows("target", batch.indices)
+        x = torch.randn(like.shape, generator=torch.Generator().manual_seed(seed)).to(like.device)
         return euler(x, levels, lambda x, sigma: self.velocity(batch, x, sigma, guidance=GUIDANCE))
 
-    def loss(self, name: StageName, reward: StyleReward, sprites: Sprites) -> LossFunction:
+    def loss(self, name: StageName, reward: StyleReward) -> LossFunction:
         """Flow matching and, from the stage's part on and now and then, the reward beside it."""
         recipe, mix = self.stage.of(name)
         practice = self.stage.practice if name == "subject" else 0
@@ -355,7 +350,7 @@ class Teaching:
         # change that answer, always at the guidance at which workflows ask.
         guidance = 1.0 if name == "style" and self.plain is None else GUIDANCE
         flow = self.flow_loss(mix, recipe, guidance=guidance, practice=practice)
-        rewarded = self.reward_loss(mix, recipe, reward, sprites)
+        rewarded = self.reward_loss(mix, recipe, reward)
 
         def loss_of(done: int) -> Tensor:
             turn = done // recipe.batch % self.stage.reward_every == 0

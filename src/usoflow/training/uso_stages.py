@@ -27,7 +27,6 @@ from usoflow.training.triplets import (
     PICTURED,
     Encoders,
     Use,
-    cache_triplets,
     draw_triplet,
     lesson_cast,
     lesson_sheet,
@@ -44,7 +43,6 @@ from usoflow.training.uso import (
 )
 from usoflow.training.uso_judge import train_uso_judge, write_uso_judge
 
-REDRAW_SEED = 61  # of the further lessons of `redraw`
 SHOWN = 12  # lessons on a sheet
 
 
@@ -54,24 +52,21 @@ def tower(workshop: Workshop) -> None:
 
 
 def redraw(workshop: Workshop) -> None:
-    """Teach a copy of the base to draw a given picture anew."""
-    stage, encoders, folder = workshop.plan.redraw, _encoders(workshop), workshop.folder
-    sets = lesson_sets(encoders, folder, PICTURED, count=workshop.plan.uso.lessons)
-    further = cache_triplets(
-        dataclasses.replace(encoders, tower=None), folder / "lessons-redraw",
-        cast=lesson_cast(workshop.world, "both", looked=0.0), use="both", seed=REDRAW_SEED,
-        count=stage.lessons,
-    )  # fmt: skip
-    expert, plain = workshop.finished(), workshop.finished().requires_grad_(False)
+    """Teach the base to draw a given picture anew."""
+    stage = workshop.plan.redraw
+    sets = lesson_sets(_encoders(workshop), workshop.folder, PICTURED, count=workshop.plan.uso.lessons)
+    base, plain = workshop.pocket(), workshop.pocket().requires_grad_(False)
+    for pocket in (base, plain):
+        workshop.load(pocket, "guided")
     tokenizer = plain.stage.tokenizer
-    kept, changed = Pool.kept(sets["subject"], tokenizer), Pool.changed([sets["both"], further], tokenizer)
-    redrawing = Redrawing(expert, plain, kept, changed, stage, workshop.dtype)
+    kept, changed = Pool.kept(sets["subject"], tokenizer), Pool.changed(sets["both"], tokenizer)
+    redrawing = Redrawing(base, plain, workshop.large_batches, kept, changed, stage, workshop.dtype)
 
     def show(stem: str) -> None:
         made = redrawing.sample(np.arange(SHOWN), seed=0)
-        _write_lessons(Path(f"{stem}.png"), workshop, made, "both", changed.rows[:SHOWN, 1])
+        _write_lessons(Path(f"{stem}.png"), workshop, made, "both", changed.rows[:SHOWN])
 
-    workshop.train(dict(expert.named_parameters()), stage.recipe, redrawing.loss, "redraw", show)
+    workshop.train(dict(base.named_parameters()), stage.recipe, redrawing.loss, "redraw", show)
 
 
 def reward(workshop: Workshop) -> None:
@@ -89,9 +84,8 @@ def style(workshop: Workshop) -> None:
 
 def subject(workshop: Workshop) -> None:
     """Content-style disentanglement: train the LoRA beside the frozen projector."""
-    plain, expert = workshop.finished().requires_grad_(False), workshop.pocket().requires_grad_(False)
-    workshop.load(expert, "redraw")
-    teaching = dataclasses.replace(_teaching(workshop), plain=plain, expert=expert)
+    plain = workshop.finished().requires_grad_(False)
+    teaching = dataclasses.replace(_teaching(workshop), plain=plain)
     load_average(workshop.folder / "style", dict(teaching.projector.named_parameters()))
     branches = add_lora(teaching.base.flux, teaching.stage.rank, teaching.stage.subject.seed)
     _run(workshop, teaching, lora_parameters(branches), "subject")
@@ -136,7 +130,7 @@ def _run(
     workshop: Workshop, teaching: Teaching, parameters: dict[str, nn.Parameter], name: StageName
 ) -> None:
     rewarding = StyleReward(_reward(workshop), workshop.trained_vae.requires_grad_(False))
-    loss_of: LossFunction = teaching.loss(name, rewarding, workshop.sprites)
+    loss_of: LossFunction = teaching.loss(name, rewarding)
     recipe, mix = teaching.stage.of(name)
 
     def show(stem: str) -> None:
@@ -155,7 +149,7 @@ def write_sheet(path: Path, teaching: Teaching, workshop: Workshop, use: Use) ->
 def _write_lessons(
     path: Path, workshop: Workshop, made: Tensor, use: Use, indices: npt.NDArray[np.int64]
 ) -> None:
-    drawn = autoencoder.decode(workshop.trained_vae, LatentFormat().from_model(made))
+    drawn = autoencoder.decode(workshop.trained_vae, LatentFormat().from_model(made)).cpu()
     cast = lesson_cast(workshop.world, use)
     lessons = [draw_triplet(cast, LESSON_SEED, int(i), use) for i in indices]
     lesson_sheet(path, workshop.sprites, lessons, drawn, columns=12)
@@ -163,18 +157,23 @@ def _write_lessons(
 
 def _encoders(workshop: Workshop) -> Encoders:
     side = workshop.plan.base.large_side
-    return Encoders(workshop.trained_vae, _tower(workshop), workshop.sprites, side, workshop.dtype)
+    return Encoders(
+        workshop.trained_vae, _tower(workshop), workshop.sprites, side, workshop.dtype, workshop.device
+    )
 
 
 def _tower(workshop: Workshop) -> SiglipVision:
-    return train_tower(workshop.sprites, workshop.plan.tower, workshop.folder / "tower")
+    return train_tower(workshop.sprites, workshop.plan.tower, workshop.folder / "tower", workshop.device)
 
 
 def _projector(workshop: Workshop) -> StyleProjector:
     plan = workshop.plan
-    return new_projector(plan.uso, plan.tower.grid**2, plan.tower.dim, plan.base.hidden)
+    return new_projector(plan.uso, plan.tower.grid**2, plan.tower.dim, plan.base.hidden).to(workshop.device)
 
 
 def _reward(workshop: Workshop) -> StyleEncoder:
     side = workshop.plan.base.large_side
-    return train_style_encoder(workshop.sprites, workshop.plan.reward, workshop.folder / "reward", side=side)
+    encoder = train_style_encoder(
+        workshop.sprites, workshop.plan.reward, workshop.folder / "reward", side=side
+    )
+    return encoder.to(workshop.device)
