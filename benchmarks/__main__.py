@@ -76,7 +76,7 @@ def _lora(options: argparse.Namespace) -> Iterable[Table]:
 
 
 def _gpu(options: argparse.Namespace) -> Iterator[Table]:
-    yield from gpu.tables(options.scratch, options.rounds, quick=options.quick)
+    yield from gpu.tables(options.scratch, options.rounds, quick=options.quick, only=options.only)
 
 
 SECTIONS: Mapping[str, Callable[[argparse.Namespace], Iterable[Table]]] = {
@@ -106,7 +106,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="rounds, in each of which every competitor has its turn")
     parser.add_argument("--threads", type=int, help="of torch; default as torch chooses")
     parser.add_argument("--quick", action="store_true", help="small sizes and 1 round, to see that it runs")
-    parser.add_argument("--scratch", type=Path, help="folder for model files of up to 17 GB")
+    parser.add_argument(
+        "--only", nargs="+", choices=gpu.COMPETITORS, default=gpu.COMPETITORS, help="of the section gpu"
+    )
+    parser.add_argument("--scratch", type=Path, help="folder for model files of up to 36 GB")
     parser.add_argument("--out", type=Path, default=Path("out/benchmarks"), help="folder of the report")
     options = parser.parse_args()
     options.rounds = options.rounds or (1 if options.quick else 5)

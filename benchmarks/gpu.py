@@ -1,20 +1,22 @@
 """FLUX.1 on a GPU beside diffusers: steps, whole loops, matrix rate, memory, budgets.
 
 One competitor at a time is on the device: two would not fit the smaller ones, and so each has a peak of its
-own. Where there is no GPU, the same runs at a CPU's size, and every title says so.
+own. It is loaded once, and measured eagerly before its blocks are compiled. What is measured is printed at
+once, and what fails is named in the tables: the others are measured all the same. Where there is no GPU, the
+same runs at a CPU's size, and every title says so.
 """
 
 from __future__ import annotations
 
 import gc
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +33,9 @@ from usoflow.models.residence import Sizes
 
 CHECKPOINT = "checkpoints/flux1-dev-{}.safetensors"
 REFERENCE = "diffusers"  # to whose answer distances are
+COMPETITORS = (REFERENCE, "usoflow", "usoflow fp8")
+
+T = TypeVar("T")
 Answering = Callable[[step.Inputs], step.Velocity]
 
 
@@ -57,6 +62,11 @@ class Extent:
         return cls("cpu", synthetic.SHALLOW, 64, (32, 64), step.QUICK_TEXT, steps, 512, (4, 1, 0.5))
 
     @property
+    def bound(self) -> float:
+        """Of the distance of two that compute in bf16: their roundings add up, from block to block."""
+        return step.BOUNDS["bf16"] * (sum(self.depth) / sum(synthetic.SHALLOW)) ** 0.5
+
+    @property
     def cases(self) -> list[step.Case]:
         """What is denoised."""
         size, (small, large) = (self.side, self.side), self.subjects
@@ -75,104 +85,111 @@ class Extent:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Of a competitor in a case: seconds, the most bytes that were held, distance to the reference."""
+    """Of a competitor in a case: seconds, the most bytes that were held, distance to the reference.
+
+    Attributes:
+        loop: None for a batch, of which steps tell enough.
+        distance: None without the reference.
+        wrong: in bf16 it is beyond what rounding makes of it, so that there is nothing to compare.
+    """
 
     steps: list[float]
-    loops: list[float]
+    loop: float | None
     peak: int
-    distance: float
+    distance: float | None
+    wrong: bool
 
     @property
     def step(self) -> float:
         return statistics.median(self.steps)
 
-    @property
-    def loop(self) -> float:
-        return statistics.median(self.loops)
+
+Results = Mapping[str, Mapping[step.Case, Measured | str]]  # or why there is none
 
 
-Results = Mapping[str, Mapping[step.Case, Measured]]
-
-
-def tables(scratch: Path | None, rounds: int, *, quick: bool) -> Iterator[Table]:
-    """All of it; compiled ones only if it need not be quick."""
+def tables(
+    scratch: Path | None, rounds: int, *, quick: bool, only: Collection[str] = COMPETITORS
+) -> Iterator[Table]:
+    """All of it, for these competitors; on a CPU compiled ones only if it need not be quick."""
     extent = Extent.of(gpu=torch.cuda.is_available(), quick=quick)
+    compiled = extent.device == "cuda" or not quick
     files = {
         CHECKPOINT.format("bf16"): synthetic.transformer(extent.depth, "BF16"),
         CHECKPOINT.format("fp8"): synthetic.transformer(extent.depth, "F8_E4M3"),
     }
     with synthetic.written(files, scratch) as models:
         component = _transformer(models / CHECKPOINT.format("bf16"))
-        results = _contest(component, extent, rounds, compiled=not quick)
+        results = _contest(component, extent, rounds, only, compiled=compiled)
         config = FluxConfig.from_component(component)
         yield _steps(results, extent, config, rounds)
-        yield _loops(results, extent, rounds)
+        yield _loops(results, extent)
         yield _memory(results, extent)
         yield _budgets(models, extent, rounds)
 
 
-def _contest(component: Component, extent: Extent, rounds: int, *, compiled: bool) -> Results:
-    """Every competitor, one after another; those in bf16 must answer as the reference does."""
-    ways: dict[str, Callable[[], Answering]] = {
-        REFERENCE: partial(_diffusers, component, extent.device, compiled=False),
-        "usoflow": partial(_usoflow, component, extent.device, "default", compiled=False),
-        "usoflow fp8": partial(_usoflow, component, extent.device, "fp8_e4m3fn", compiled=False),
+def _contest(
+    component: Component, extent: Extent, rounds: int, only: Collection[str], *, compiled: bool
+) -> Results:
+    """Every competitor, one after another, eagerly and then compiled."""
+    entries: dict[str, Iterator[Answering]] = {
+        REFERENCE: _diffusers(component, extent.device),
+        "usoflow": _usoflow(component, extent.device, "default", compiled=compiled),
+        "usoflow fp8": _usoflow(component, extent.device, "fp8_e4m3fn", compiled=compiled),
     }
-    if compiled:
-        ways |= {
-            "diffusers compiled": partial(_diffusers, component, extent.device, compiled=True),
-            "usoflow compiled": partial(_usoflow, component, extent.device, "default", compiled=True),
-            "usoflow fp8 compiled": partial(_usoflow, component, extent.device, "fp8_e4m3fn", compiled=True),
-        }
     with torch.device("meta"):
         shape = Flux(FluxConfig.from_component(component))
     answers: dict[step.Case, Tensor] = {}
-    results = {}
-    for name, load in ways.items():
-        try:
-            results[name] = _case_by_case(load(), shape, extent, rounds, answers)
-        except torch.OutOfMemoryError:
-            print(f"{name} does not fit this GPU.")
-        else:
-            _require_agreement(name, results[name])
+    results: dict[str, dict[step.Case, Measured | str]] = {}
+    for entry in only:
+        answering: Answering | str | None = None
+        for name in (entry, f"{entry} compiled") if compiled else (entry,):
+            if not isinstance(answering, str):
+                answering = _attempt(partial(next, entries[entry]))
+            results[name] = {}
+            for case in extent.cases:
+                measure = partial(_measured, name, answering, shape, extent, rounds, answers, case)
+                results[name][case] = answering if isinstance(answering, str) else _attempt(measure)
+                print(f"{name}, {case.name}: {results[name][case]}", flush=True)
+        del answering, measure, entries[entry]
         _forget()
     return results
 
 
-def _case_by_case(
-    answering: Answering, shape: Flux, extent: Extent, rounds: int, answers: dict[step.Case, Tensor]
-) -> Mapping[step.Case, Measured]:
-    found = {}
-    for case in extent.cases:
-        given = step.inputs_of(case, shape, torch.device(extent.device))
-        found[case] = _measured(answering, given, extent, rounds, answers, case)
-    return found
-
-
-def _require_agreement(name: str, found: Mapping[step.Case, Measured]) -> None:
-    """Of those in bf16; fp8 rounds more, the distance is told."""
-    for case, measured in found.items():
-        if "fp8" not in name and not measured.distance < step.BOUNDS["bf16"]:
-            raise SystemExit(f"{case}: {name} is {measured.distance:.2g} from {REFERENCE}.")
+def _attempt(way: Callable[[], T]) -> T | str:
+    """What it gives, or in a few words why it gave nothing."""
+    try:
+        return way()
+    except torch.OutOfMemoryError:
+        return "out of memory"
+    except Exception as error:  # of many kinds: a competitor's own, its compiler's
+        reason = str(error).strip().partition("\n")[0]
+        return f"{type(error).__name__}: {reason}"
 
 
 def _measured(
+    name: str,
     answering: Answering,
-    given: step.Inputs,
+    shape: Flux,
     extent: Extent,
     rounds: int,
     answers: dict[step.Case, Tensor],
     case: step.Case,
 ) -> Measured:
-    sigma = torch.tensor(step.SIGMA, device=given.latent.device)
+    device = torch.device(extent.device)
+    given, sigma = step.inputs_of(case, shape, device), torch.tensor(step.SIGMA, device=device)
     with torch.inference_mode():
         velocity = answering(given)
         answer = velocity(given.latent, sigma).double().cpu()
-        expected = answers.setdefault(case, answer)
-        peak = PeakMemory(torch.device(extent.device))
+        if name == REFERENCE:
+            answers[case] = answer
+        expected = answers.get(case)
+        distance = None if expected is None else float((answer - expected).norm() / expected.norm())
+        wrong = distance is not None and "fp8" not in name and not distance < extent.bound
+        peak = PeakMemory(device)
         steps = [seconds(lambda: velocity(given.latent, sigma)) for _ in range(rounds)]
-        loops = [seconds(lambda: _loop(velocity, given.latent, extent.steps)) for _ in range(rounds)]
-    return Measured(steps, loops, peak.bytes(), float((answer - expected).norm() / expected.norm()))
+        single = case.batch == 1
+        loop = seconds(lambda: _loop(velocity, given.latent, extent.steps)) if single else None
+    return Measured(steps, loop, peak.bytes(), distance, wrong)
 
 
 def _loop(velocity: step.Velocity, latent: Tensor, steps: int) -> Tensor:
@@ -183,33 +200,37 @@ def _loop(velocity: step.Velocity, latent: Tensor, steps: int) -> Tensor:
     return x
 
 
-def _usoflow(component: Component, device: str, weight_dtype: str, *, compiled: bool) -> Answering:
+def _usoflow(component: Component, device: str, weight_dtype: str, *, compiled: bool) -> Iterator[Answering]:
+    """Eagerly, then compiled: what a run asks for that one before it had asked for."""
     library = ModelLibrary(Placement.choose(device, "bf16", compiled=compiled))
     with torch.inference_mode():
         flux = library.flux(component, (), weight_dtype)
 
     def answering(given: step.Inputs) -> step.Velocity:
-        velocity = step.our_velocity(flux, given, torch.bfloat16)
-        for _ in range(1 + compiled):  # a first run is never compiled
-            library.begin_run()
-            velocity(given.latent, torch.tensor(step.SIGMA, device=given.latent.device))
-        return velocity
+        library.begin_run()
+        return step.our_velocity(flux, given, torch.bfloat16)
 
-    return answering
+    yield answering
+    yield answering
 
 
-def _diffusers(component: Component, device: str, *, compiled: bool) -> Answering:
-    model = peer.twin(load_flux(component), torch.bfloat16).to(device)
-    way: Any = torch.compile(model, dynamic=False) if compiled else model
-    return lambda given: step.their_velocity(way, given)
+def _diffusers(component: Component, device: str) -> Iterator[Answering]:
+    """Eagerly, then compiled: each type of block, as diffusers advises."""
+    model: Any = peer.twin(load_flux(component), torch.bfloat16, device)
+    yield partial(step.their_velocity, model)
+    model.compile_repeated_blocks(fullgraph=True, dynamic=False)
+    yield partial(step.their_velocity, model)
 
 
 def _steps(results: Results, extent: Extent, config: FluxConfig, rounds: int) -> Table:
     rate = _rate(extent.device, extent.matrix)
 
-    def cell(case: step.Case, found: Measured) -> str:
+    def cell(case: step.Case, found: Measured | str) -> str:
+        if isinstance(found, str):
+            return found
         achieved = _work(case, config) / found.step
-        return f"{found.step:.3f} ({achieved / 1e12:.1f}, {achieved / rate:.0%})"
+        said = "wrong answers: " if found.wrong else ""
+        return f"{said}{found.step:.3f} ({achieved / 1e12:.1f}, {achieved / rate:.0%})"
 
     return Table(
         extent.title("Step"),
@@ -221,30 +242,42 @@ def _steps(results: Results, extent: Extent, config: FluxConfig, rounds: int) ->
             [case.name, str(case.tokens), *(cell(case, found[case]) for found in results.values())]
             for case in extent.cases
         ],
-        raw={name: {case.name: m.steps for case, m in found.items()} for name, found in results.items()},
+        raw={name: {case.name: _raw(m) for case, m in found.items()} for name, found in results.items()},
     )
 
 
-def _loops(results: Results, extent: Extent, rounds: int) -> Table:
+def _raw(found: Measured | str) -> Any:
+    return found if isinstance(found, str) else asdict(found)
+
+
+def _loops(results: Results, extent: Extent) -> Table:
+    def cell(found: Measured | str) -> str:
+        return found if isinstance(found, str) else f"{found.loop:.2f}"
+
     return Table(
         extent.title(f"Loop of {extent.steps} steps"),
-        f"Seconds of all steps of a picture, without encoders and VAE. Medians of {rounds}.",
+        "Seconds of all steps of a picture, without encoders and VAE; taken once.",
         ["", *results],
-        [[case.name, *(f"{found[case].loop:.2f}" for found in results.values())] for case in extent.cases],
-        raw={name: {case.name: m.loops for case, m in found.items()} for name, found in results.items()},
+        [
+            [case.name, *(cell(found[case]) for found in results.values())]
+            for case in extent.cases
+            if case.batch == 1
+        ],
     )
 
 
 def _memory(results: Results, extent: Extent) -> Table:
+    def cells(found: Measured | str) -> list[str]:
+        if isinstance(found, str):
+            return [found, ""]
+        return [f"{found.peak / 1e9:.1f}", "" if found.distance is None else f"{found.distance:.1e}"]
+
     return Table(
         extent.title("Memory and distance"),
         f"Peak in GB while it computes (on a CPU, of the process); relative L2 distance of a step's answer to"
         f" that of {REFERENCE}. fp8 weights are those of bf16, rounded.",
         ["", *(f"{case.name}: {what}" for case in extent.cases for what in ("peak", "distance"))],
-        [
-            [name, *(t for m in found.values() for t in (f"{m.peak / 1e9:.1f}", f"{m.distance:.1e}"))]
-            for name, found in results.items()
-        ],
+        [[name, *(cell for m in found.values() for cell in cells(m))] for name, found in results.items()],
     )
 
 
@@ -255,11 +288,11 @@ def _budgets(models: Path, extent: Extent, rounds: int) -> Table:
         component = _transformer(models / CHECKPOINT.format(storage))
         for budget in extent.budgets:
             with _capped(extent.device, budget * 1e9):
-                try:
-                    cells = _within(component, extent, int(PART_OF_GPU * budget * 1e9), rounds)
-                except torch.OutOfMemoryError:
-                    cells = ["", "out of memory", ""]
+                size = int(PART_OF_GPU * budget * 1e9)
+                found = _attempt(partial(_within, component, extent, size, rounds))
+            cells = ["", found, ""] if isinstance(found, str) else found
             rows.append([storage, f"{budget:g} GB", *cells])
+            print(*rows[-1], sep=", ", flush=True)
             _forget()
     return Table(
         extent.title("Budgets"),

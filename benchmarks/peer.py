@@ -36,8 +36,8 @@ QKV = {"img": ("to_q", "to_k", "to_v"), "txt": ("add_q_proj", "add_k_proj", "add
 SINGLE = {"linear2": "proj_out", "modulation.lin": "norm.linear"}
 
 
-def twin(ours: Flux, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """diffusers' transformer with the same weights, in this dtype."""
+def twin(ours: Flux, dtype: torch.dtype = torch.float32, device: str = "cpu") -> nn.Module:
+    """diffusers' transformer with the same weights, in this dtype, on this device."""
     from diffusers import FluxTransformer2DModel
 
     c = ours.config
@@ -49,7 +49,7 @@ def twin(ours: Flux, dtype: torch.dtype = torch.float32) -> nn.Module:
             axes_dims_rope=c.axes,
         )  # fmt: skip
     named = (pair for name, value in ours.state_dict().items() for pair in _renamed(name, value, c.hidden))
-    state = {name: value.to(dtype, copy=True) for name, value in named}
+    state = {name: value.to(device, dtype, copy=True) for name, value in named}
     theirs.load_state_dict(state, strict=True, assign=True)
     return theirs.eval().requires_grad_(False)
 

@@ -23,14 +23,19 @@ def lora_of(models: Path) -> Component:
 
 @torch.inference_mode()
 def velocity(
-    flux: Flux, dtype: torch.dtype = torch.float32, *, height: int = 8, reference: bool = False
+    flux: Flux,
+    dtype: torch.dtype = torch.float32,
+    *,
+    height: int = 8,
+    reference: bool = False,
+    device: str = "cpu",
 ) -> Tensor:
-    """Of the same noise every time, [1, C, height, 8]."""
+    """Of the same noise every time, [1, C, height, 8]; computed on this device."""
     torch.manual_seed(0)
     c = flux.config
-    latent, text = torch.randn(1, c.channels, height, 8), torch.randn(1, 4, c.text_dim)
-    pooled = torch.randn(1, c.pooled_dim)
-    references = [torch.randn(1, c.channels, 4, 4)] if reference else []
+    latent, text = torch.randn(1, c.channels, height, 8).to(device), torch.randn(1, 4, c.text_dim).to(device)
+    pooled = torch.randn(1, c.pooled_dim).to(device)
+    references = [torch.randn(1, c.channels, 4, 4).to(device)] if reference else []
     inputs = flux.prepare(text, pooled, (height, 8), references=references, dtype=dtype)
-    answer: Tensor = flux(latent, torch.tensor(0.5), inputs)
+    answer: Tensor = flux(latent, torch.tensor(0.5, device=device), inputs)
     return answer

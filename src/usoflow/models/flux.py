@@ -237,22 +237,21 @@ class QKNorm(nn.Module):
         self.key_norm = RMSNorm(dim, NORM_EPS, name="scale")
 
     def forward(self, qkv: Tensor, heads: int, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
-        """qkv: [B, L, 3 * heads * D] -> q, k (in fp32 on a CPU), v: each [B, heads, L, D]."""
-        if qkv.device.type == "cpu" and not torch.compiler.is_compiling():
-            return self._on_cpu(qkv, heads, rope)
-        q, k, v = split_heads(qkv, heads)
-        return rotate(self.query_norm(q), rope), rotate(self.key_norm(k), rope), v
-
-    def _on_cpu(self, qkv: Tensor, heads: int, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
-        """The same in few passes: q and k together, turned as complex numbers, never rounded to bf16."""
+        """qkv: [B, L, 3 * heads * D] -> q, k (in fp32 on a CPU), v: each [B, L, heads, D]."""
         parts = qkv.view(*qkv.shape[:2], 3, heads, -1)
-        x = parts[:, :, :2].float()  # [B, L, 2, heads, D]
+        if qkv.device.type == "cpu" and not torch.compiler.is_compiling():
+            q, k = self._on_cpu(parts[:, :, :2], rope)
+        else:
+            q, k = rotate(self.query_norm(parts[:, :, 0]), rope), rotate(self.key_norm(parts[:, :, 1]), rope)
+        return q, k, parts[:, :, 2]
+
+    def _on_cpu(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        """The same in few passes: q and k [B, L, 2, heads, D] together, never rounded to bf16."""
+        wide = x.float()
         scales = torch.stack([scale.float() for scale in self.parameters()])[:, None]  # [2, 1, D]
-        power = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1]
-        pairs = (x * (power + NORM_EPS).rsqrt() * scales).unflatten(-1, (-1, 2))
-        turned = torch.view_as_complex(pairs) * torch.complex(*rope)[:, None, None]
-        q, k = torch.view_as_real(turned).flatten(-2).permute(2, 0, 3, 1, 4)
-        return q, k, parts[:, :, 2].transpose(1, 2)
+        power = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / x.shape[-1]
+        q, k = rotate(wide * (power + NORM_EPS).rsqrt() * scales, rope).unbind(2)
+        return q, k
 
 
 class StreamAttention(nn.Module):
@@ -266,7 +265,7 @@ class StreamAttention(nn.Module):
         self.proj = Linear(config.hidden, config.hidden)
 
     def forward(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
-        """x: [B, L, hidden] -> normalised and turned q and k, and v: each [B, heads, L, head_dim]."""
+        """x: [B, L, hidden] -> normalised and turned q and k, and v: each [B, L, heads, head_dim]."""
         return self.norm(self.qkv(x), self.heads, rope)
 
 
@@ -303,7 +302,7 @@ class DoubleBlock(Block):
         text_rope, image_rope = zip(*(table.split(lengths) for table in rope), strict=True)
         text_qkv = self.txt_attn(modulate(self.norm(text), *text_mod[:2]), text_rope)
         image_qkv = self.img_attn(modulate(self.norm(image), *image_mod[:2]), image_rope)
-        q, k, v = (torch.cat(pair, dim=2) for pair in zip(text_qkv, image_qkv, strict=True))
+        q, k, v = (torch.cat(pair, dim=1) for pair in zip(text_qkv, image_qkv, strict=True))
         text_part, image_part = attention(q, k, v).split(lengths, dim=1)
         text = self._finish(text, self.txt_attn.proj(text_part), text_mod, self.txt_mlp)
         image = self._finish(image, self.img_attn.proj(image_part), image_mod, self.img_mlp)
@@ -372,18 +371,21 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, x, 1 + scale)
 
 
-def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """[B, L, 3 * heads * D] -> q, k, v, each [B, heads, L, D]."""
-    q, k, v = qkv.view(*qkv.shape[:2], 3, heads, -1).permute(2, 0, 3, 1, 4)
-    return q, k, v
-
-
 def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Turn each pair of neighbouring features by its token's angle, in fp32 (RoFormer, arXiv 2104.09864)."""
-    cos, sin = rope
-    even, odd = x.float().view(*x.shape[:-1], -1, 2).unbind(-1)  # [B, heads, L, D / 2]
-    turned = torch.stack([cos * even - sin * odd, sin * even + cos * odd], dim=-1)
-    return turned.flatten(-2).to(x.dtype)
+    """Turn each pair of neighbouring features by its token's angle, in fp32 (RoFormer, arXiv 2104.09864).
+
+    Args:
+        x: [B, L, ..., D].
+        rope: of its tokens.
+    """
+    cos, sin = (table.view(len(table), *[1] * (x.ndim - 3), -1) for table in rope)  # [L, ..., D / 2]
+    pairs = x.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # compilers know no complex numbers; this becomes one pass
+        signs = torch.arange(-1, 2, 2, device=x.device)
+        turned = pairs * cos[..., None] + pairs.flip(-1) * signs * sin[..., None]
+    else:
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
+    return turned.to(x.dtype).flatten(-2)
 
 
 def rotary_table(ids: Tensor, axes: Sequence[int], theta: int) -> Rope:

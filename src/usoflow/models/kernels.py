@@ -18,6 +18,7 @@ from torch import Tensor
 
 ROWS = 512  # of queries at once: their scores stay in the cache
 FEW_TOKENS = 192  # below, torch's attention is as fast
+FEW_ROWS = 4  # of a product, which then takes as long as its weight is read
 WIDENED_AT_ONCE = 1 << 19  # values: the intermediate stays in the cache
 
 _X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -53,8 +54,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool = False
     """
     if fast(x):
         return _product(x, weight, bias, "gelu" if gelu else "none")
-    y = F.linear(x, weight, bias)
+    y = _row_by_row(x, weight, bias) if _few(x) else F.linear(x, weight, bias)
     return F.gelu(y, approximate="tanh") if gelu else y
+
+
+def _few(x: Tensor) -> bool:
+    """Whether x [rows, in] is for `_row_by_row`: a GPU's compiler is at work, and there are few rows."""
+    return torch.compiler.is_compiling() and x.device.type == "cuda" and x.ndim == 2 and len(x) <= FEW_ROWS
+
+
+def _row_by_row(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b as a sum, with which a compiler joins the widening of W: it is read once, as it is stored."""
+    y = (x[:, None].float() * weight.float()).sum(dim=-1)
+    return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
 def pack(weight: Tensor) -> Tensor:
@@ -74,12 +86,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax(q k^T / sqrt(D)) v.
 
     Args:
-        q, k: [B, heads, L, D] in the dtype of v or in fp32.
-        v: [B, heads, L, D].
+        q, k: [B, L, heads, D] in the dtype of v or in fp32.
+        v: [B, L, heads, D].
 
     Returns:
         [B, L, heads * D] in the dtype of v.
     """
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, heads, L, D]
     if not fast(v) or q.shape[2] < FEW_TOKENS:
         out = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
         return out.transpose(1, 2).flatten(2)

@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"  # Inductor's own
 NEVER = sys.maxsize
 VARIANTS = 64  # of a block: sizes of pictures, LoRAs; torch's own limit is 8
+# Rounded to bf16 wherever it is eagerly: nearer to the first picture, and what is scaled to fp8 is scaled by
+# the very factor that its product is divided by.
+OPTIONS: dict[str, Any] = {"emulate_precision_casts": True}
 
 Shapes = tuple[Any, ...]
 
@@ -79,7 +82,7 @@ class Regions:
             os.environ.setdefault(CACHE_VARIABLE, str(self.folder))
             torch._dynamo.config.cache_size_limit = VARIANTS
             logger.info("%s: compiled now, which takes a while once.", kind.__name__)
-            self._compiled[kind] = torch.compile(kind.compute, dynamic=False, fullgraph=True)
+            self._compiled[kind] = torch.compile(kind.compute, dynamic=False, fullgraph=True, options=OPTIONS)
         return self._compiled[kind]
 
     def _warn(self, error: Exception) -> None:
