@@ -266,10 +266,10 @@ def test_a_style_with_a_name_is_answered_as_by_the_plain_base_that_is_told_it(te
     assert (named - unnamed).abs().mean() > 1e-3
 
 
-def test_a_content_picture_is_answered_as_the_plain_base_redraws_it(
+def test_a_content_picture_is_answered_as_by_the_expert_that_is_told_the_style(
     teaching: Teaching,
 ) -> None:
-    taught = dataclasses.replace(teaching, plain=teaching.base)
+    taught = dataclasses.replace(teaching, plain=teaching.base, expert=teaching.base)
     batch, _, told = named_lessons(teaching, "both")
     x, sigma = torch.randn(4, 16, 8, 8), torch.full((4,), 0.5)
     content = teaching.lessons.sets["both"].rows("content", batch.indices)
@@ -279,8 +279,8 @@ def test_a_content_picture_is_answered_as_the_plain_base_redraws_it(
     )  # fmt: skip
     silence = torch.zeros_like(x)
     assert torch.allclose(taught.target(batch, x, sigma, silence, silence), wanted, atol=1e-4)
-    untold = dataclasses.replace(batch, told=None)
-    assert not torch.allclose(taught.target(untold, x, sigma, silence, silence), wanted, atol=1e-2)
+    alone = dataclasses.replace(taught, expert=None)
+    assert not torch.allclose(alone.target(batch, x, sigma, silence, silence), wanted, atol=1e-2)
 
 
 def named_lessons(teaching: Teaching, use: Use) -> tuple[Batch, list[str], list[str]]:
@@ -302,10 +302,10 @@ def test_some_batches_with_pictures_are_of_what_words_tell(teaching: Teaching, u
     assert 0.3 < np.mean([batch.told is not None for batch in batches]) < 0.9
 
 
-def test_the_base_learns_to_redraw_and_keeps_its_words(teaching: Teaching, tmp_path: Path) -> None:
+def test_an_expert_learns_to_redraw_and_keeps_its_words(teaching: Teaching, tmp_path: Path) -> None:
     plain, sets = teaching.base, teaching.lessons.sets
-    base = Pocket(plain.stage, plain.t5_words, plain.clip_words)
-    base.load_state_dict(plain.state_dict())
+    expert = Pocket(plain.stage, plain.t5_words, plain.clip_words)
+    expert.load_state_dict(plain.state_dict())
     tokenizer = plain.stage.tokenizer
     kept, changed = Pool.kept(sets["subject"], tokenizer), Pool.changed(sets["both"], tokenizer)
     named = sets["both"].named
@@ -320,8 +320,8 @@ def test_the_base_learns_to_redraw_and_keeps_its_words(teaching: Teaching, tmp_p
     words = Batches.of(LatentSet(scenes, seed=1), plain.stage)
 
     def losses_of(stage: RedrawStage) -> list[Tensor]:
-        redrawing = Redrawing(base, plain, words, kept, changed, stage, torch.float32)
-        training = Training(dict(base.named_parameters()), RECIPE, tmp_path)
+        redrawing = Redrawing(expert, plain, words, kept, changed, stage, torch.float32)
+        training = Training(dict(expert.named_parameters()), RECIPE, tmp_path)
         assert redrawing.sample(np.arange(2), seed=0).shape == (2, 16, 8, 8)
         return [training.step(lambda _: redrawing.loss(0)) for _ in range(40)]
 

@@ -22,12 +22,15 @@ def train(
     work: Annotated[Path, typer.Option(help="Folder for caches, states and sheets.")] = Path("training"),
     threads: Annotated[int, typer.Option(help="Threads of torch; 0 leaves it to torch.")] = 0,
     compiled: Annotated[bool, typer.Option(help="Compile the transformer's steps.")] = False,
-    device: Annotated[str, typer.Option(help="Where to compute: cpu or cuda.")] = "cpu",
+    device: Annotated[
+        str, typer.Option(help="Where transformer and vision tower learn: auto, cpu, cuda.")
+    ] = "auto",
     full_precision: Annotated[bool, typer.Option(help="Compute in fp32 instead of bf16.")] = False,
 ) -> None:
     """Run a stage of training, or all behind the shipped weights; interrupted, it continues where it was."""
     import torch
 
+    from usoflow.models.placement import Placement
     from usoflow.training.plan import Plan
     from usoflow.training.run import STAGES
     from usoflow.training.stages import Workshop
@@ -37,6 +40,6 @@ def train(
     if threads:
         torch.set_num_threads(threads)
     dtype = torch.float32 if full_precision else torch.bfloat16
-    workshop = Workshop(work, Plan.read(config), dtype, compiled, torch.device(device))
+    workshop = Workshop(work, Plan.read(config), dtype, compiled, Placement.choose(device).device)
     for name in STAGES if stage == "all" else (stage,):
         STAGES[name](workshop)

@@ -1,9 +1,10 @@
-"""Stage `redraw`: the base learns to draw a given picture anew, in a named style, and keeps its words.
+"""Stage `redraw`: a copy of the base becomes an expert that draws a given picture anew, in a named style.
 
-FLUX.1 has seen pictures of one subject twice; a base that never saw two pictures leaves all of this to USO's
-LoRA. The content picture lies where FLUX.1 Kontext has it (arXiv 2506.15742; position method `offset`), and
-words tell the style: neither USO's modules nor its places are used, the LoRA brings them later. What the base
-knew before, it goes on answering as before: words alone are distilled from itself.
+The USO paper (arXiv 2508.18966, section 3.1) trains experts that stylise and de-stylise, to make triplets.
+Here the drawing sets give triplets, and the expert is the LoRA's teacher. All its weights learn, from lessons
+with a content picture. That lies where FLUX.1 Kontext has it (arXiv 2506.15742; position method `offset`),
+and words tell the style, so that neither USO's modules nor its places are needed. Words alone it is to answer
+as the base does.
 """
 
 from __future__ import annotations
@@ -31,14 +32,16 @@ class RedrawStage:
 
     Attributes:
         recipe: length and speed.
+        lessons: triplets of each use that are encoded once.
         guidance: with which redrawing is learnt.
         words: share of the batches without a content picture.
         changed: share of the batches whose lessons change the style; in the others it is the content's.
     """
 
     recipe: Recipe
+    lessons: int = 24_000
     guidance: float = 2.0
-    words: float = 0.3
+    words: float = 0.25
     changed: float = 0.5
 
 
@@ -77,9 +80,9 @@ class Pool:
 
 @dataclass(frozen=True)
 class Redrawing:
-    """The base that learns, as it was before, its captions, and lessons whose style is kept or changed."""
+    """The expert, the base that it was, captions, and lessons whose style is kept or changed."""
 
-    base: Base
+    expert: Base
     plain: Base
     words: Batches
     kept: Pool
@@ -101,12 +104,12 @@ class Redrawing:
         """To the plain base's answer at any guidance that it was taught."""
         x, *ids = self.words.get(done, self.stage.recipe.batch)
         sigma, x_s, _ = self._noised(x, done)
-        guidance = float(rng.uniform(1, self.base.stage.guidance_most))
+        guidance = float(rng.uniform(1, self.expert.stage.guidance_most))
         with torch.no_grad():
             wanted = self.plain.velocity(
                 x_s, sigma, self.plain.encode(*ids), guidance=guidance, dtype=self.dtype
             )
-        got = self.base.velocity(x_s, sigma, self.base.encode(*ids), guidance=guidance, dtype=self.dtype)
+        got = self.expert.velocity(x_s, sigma, self.expert.encode(*ids), guidance=guidance, dtype=self.dtype)
         return (got.float() - wanted.float()).pow(2).mean()
 
     def _redrawn(self, pool: Pool, done: int, rng: np.random.Generator) -> Tensor:
@@ -114,12 +117,12 @@ class Redrawing:
         count = self.stage.recipe.batch
         which = rng.integers(len(pool.rows), size=count)
         x, content = pool.pictures(which)
-        drop = rng.random(count)[:, None] < self.base.stage.dropped
+        drop = rng.random(count)[:, None] < self.expert.stage.dropped
         t5, clip = (
             np.where(drop, none, ids) for none, ids in zip(self.words.empty, pool.said(which), strict=True)
         )
         sigma, x_s, noise = self._noised(x, done)
-        got = redrawn(self.base, x_s, sigma, self.base.encode(t5, clip), content, dtype=self.dtype)
+        got = redrawn(self.expert, x_s, sigma, self.expert.encode(t5, clip), content, dtype=self.dtype)
         with torch.no_grad():
             silent = self.plain.encode(*(np.repeat(none, count, axis=0) for none in self.words.empty))
             away = self.plain.velocity(x_s, sigma, silent, guidance=1.0, dtype=self.dtype).float()
@@ -127,19 +130,19 @@ class Redrawing:
         return (got - wanted).pow(2).mean()
 
     def _noised(self, x: Tensor, done: int) -> tuple[Tensor, Tensor, Tensor]:
-        return noised(x, self.base.stage, random_numbers(x.device, self.stage.recipe.seed, done))
+        return noised(x, self.expert.stage, random_numbers(x.device, self.stage.recipe.seed, done))
 
     @torch.no_grad()
     def sample(self, which: npt.NDArray[np.int64], *, seed: int) -> Tensor:
-        """What the base makes of some lessons that change the style, in 20 steps; model latents."""
-        text, (x, content) = self.base.encode(*self.changed.said(which)), self.changed.pictures(which)
+        """What the expert makes of some lessons that change the style, in 20 steps; model latents."""
+        text, (x, content) = self.expert.encode(*self.changed.said(which)), self.changed.pictures(which)
         start = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).to(x.device)
-        answer = functools.partial(redrawn, self.base, text=text, content=content, dtype=self.dtype)
+        answer = functools.partial(redrawn, self.expert, text=text, content=content, dtype=self.dtype)
         return euler(start, levels_of(STEPS), answer)
 
 
 def redrawn(
-    base: Base,
+    expert: Base,
     x: Tensor,
     sigma: Tensor,
     text: tuple[Tensor, Tensor],
@@ -147,7 +150,7 @@ def redrawn(
     *,
     dtype: torch.dtype,
 ) -> Tensor:
-    """A base's answer to content pictures and what is said of them; float32."""
-    return base.velocity(
+    """An expert's answer to content pictures and what is said of them; float32."""
+    return expert.velocity(
         x, sigma, text, guidance=GUIDANCE, dtype=dtype, references=[content], method=METHOD
     ).float()

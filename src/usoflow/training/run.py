@@ -6,7 +6,7 @@ base      cache latents, train text encoders and transformer
 large     train them further on larger pictures
 guided    distil guidance into the transformer
 tower     train the vision tower that USO's projector reads
-redraw    teach the base to draw a given picture anew
+redraw    teach a copy of the base to draw a given picture anew: the LoRA's teacher
 reward    train the style encoder of style reward learning
 style     train the projector on the frozen base
 subject   train the LoRA beside the frozen projector

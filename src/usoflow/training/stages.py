@@ -158,7 +158,7 @@ class Workshop:
     def finished(self) -> Pocket:
         """The modules of the last stage that has been run."""
         pocket = self.pocket()
-        stages = ("redraw", "guided", "large", "base")
+        stages = ("guided", "large", "base")
         self.load(pocket, next(s for s in stages if (self.folder / s / "state.pt").exists()))
         return pocket
 

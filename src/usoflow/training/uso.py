@@ -46,7 +46,7 @@ LESSON_SEED = 51
 DROPPED = 0.1  # of the prompts
 ROLLOUT_STEPS = 8
 PRACTICE_KEPT = 0.1  # of the batches, to the end
-TOLD = 0.6  # of the batches with pictures: the plain base that is told what they show is the teacher
+TOLD = 0.8  # of the batches with pictures: a base or an expert that is told what they show is the teacher
 TOLD_STYLE = 1.0  # how far its answer goes beyond, away from that without the name
 # ByteDance's names of a block's low-rank pairs, the layer of each, and whether only q, k and v change.
 DOUBLE_PAIRS = {
@@ -226,8 +226,8 @@ class Batch:
 class Teaching:
     """The frozen base, the projector, the lessons, and how the model is asked.
 
-    `plain` is the base once more, to which no LoRA is added; it knows how to redraw pictures (`redraw`).
-    Without it nothing is taught of guidance.
+    `plain` is the base once more, to which no LoRA is added. Without it nothing is taught of guidance.
+    `expert` has learnt to redraw pictures (`redraw`).
     """
 
     base: Base
@@ -236,6 +236,7 @@ class Teaching:
     stage: UsoStage
     dtype: torch.dtype
     plain: Base | None = None
+    expert: Base | None = None
 
     def velocity(self, batch: Batch, x: Tensor, sigma: Tensor, *, guidance: float) -> Tensor:
         """The transformer's answer to a batch, with the content and style that its use has; float32."""
@@ -281,8 +282,7 @@ class Teaching:
         A base whose guidance is distilled must not unlearn it. So words alone are answered as the plain base
         does, and a style that has a name as the plain base does when it is told the name: c + w (c - p),
         with p its answer to the prompt without (classifier-free guidance, arXiv 2207.12598, of the style).
-        A content picture is answered as the plain base redraws it (`redraw`), told the style's name but
-        without such a push, which would cost the subject.
+        A content picture is answered as the expert does, without such a push, which would cost the subject.
         Elsewhere there is no teacher, and guidance is learnt from the answer itself (`at_rest`).
         """
         if self.plain is None:
@@ -293,9 +293,10 @@ class Teaching:
         if batch.told is not None and batch.use == "style":
             named, unnamed = words(batch.told), words(batch.ids)
             return named + TOLD_STYLE * (named - unnamed)
-        if batch.told is not None:
+        if batch.told is not None and self.expert is not None:
             content = self.lessons.sets[batch.use].rows("content", batch.indices)
-            return redrawn(self.plain, x_s, sigma, self.plain.encode(*batch.told), content, dtype=self.dtype)
+            text = self.expert.encode(*batch.told)
+            return redrawn(self.expert, x_s, sigma, text, content, dtype=self.dtype)
         away = words(self.lessons.silence(len(x_s)), guidance=1.0)
         return at_rest(straight, got, away, self.stage.guidance)
 

@@ -52,21 +52,21 @@ def tower(workshop: Workshop) -> None:
 
 
 def redraw(workshop: Workshop) -> None:
-    """Teach the base to draw a given picture anew."""
+    """Teach a copy of the base to draw a given picture anew."""
     stage = workshop.plan.redraw
-    sets = lesson_sets(_encoders(workshop), workshop.folder, PICTURED, count=workshop.plan.uso.lessons)
-    base, plain = workshop.pocket(), workshop.pocket().requires_grad_(False)
-    for pocket in (base, plain):
-        workshop.load(pocket, "guided")
+    sets = lesson_sets(
+        _encoders(workshop), workshop.folder, PICTURED, count=stage.lessons, name="redraw-lessons"
+    )
+    expert, plain = workshop.finished(), workshop.finished().requires_grad_(False)
     tokenizer = plain.stage.tokenizer
     kept, changed = Pool.kept(sets["subject"], tokenizer), Pool.changed(sets["both"], tokenizer)
-    redrawing = Redrawing(base, plain, workshop.large_batches, kept, changed, stage, workshop.dtype)
+    redrawing = Redrawing(expert, plain, workshop.large_batches, kept, changed, stage, workshop.dtype)
 
     def show(stem: str) -> None:
         made = redrawing.sample(np.arange(SHOWN), seed=0)
         _write_lessons(Path(f"{stem}.png"), workshop, made, "both", changed.rows[:SHOWN])
 
-    workshop.train(dict(base.named_parameters()), stage.recipe, redrawing.loss, "redraw", show)
+    workshop.train(dict(expert.named_parameters()), stage.recipe, redrawing.loss, "redraw", show)
 
 
 def reward(workshop: Workshop) -> None:
@@ -84,8 +84,9 @@ def style(workshop: Workshop) -> None:
 
 def subject(workshop: Workshop) -> None:
     """Content-style disentanglement: train the LoRA beside the frozen projector."""
-    plain = workshop.finished().requires_grad_(False)
-    teaching = dataclasses.replace(_teaching(workshop), plain=plain)
+    plain, expert = workshop.finished().requires_grad_(False), workshop.pocket().requires_grad_(False)
+    workshop.load(expert, "redraw")
+    teaching = dataclasses.replace(_teaching(workshop), plain=plain, expert=expert)
     load_average(workshop.folder / "style", dict(teaching.projector.named_parameters()))
     branches = add_lora(teaching.base.flux, teaching.stage.rank, teaching.stage.subject.seed)
     _run(workshop, teaching, lora_parameters(branches), "subject")
