@@ -46,7 +46,7 @@ LESSON_SEED = 51
 DROPPED = 0.1  # of the prompts
 ROLLOUT_STEPS = 8
 PRACTICE_KEPT = 0.1  # of the batches, to the end
-TOLD = 0.8  # of the batches with pictures: a base or an expert that is told what they show is the teacher
+TOLD = 0.6  # of the batches with pictures: a base or an expert that is told what they show is the teacher
 TOLD_STYLE = 1.0  # how far its answer goes beyond, away from that without the name
 # ByteDance's names of a block's low-rank pairs, the layer of each, and whether only q, k and v change.
 DOUBLE_PAIRS = {
