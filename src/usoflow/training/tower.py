@@ -172,8 +172,9 @@ def train_tower(
     if training.done < stage.recipe.samples:
         scenes = [tower_scene(world, i) for i in range(stage.drawn)]
         folder.mkdir(parents=True, exist_ok=True)
-        pictures = paint(sprites, scenes, side, folder / "drawn.npy")
-        captioned = Captioned.of(scenes, pictures, contrast, world)
+        drawn = folder / "drawn.npy"
+        captioned = Captioned.of(scenes, paint(sprites, scenes, side, drawn), contrast, world)
         training.run(functools.partial(captioned.loss, contrast, stage.recipe), after_save=lambda: None)
+        drawn.unlink()
     swap(training.parameters, training.average)
     return contrast.tower.requires_grad_(False)
