@@ -66,6 +66,12 @@ class CaptionTokenizer:
         return self.t5(texts), self.clip(texts)
 
 
+def silenced(ids: tuple[Ids, Ids], empty: tuple[Ids, Ids], where: npt.NDArray[np.bool_]) -> tuple[Ids, Ids]:
+    """The ids of captions for T5 and CLIP, [N, T] each; those of an empty one `where` [N] says so."""
+    t5, clip = (np.where(where[:, None], none, said) for none, said in zip(empty, ids, strict=True))
+    return t5, clip
+
+
 def end_positions(clip_ids: Ids) -> Tensor:
     """Where the first end token of each row is; [N] int64."""
     return torch.from_numpy((clip_ids == CLIP_END).argmax(axis=1))

@@ -1,14 +1,14 @@
 """The latents of many scenes, computed once and kept on disk: what the base is trained on.
 
-`cache` encodes the scenes of a seed with the trained VAE; `LatentSet` gives batches by number. `encoded` and
-`held` serve the lessons of Pocket USO (`triplets`) too.
+`cache` encodes the scenes of a seed with the trained VAE; `LatentSet` gives batches by number.
+`encoded_scenes`, `encoded` and `held` serve the lessons of Pocket USO (`triplets`) too.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from usoflow.training.captions import CaptionTokenizer, Ids
 from usoflow.training.drawings import Sprites
 from usoflow.training.loop import CPU
 from usoflow.training.painting import Pictures, paint
-from usoflow.training.scenes import caption, draw_taught_scene
+from usoflow.training.scenes import Scene, caption, draw_taught_scene
 
 PIXELS = 1 << 22  # that are encoded at once
 
@@ -88,9 +88,24 @@ def held(path: Path, device: torch.device) -> Tensor:
     return torch.from_numpy(np.load(path, mmap_mode="c")).to(device)
 
 
-def to_latents(module: AutoEncoder, pictures: Tensor, *, dtype: torch.dtype) -> Tensor:
-    """Model latents [B, 16, h, w] of pictures [B, S, S, 3] in 0..1."""
-    return LatentFormat().to_model(encode(module, pictures, dtype=dtype))
+def encoded_scenes(
+    module: AutoEncoder,
+    sprites: Sprites,
+    scenes: Sequence[Scene],
+    side: int,
+    path: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Write the model latents of scenes, [N, 16, h, w]; what is drawn for that does not stay."""
+    drawn = path.with_suffix(".drawn.npy")
+
+    def network(pictures: Tensor) -> Tensor:
+        return LatentFormat().to_model(encode(module, pictures, dtype=dtype))
+
+    encoded(paint(sprites, scenes, side, drawn), network, path, device)
+    drawn.unlink()
 
 
 @functools.lru_cache(maxsize=2)
@@ -113,10 +128,7 @@ def cache(
     if not (folder / "captions.json").exists():  # it is written last
         folder.mkdir(parents=True, exist_ok=True)
         scenes = [draw_taught_scene(sprites.world, seed, i) for i in range(count)]
-        drawn = folder / "drawn.npy"
-        network = functools.partial(to_latents, module, dtype=dtype)
-        encoded(paint(sprites, scenes, side, drawn), network, folder / "latents.npy", device)
-        drawn.unlink()
+        encoded_scenes(module, sprites, scenes, side, folder / "latents.npy", dtype=dtype, device=device)
         texts = [caption(sprites.world, scene) for scene in scenes]
         (folder / "captions.json").write_text(json.dumps(texts), "utf-8")
     return LatentSet(folder, seed, device)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from usoflow.training.base import GUIDANCE, Base, Batches, at_rest, noised, random_numbers
-from usoflow.training.captions import CaptionTokenizer, Ids
+from usoflow.training.captions import CaptionTokenizer, Ids, silenced
 from usoflow.training.loop import Recipe
 from usoflow.training.text_to_image import STEPS, euler, levels_of
 from usoflow.training.triplets import TripletSet
@@ -117,12 +117,10 @@ class Redrawing:
         count = self.stage.recipe.batch
         which = rng.integers(len(pool.rows), size=count)
         x, content = pool.pictures(which)
-        drop = rng.random(count)[:, None] < self.expert.stage.dropped
-        t5, clip = (
-            np.where(drop, none, ids) for none, ids in zip(self.words.empty, pool.said(which), strict=True)
-        )
+        drop = rng.random(count) < self.expert.stage.dropped
+        text = self.expert.encode(*silenced(pool.said(which), self.words.empty, drop))
         sigma, x_s, noise = self._noised(x, done)
-        got = redrawn(self.expert, x_s, sigma, self.expert.encode(t5, clip), content, dtype=self.dtype)
+        got = redrawn(self.expert, x_s, sigma, text, content, dtype=self.dtype)
         with torch.no_grad():
             silent = self.plain.encode(*(np.repeat(none, count, axis=0) for none in self.words.empty))
             away = self.plain.velocity(x_s, sigma, silent, guidance=1.0, dtype=self.dtype).float()

@@ -46,7 +46,7 @@ class TowerStage:
         dim, mlp_dim, layers, heads: of the tower; USO reads the output of the twentieth layer from the end.
         patch, grid: pixels of a patch's side, patches of a picture's side.
         text_length: tokens of a caption.
-        drawn: pictures, each of which is shown several times.
+        drawn: pictures, of which batches are chosen at random.
     """
 
     recipe: Recipe

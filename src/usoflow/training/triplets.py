@@ -27,9 +27,9 @@ from usoflow.models.vae import AutoEncoder
 from usoflow.models.vision import SiglipVision, preprocess
 from usoflow.training.backgrounds import BACKGROUNDS
 from usoflow.training.drawings import Sprites
-from usoflow.training.latents import encoded, held, to_latents
+from usoflow.training.latents import encoded, encoded_scenes, held
 from usoflow.training.loop import CPU
-from usoflow.training.painting import Pictures, paint
+from usoflow.training.painting import paint
 from usoflow.training.scenes import (
     Placed,
     Scene,
@@ -255,14 +255,14 @@ class Encoders:
     dtype: torch.dtype = torch.float32
     device: torch.device = CPU
 
-    def write(self, name: str, pictures: Pictures, folder: Path) -> None:
-        """Write a file of `TripletSet`: `states` of style pictures, or latents of others."""
-        network = (
-            functools.partial(style_states, self.tower)
-            if name == "states"
-            else functools.partial(to_latents, self.vae, dtype=self.dtype)
-        )
-        encoded(pictures, network, folder / f"{name}.npy", self.device)
+    def latents(self, scenes: Sequence[Scene], path: Path) -> None:
+        """Write model latents, [N, 16, h, w]."""
+        encoded_scenes(self.vae, self.sprites, scenes, self.side, path, dtype=self.dtype, device=self.device)
+
+    def states(self, scenes: Sequence[Scene], pictures: Path, path: Path) -> None:
+        """Write the pictures of scenes, which rewards compare with, and the tower's states of them."""
+        drawn = paint(self.sprites, scenes, self.side, pictures)
+        encoded(drawn, functools.partial(style_states, self.tower), path, self.device)
 
 
 def cache_triplets(
@@ -272,31 +272,16 @@ def cache_triplets(
     if not (folder / "styles.json").exists():  # it is written last
         folder.mkdir(parents=True, exist_ok=True)
         triplets = [draw_triplet(cast, seed, i, use) for i in range(count)]
-        drawn = paint_triplets(encoders.sprites, triplets, encoders.side, folder)
-        for name, pictures in drawn.items():
-            encoders.write("states" if name == "style" else name, pictures, folder)
-            if name != "style":
-                (folder / f"{name}-drawn.npy").unlink()
+        encoders.latents([t.target for t in triplets], folder / "target.npy")
+        if use in PICTURED:
+            encoders.latents([t.content for t in triplets], folder / "content.npy")
+        if use in STYLED:
+            encoders.states([t.style for t in triplets], folder / "style.npy", folder / "states.npy")
         world = encoders.sprites.world
         styles = [style_words(world, t.target) if t.target.look is None else "" for t in triplets]
         (folder / "prompts.json").write_text(json.dumps([t.prompt for t in triplets]), "utf-8")
         (folder / "styles.json").write_text(json.dumps(styles), "utf-8")
     return TripletSet(folder, encoders.device)
-
-
-def paint_triplets(
-    sprites: Sprites, triplets: Sequence[Triplet], side: int, folder: Path
-) -> dict[str, Pictures]:
-    """The pictures that lessons of one use need, by the names of `Triplet`."""
-    scenes = {"target": [t.target for t in triplets]}
-    if triplets[0].use in PICTURED:
-        scenes["content"] = [t.content for t in triplets]
-    if triplets[0].use in STYLED:
-        scenes["style"] = [t.style for t in triplets]
-    stems = {name: name if name == "style" else f"{name}-drawn" for name in scenes}
-    return {
-        name: paint(sprites, found, side, folder / f"{stems[name]}.npy") for name, found in scenes.items()
-    }
 
 
 @torch.no_grad()

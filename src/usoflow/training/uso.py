@@ -23,7 +23,7 @@ from usoflow.models.flux import PATCH, Flux
 from usoflow.models.style_projector import StyleProjector, StyleProjectorConfig
 from usoflow.models.weights import Linear, LowRank
 from usoflow.training.base import GUIDANCE, Base, at_rest, noised, random_numbers
-from usoflow.training.captions import CaptionTokenizer, Ids
+from usoflow.training.captions import CaptionTokenizer, Ids, silenced
 from usoflow.training.initial import initialise
 from usoflow.training.loop import LossFunction, Recipe
 from usoflow.training.redraw import redrawn
@@ -191,11 +191,9 @@ class Lessons:
         if len(self.named.get(use, ())) and rng.random() < told:
             return self.with_name(use, rng.integers(len(self.named[use]), size=count))
         indices = rng.integers(len(self.sets[use].prompts), size=count)
-        drop = rng.random(count)[:, None] < DROPPED
-        t5, clip = (
-            np.where(drop, none, ids[indices]) for none, ids in zip(self.empty, self.ids[use], strict=True)
-        )
-        return Batch(use, indices, (t5, clip))
+        drop = rng.random(count) < DROPPED
+        t5, clip = self.ids[use]
+        return Batch(use, indices, silenced((t5[indices], clip[indices]), self.empty, drop))
 
     def with_name(self, use: Use, which: npt.NDArray[np.int64]) -> Batch:
         """Lessons of a use of which words tell all, by their numbers among `named`."""
