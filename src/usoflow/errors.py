@@ -1,7 +1,7 @@
 """Every error a user can meet: its code, what it means, what to do about it.
 
 Raised anywhere below as `UsoflowError("code", detail)`; shown by the command line (message, remedy and
-exit status) and, later, by the server. Knows nothing of the rest of the package.
+exit status) and by the server. Knows nothing of the rest of the package.
 """
 
 from __future__ import annotations
@@ -145,6 +145,21 @@ CATALOGUE: Mapping[str, ErrorKind] = MappingProxyType(
         "state_in_use": ErrorKind(
             "Another server uses the same file of jobs.",
             "Stop the other server, or give this one a folder of its own with USOFLOW_STATE.",
+            EXIT_USAGE,
+        ),
+        "host_refused": ErrorKind(
+            "The server is asked for under another name.",
+            "Open it at 127.0.0.1, let a proxy ask for it by that name, or start it with --token.",
+            EXIT_USAGE,
+        ),
+        "origin_refused": ErrorKind(
+            "A page of another site asks.",
+            "Use the server's own page; behind a proxy, Host and Origin must name the same address.",
+            EXIT_USAGE,
+        ),
+        "token_needed": ErrorKind(
+            "The server wants the token that it was started with.",
+            "Open /?token=TOKEN once in the browser, or send the header Authorization: Bearer TOKEN.",
             EXIT_USAGE,
         ),
         "body_invalid": ErrorKind(

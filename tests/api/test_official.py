@@ -224,3 +224,7 @@ def test_missing_and_broken_pictures(tmp_path: Path) -> None:
     with pytest.raises(UsoflowError) as caught:
         build(Request("a", subjects=(tmp_path / "broken.png",), keep_size=True))
     assert caught.value.code == "image_invalid"
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "huge.png")
+    with pytest.raises(UsoflowError) as caught:
+        build(Request("a", subjects=(tmp_path / "huge.png",), keep_size=True))
+    assert caught.value.code == "image_too_large"

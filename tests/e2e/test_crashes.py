@@ -211,3 +211,12 @@ def test_two_servers_do_not_share_a_state(server: RealServer) -> None:
     assert other.process.wait(60) == 2
     assert "Another usoflow server" in (server.place / "log").read_text(encoding="utf-8")
     assert server.stop() in (0, -signal.SIGTERM)
+
+
+def test_the_same_prompt_again_shows_the_same_pictures(server: RealServer) -> None:
+    """Nothing is computed again, and whoever asks still gets the answer."""
+    server.start()
+    first, again = (server.ended(server.submit(prompt(1))) for _ in range(2))
+    assert first["outputs"]["save"]["images"]
+    assert again["outputs"] == first["outputs"]
+    assert "save" in server.get(f"/history/{again['id']}")[again["id"]]["status"]["messages"][1][1]["nodes"]

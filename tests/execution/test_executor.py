@@ -198,7 +198,7 @@ class TestCache:
         assert calls == []
         assert second.shown == first.shown
         assert second.cached == ["show"]
-        assert plain.events == [NodesCached(("show",))]
+        assert plain.events == [NodesCached(("show",), first.shown)]
 
     def test_what_follows_a_change_runs_again(self, plain: Bench, calls: list[str]) -> None:
         plain.run(DIAMOND, "show")

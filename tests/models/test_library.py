@@ -106,13 +106,14 @@ def test_each_file_is_loaded_once_until_it_changes(models: Path, tmp_path: Path)
     assert len(library._modules) == 1  # the older one is forgotten
 
 
-def test_placement_of_a_device_that_is_not_there() -> None:
+def test_placement_of_what_is_not_there() -> None:
     from usoflow.errors import UsoflowError
 
     absent = next(name for name in ("cuda", "mps") if name not in _here())
-    with pytest.raises(UsoflowError) as caught:
-        Placement.choose(absent)
-    assert caught.value.code == "device_unavailable"
+    for device, dtype in ((absent, "auto"), ("gpu", "auto"), ("cpu", "float16")):
+        with pytest.raises(UsoflowError) as caught:
+            Placement.choose(device, dtype)
+        assert caught.value.code == "device_unavailable"
 
 
 def _here() -> set[str]:

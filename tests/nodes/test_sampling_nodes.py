@@ -267,3 +267,27 @@ def test_the_shift_of_the_handle_is_that_of_the_schedule(tools: Tools) -> None:
     expected = [factor / (factor + 1 / t - 1) for t in (1.0, 0.75, 0.5, 0.25)] + [0.0]
     assert levels.tolist() == pytest.approx(expected, abs=1e-6)
     assert replace(model, shift=None) != model
+
+
+def test_the_seed_of_a_later_part_decides_its_step_noise(tools: Tools) -> None:
+    """`disable` is about the noise at the beginning; a stochastic sampler still adds some."""
+
+    def later(seed: int) -> Tensor:
+        return sampling.k_sampler_advanced(
+            tools.model, "disable", seed, 4, 1.0, sampler_name="euler_ancestral", scheduler="simple",
+            positive=tools.cat, negative=tools.rain, latent_image=latents(0), start_at_step=1,
+            end_at_step=10000, return_with_leftover_noise="disable", context=tools.context,
+        )["samples"]  # fmt: skip
+
+    assert torch.equal(later(1), later(1))
+    assert not torch.allclose(later(1), later(2), atol=1e-3)
+
+
+def test_a_files_own_latent_format_is_used(tools: Tools, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The transformer sees the same; what leaves it is scaled and shifted as the file declares."""
+    official = whole(tools, empty())
+    settings = {"scale": 0.5, "shift": -0.25}
+    monkeypatch.setattr(
+        type(tools.model.flux), "setting", lambda self, name, default: settings.get(name, default)
+    )
+    assert torch.allclose((whole(tools, empty()) + 0.25) * 0.5, (official - SHIFT) * SCALE, atol=1e-5)

@@ -188,3 +188,24 @@ def test_workflows_are_kept(client: TestClient) -> None:
     assert client.delete("/api/userdata/workflows%2Fdeep%2Fb.json").status_code == 404
     assert client.get("/api/userdata?dir=nonsense").status_code == 404
     assert client.get("/api/userdata").status_code == 400
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "猫" * 100 + ".json", "a.json/b.json"])
+def test_a_name_that_no_file_can_have_is_a_clear_error(client: TestClient, name: str) -> None:
+    assert client.post("/userdata/a.json", content=b"{}").status_code == 200
+    for answer in (
+        client.post(f"/userdata/{name}", content=b"{}"),
+        client.post(f"/userdata/a.json/move/{name}"),
+        client.get("/userdata", params={"dir": name}),
+        client.delete(f"/userdata/{name}"),
+    ):
+        assert 400 <= answer.status_code < 500, answer.text
+    assert client.get("/userdata/a.json").content == b"{}"
+
+
+def test_a_picture_that_is_cut_short_is_no_crash(client: TestClient, place: Path) -> None:
+    whole = picture((64, 64), colour=(1, 2, 3))
+    (place / "output" / "cut.png").write_bytes(whole[: len(whole) // 2])
+    for more in ("preview=webp;90", "channel=rgb", "channel=a"):
+        answer = client.get(f"/view?filename=cut.png&{more}")
+        assert (answer.status_code, answer.json()["error"]["type"]) == (400, "image_invalid"), more

@@ -19,8 +19,10 @@ OURS = "http://127.0.0.1:8188"
         ({"host": "[::1]:8188"}, 200),
         ({"host": "rebound.example:8188"}, 403),
         ({"host": ""}, 403),
+        ({"host": "["}, 403),
         ({"origin": OURS}, 200),
         ({"origin": "null"}, 403),
+        ({"origin": "http://["}, 403),
         ({"origin": "https://example.com"}, 403),
         ({"origin": "http://127.0.0.1:9999"}, 403),
         ({"origin": "http://127.0.0.1:8188.example.com"}, 403),
@@ -30,7 +32,9 @@ OURS = "http://127.0.0.1:8188"
     ],
 )
 def test_host_and_origin(client: TestClient, headers: dict[str, str], status: int) -> None:
-    assert client.get("/api/queue", headers=headers).status_code == status
+    answer = client.get("/api/queue", headers=headers)
+    assert answer.status_code == status
+    assert status == 200 or answer.json()["error"]["details"]  # what to do
 
 
 def test_a_form_of_another_site_changes_nothing(client: TestClient) -> None:

@@ -228,3 +228,18 @@ class Lives(RuleBasedStateMachine):
 
 TestLives = Lives.TestCase
 TestLives.settings = settings(max_examples=20, stateful_step_count=20, deadline=None)
+
+
+def test_a_full_disk_is_an_error_that_says_so_and_not_for_ever(tmp_path: Path) -> None:
+    store = JobStore(tmp_path / "jobs.sqlite")
+    pages = store._connection.execute("PRAGMA page_count").fetchone()[0]
+    store._connection.execute(f"PRAGMA max_page_count = {pages}")
+    with pytest.raises(UsoflowError) as caught:
+        store.add(Request(id="large", prompt={"x": "y" * 100_000}, targets=(), extra={}), limit=10)
+    assert caught.value.code == "state_unusable"
+    assert "full" in caught.value.detail
+    store._connection.execute(f"PRAGMA max_page_count = {pages + 1000}")
+    store.add(Request(id="large", prompt={"x": "y" * 100_000}, targets=(), extra={}), limit=10)
+    assert [job.id for job in store.waiting()] == ["large"]
+    assert store.request("none") is None
+    store.close()

@@ -8,6 +8,7 @@ import resource
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -200,3 +201,30 @@ def test_names_that_a_killed_worker_had_taken_are_free_again(tmp_path: Path) -> 
     clear_abandoned(tmp_path)
     assert sorted(path.name for path in tmp_path.rglob("*.*")) == ["c_00001_.part", "d_00001_.png"]
     clear_abandoned(tmp_path / "absent")
+
+
+def test_old_previews_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    from usoflow.service.worker import clear_previews
+
+    for name, age in (("preview_a_00001_.png", 90_000), ("preview_b_00001_.png", 10), ("mine.png", 90_000)):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    clear_previews(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.png", "preview_b_00001_.png"]
+
+
+@pytest.mark.parametrize(
+    "code", ["print('{\"message\": \"Star', end='')", "print('nonsense', flush=True); input(); input()"]
+)
+def test_what_is_no_message_ends_the_worker_and_nobody_waits_for_it(
+    code: str, place: Path, small_models: Path
+) -> None:
+    """The first was killed while it wrote."""
+    folders = find_folders(models=small_models, output=place / "output")
+    settings = WorkerSettings(folders, place / "jobs.sqlite")
+    engine = WorkerProcess(settings, command=(sys.executable, "-c", code))
+    with pytest.raises(UsoflowError) as caught:
+        engine.run(Run("half", {}, (), None), lambda report: None)
+    assert caught.value.code == "worker_died"
+    assert engine.nodes() == []
+    engine.stop()

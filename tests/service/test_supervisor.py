@@ -187,7 +187,8 @@ def test_every_message_survives_the_pipe() -> None:
     images = Shown((SavedImage("ä\n.png", "sub", "temp"),), {"text": ["1"]}).record()
     for message in (
         Run("1", {"9": {"inputs": {"a": [1, "\n"]}}}, ("9",), {"nodes": []}), Cached(("1", "2")),
-        Progress("3", 1, 2, b"\xff\xd8\n"), Finished("9", 0.5, 7, images), Finished("9", 0.5, 7, None),
+        Cached(("9",), {"9": images}), Progress("3", 1, 2, b"\xff\xd8\n"), Finished("9", 0.5, 7, images),
+        Finished("9", 0.5, 7, None),
         Failed("x", "y", "z", "1", "T", ("a\n", "b")), Done(),
     ):  # fmt: skip
         line = encode(message)
@@ -226,3 +227,70 @@ def test_a_stop_while_a_job_is_being_taken_reaches_it(
     assert taken.wait(5)
     assert supervisor.interrupt("patient")
     assert ended(store, "patient").state == State.CANCELLED
+
+
+def test_what_a_cached_node_shows_is_an_output_of_the_job(store: JobStore, start: Start) -> None:
+    def known(run: Run, listen: Callable[[Report], None]) -> Outcome:
+        listen(Cached(("1", "9"), {"9": SHOWN}))
+        return Done()
+
+    start(job=known)
+    assert ended(store, "job").outputs == {"9": SHOWN}
+
+
+def test_a_store_that_cannot_be_used_for_a_while_ends_nothing(
+    store: JobStore, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk, a locked file."""
+    monkeypatch.setattr("usoflow.service.supervisor.RETRY", 0.01)
+    for name in ("start_next", "request", "finish"):
+        monkeypatch.setattr(store, name, failing(getattr(store, name), times=3))
+    supervisor = start(first=good, second=good)
+    for name in ("first", "second"):
+        assert ended(store, name).state == State.COMPLETED
+        assert ended(store, name).outputs == {"9": SHOWN}
+    assert supervisor.alive
+
+
+def test_a_job_whose_output_cannot_be_noted_fails_and_the_next_one_runs(
+    store: JobStore, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "note_output", failing(store.note_output, times=1))
+    start(first=good, second=good)
+    first = ended(store, "first")
+    assert first.state == State.FAILED
+    assert first.error is not None
+    assert first.error["exception_type"] == "state_unusable"
+    assert ended(store, "second").state == State.COMPLETED
+
+
+def test_a_stop_while_the_store_cannot_be_used_leaves_the_job_to_the_next_server(
+    store: JobStore, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as broken:
+        tried = threading.Event()
+
+        def full(*_: object) -> bool:
+            tried.set()
+            raise UsoflowError("state_unusable", "disk full")
+
+        broken.setattr(store, "finish", full)
+        supervisor = start(job=good)
+        assert tried.wait(10)
+        supervisor.stop(grace=5)
+        assert not supervisor.alive
+    start(accept=False, job=good)
+    assert ended(store, "job").state == State.COMPLETED
+
+
+def failing(method: Callable[..., Any], *, times: int) -> Callable[..., Any]:
+    """A method of the store that fails at first."""
+    left = [times]
+
+    def called(*values: Any, **named: Any) -> Any:
+        if left[0]:
+            left[0] -= 1
+            raise UsoflowError("state_unusable", "disk full")
+        return method(*values, **named)
+
+    return called

@@ -231,10 +231,9 @@ def _loaded(data: dict[str, Any], pictures: dict[str, Path]) -> Workflow:
 
 def _picture_size(path: Path) -> tuple[int, int]:
     """Width and height as shown, turned as EXIF says."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import ImageOps
 
-    try:
-        with Image.open(path) as picture:
-            return ImageOps.exif_transpose(picture).size
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError):
-        raise UsoflowError("image_invalid", f"{path} cannot be read as a picture.") from None
+    from usoflow.nodes.pictures import opened
+
+    with opened(path) as picture:
+        return ImageOps.exif_transpose(picture).size

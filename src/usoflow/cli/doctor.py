@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 GB = 1e9
 CHECKPOINT_GB = 17.2  # flux1-dev-fp8: what a run reads, and wants to keep
+PASSING = "Blocks that do not fit pass through it at every step; a checkpoint in fp8 needs half as much."
 PORT = 8188  # ComfyUI's, and ours
 STEP_TFLOP = 70  # of FLUX.1 at 1024x1024: 4352 tokens through 6.4e9 weights (56), and their attention (13)
 STEPS = 20  # of a picture, unless one asks for others
@@ -74,7 +75,7 @@ def _device(device: torch.device) -> Finding:
         properties = torch.cuda.get_device_properties(device)
         fact = f"{properties.name}, {properties.total_memory / GB:.0f} GB"
         small = properties.total_memory / GB < CHECKPOINT_GB
-        return Finding("device", fact, "The transformer does not fit: use --device cpu." if small else "")
+        return Finding("device", fact, PASSING if small else "")
     if device.type == "mps":
         return Finding("device", "Apple GPU")
     return Finding("device", "CPU", "No CUDA or Apple GPU is here: one would be far faster.")

@@ -64,6 +64,8 @@ def _label(parameter: inspect.Parameter, type_: Any, info: ArgumentInfo | Option
         return f"`{parameter.name.upper()}`"
     names = ", ".join(_names(info) or ["--" + parameter.name.replace("_", "-")])
     one, many = _single(type_)
+    if one is bool and parameter.default is True:  # typer adds what switches it off
+        names += names.replace("--", "/--no-", 1)
     value = "" if one is bool else " " + (info.metavar or _value(one))
     return f"`{_cell(names + value)}`{' (several)' if many else ''}"
 

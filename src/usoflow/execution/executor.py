@@ -123,7 +123,8 @@ class _Run:
         known = {n: outputs for n in reachable if (outputs := cache.get(key_of[n])) is not None}
         needed = list(in_order(self.prompt, targets, stop_at=known))
         cached = [node_id for node_id in needed if node_id in known]
-        self.listen(NodesCached(tuple(cached)))
+        again = {n: found for n in cached if (found := _shown(known[n]))}
+        self.listen(NodesCached(tuple(cached), again))
         try:
             for node_id in needed:
                 self.outputs[node_id] = known[node_id] if node_id in known else self._run_node(node_id)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -16,9 +16,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class NodesCached:
-    """These nodes need not run: their outputs are known from an earlier run."""
+    """These nodes need not run: their outputs are known from an earlier run.
+
+    `shown` is what output nodes among them showed then, and show again.
+    """
 
     node_ids: tuple[str, ...]
+    shown: Mapping[str, Shown]
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,11 +77,6 @@ class FluxConfig:
     def heads(self) -> int:
         return self.hidden // self.head_dim
 
-    @property
-    def shallow(self) -> bool:
-        """Fewer blocks than FLUX.1 has."""
-        return (self.double_blocks, self.single_blocks) < OFFICIAL_DEPTH
-
     def _check(self, file: str) -> None:
         if self.hidden % self.head_dim or sum(self.axes) != self.head_dim or any(a % 2 for a in self.axes):
             raise UsoflowError(

@@ -66,9 +66,14 @@ class Placement:
         Raises:
             UsoflowError: `device_unavailable`.
         """
-        chosen = torch.device(_best_device() if device == "auto" else device)
+        try:
+            chosen = torch.device(_best_device() if device == "auto" else device)
+        except RuntimeError:
+            raise UsoflowError("device_unavailable", f"{device!r} is no device.") from None
         if chosen.type not in _devices():
             raise UsoflowError("device_unavailable", f"There is no {device} device here.")
+        if dtype not in ("auto", *DTYPES):
+            raise UsoflowError("device_unavailable", f"{dtype!r} is none of auto, {', '.join(DTYPES)}.")
         dtype_ = _best_dtype(chosen) if dtype == "auto" else DTYPES[dtype]
         return cls(chosen, dtype_, budget, chosen.type == "cuda" if compiled is None else compiled)
 
@@ -83,13 +88,13 @@ class Placement:
         if self.budget is not None:
             return self.budget
         if self.device.type == "cuda":
-            return int(PART_OF_GPU * torch.cuda.mem_get_info(self.device)[0])
+            return int(PART_OF_GPU * _free_on_gpu(self.device))
         return int(PART_OF_CPU * _free_memory())
 
     @property
     def room(self) -> int:
         """Bytes that a computation beside the transformer may take now."""
-        free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else _free_memory()
+        free = _free_on_gpu(self.device) if self.device.type == "cuda" else _free_memory()
         return min(int(PART_FOR_WORK * free), sys.maxsize if self.budget is None else self.budget)
 
     @property
@@ -133,6 +138,13 @@ class Placement:
         finally:
             for name, parameter in module.named_parameters():
                 parameter.data = home[name]
+
+
+def _free_on_gpu(device: torch.device) -> int:
+    """Bytes that could be had, with those that torch keeps for its next tensors."""
+    idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free: int = torch.cuda.mem_get_info(device)[0]
+    return free + idle
 
 
 def _free_memory() -> int:

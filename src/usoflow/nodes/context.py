@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from usoflow.models.library import ModelLibrary
 
 PARTIAL_SUFFIX: Final = ".part"  # of a picture that is being written, beside its final name
+PREVIEW_PREFIX = "preview_"  # of the files that PreviewImage makes
 Reserve = Callable[[Path], None]
 
 

@@ -86,7 +86,7 @@ def random_noise(noise_seed: Annotated[int, SEED] = 0) -> Noise:
 @node("DisableNoise", category="sampling/custom_sampling/noise")
 def disable_noise() -> Noise:
     """No noise: the latent has its own already."""
-    return NoiseHandle(None)
+    return NoiseHandle(0, initial=False)
 
 
 @node(

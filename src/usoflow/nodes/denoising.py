@@ -85,7 +85,7 @@ def denoise_latent(
     samples = _with_channels(latent["samples"], flux.config.channels)
     if len(levels) < 2:
         return Denoised(samples, samples)
-    device, format_ = library.placement.device, LatentFormat()
+    device, format_ = library.placement.device, LatentFormat.from_component(model.flux)
     schedule = schedule_of(model)
     step_cache = StepCache(model.easy_cache, schedule) if model.easy_cache else None
     guidance = _guidance(flux, samples, guider, step_cache, library)
@@ -95,7 +95,7 @@ def denoise_latent(
     def watch(step: StepReport) -> None:
         nonlocal estimate
         estimate = step.denoised
-        report(step.index + 1, step.total, step.denoised)
+        report(step.index + 1, step.total, format_.from_model(step.denoised))
 
     denoised = sample(
         guidance,
@@ -103,7 +103,7 @@ def denoise_latent(
         levels,
         noise=_drawn(noise, samples, latent.get("batch_index")).to(device),
         latent=start.to(device),
-        step_noise=step_noise(noise.seed or 0),
+        step_noise=step_noise(noise.seed),
         watch=watch,
         mask=_mask(latent.get("noise_mask"), samples, device),
     )
@@ -113,7 +113,7 @@ def denoise_latent(
 
 
 def _drawn(noise: NoiseHandle, samples: Tensor, places: Sequence[int] | None) -> Tensor:
-    if noise.seed is None:
+    if not noise.initial:
         return torch.zeros_like(samples)
     return initial_noise(samples.shape, noise.seed, batch_index=places)
 
@@ -131,10 +131,10 @@ def _guidance(
     flux: Flux, samples: Tensor, guider: Guider, step_cache: StepCache | None, library: ModelLibrary
 ) -> Guidance:
     """The denoiser of a run; what a cfg of 1 would cancel out is not even prepared."""
-    schedule, style = schedule_of(guider.model), _style_tokens(guider.model, library)
+    style = _style_tokens(guider.model, library)
 
     def velocity(conditioning: Conditioning) -> Velocity:
-        return _velocity(flux, samples, conditioning, style, schedule, library)
+        return _velocity(flux, samples, conditioning, style, guider.model, library)
 
     needed = guider.negative is not None and not math.isclose(guider.cfg, 1.0)
     negative = velocity(guider.negative) if needed and guider.negative else None
@@ -186,15 +186,16 @@ def _velocity(
     samples: Tensor,
     conditioning: Conditioning,
     style: Tensor | None,
-    schedule: FluxSchedule,
+    model: Model,
     library: ModelLibrary,
 ) -> Velocity:
     """The velocity that a conditioning gives: the mean over the entries that count at this sigma.
 
     Where none does, nothing is asked for: the estimate is then the zero latent.
     """
+    schedule = schedule_of(model)
     asked = [
-        _Asked(_prepare(flux, samples, entry, style, library), *_sigma_range(entry[1], schedule))
+        _Asked(_prepare(flux, samples, entry, style, model, library), *_sigma_range(entry[1], schedule))
         for entry in conditioning
     ]
     always = all(item.always for item in asked)
@@ -221,9 +222,11 @@ def _prepare(
     samples: Tensor,
     entry: tuple[Tensor, dict[str, Any]],
     style: Tensor | None,
+    model: Model,
     library: ModelLibrary,
 ) -> FluxInputs:
     text, options = entry
+    to_model = LatentFormat.from_component(model.flux).to_model
     device, batch = library.placement.device, len(samples)
     pooled = options.get("pooled_output")
     pooled = torch.zeros(1, flux.config.pooled_dim) if pooled is None else pooled
@@ -239,7 +242,7 @@ def _prepare(
         (samples.shape[-2], samples.shape[-1]),
         batch=batch,
         guidance=options.get("guidance", DEFAULT_GUIDANCE),
-        references=[LatentFormat().to_model(latent).to(device) for latent in references],
+        references=[to_model(latent).to(device) for latent in references],
         method=options.get("reference_latents_method", DEFAULT_METHOD),
         style=style,
         dtype=library.placement.dtype,

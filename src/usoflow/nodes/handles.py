@@ -96,6 +96,7 @@ class GuiderHandle:
 
 @dataclass(frozen=True, slots=True)
 class NoiseHandle:
-    """NOISE: what is drawn for a latent; without a seed, none."""
+    """NOISE: what is drawn from a seed, for a latent (if `initial`) and by stochastic samplers."""
 
-    seed: int | None
+    seed: int
+    initial: bool = True

@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import Annotated
 
-from usoflow.nodes.context import NodeContext, SavedImage, Shown
+from usoflow.nodes.context import PREVIEW_PREFIX, NodeContext, SavedImage, Shown
 from usoflow.nodes.sockets import Image, Mask
 from usoflow.schema.node import node
 from usoflow.schema.specs import InputImage, Int, Text, Tip
@@ -46,7 +46,7 @@ def save_image(
 def preview_image(images: Image, *, context: NodeContext) -> Shown:
     """Shows pictures without keeping them."""
     digest = hashlib.sha256(images.cpu().numpy().tobytes()).hexdigest()[:16]
-    prefix = f"preview_{digest}"
+    prefix = f"{PREVIEW_PREFIX}{digest}"
     return _write(images, context.folders.temp, "temp", prefix, context, compression=_PREVIEW_COMPRESSION)
 
 

@@ -42,7 +42,7 @@ def read_picture(path: Path) -> tuple[Array, Array]:
     Raises:
         UsoflowError: `image_missing`, `image_invalid`, `image_too_large`.
     """
-    with _opened(path) as picture:
+    with opened(path) as picture:
         frames = [_frame(frame) for frame in _frames(picture, path)]
     same = [frame for frame in frames if frame[0].shape == frames[0][0].shape]
     return np.stack([image for image, _ in same]), _masks([mask for _, mask in same])
@@ -56,7 +56,8 @@ def _masks(masks: list[Array | None]) -> Array:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def opened(path: Path) -> Iterator[Image.Image]:
+    """A picture file, as Pillow opens it; what reading it raises is a `UsoflowError` as of `read_picture`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a bomb: our own limit is lower; odd EXIF or palettes: read on

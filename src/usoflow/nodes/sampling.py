@@ -78,7 +78,7 @@ def k_sampler_advanced(
 
     levels = sigmas(scheduler, steps, 1.0, schedule=schedule_of(model), sampler_name=sampler_name)
     levels = window(levels, start_at_step, end_at_step, leftover=return_with_leftover_noise == "enable")
-    noise = NoiseHandle(noise_seed if add_noise == "enable" else None)
+    noise = NoiseHandle(noise_seed, initial=add_noise == "enable")
     guider = GuiderHandle(model, positive, negative, cfg)
     denoised = denoise_latent(
         guider, latent_image, noise, sampler_name, levels, library=context.library, report=context.report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -92,6 +93,7 @@ class Server:
     supervisor: Supervisor
     templates: Templates
     log: LogBuffer
+    _counting: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     @property
     def folders(self) -> Folders:
@@ -108,7 +110,8 @@ class Server:
 
     def queue_changed(self) -> None:
         """Tell everybody how many jobs wait."""
-        self.hub.status(self.store.count(WAITING))
+        with self._counting:  # so that what is told last is what was counted last
+            self.hub.status(self.store.count(WAITING))
 
 
 def _runs_elsewhere(*_: object, **__: object) -> None:
@@ -128,6 +131,7 @@ Json = dict[str, Any]
 STATUS: Mapping[str, int] = {
     "queue_full": 429,
     "server_stopping": 503,
+    "state_unusable": 503,
     "body_too_large": 413,
     "job_exists": 409,
     "file_exists": 409,

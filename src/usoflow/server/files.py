@@ -53,7 +53,7 @@ def find(folders: Folders, kind: str, subfolder: str, name: str) -> Path:
     """A file that a client names. Raises UsoflowError `image_missing`, `path_outside`."""
     for root in roots(folders, kind):
         path = within(root, f"{subfolder}/{name}" if subfolder else name)
-        if _is_file(path):
+        if is_file(path):
             return path
     raise UsoflowError("image_missing", f"There is no {name!r} in {kind}.")
 
@@ -69,21 +69,22 @@ def content_type(path: Path) -> str | None:
         return None
 
 
-def check_picture(data: bytes, pixels: int) -> None:
-    """Whether bytes are a picture of at most so many pixels.
+def read(data: bytes, pixels: int) -> Image.Image:
+    """The picture that bytes are, of at most so many pixels.
 
     Raises:
         UsoflowError: `image_invalid`, `image_too_large`.
     """
-    with opened(data, pixels) as picture:
-        try:
-            picture.load()
-        except Exception as error:  # as above
-            raise UsoflowError("image_invalid", f"The upload cannot be read as a picture: {error}.") from None
+    picture = _opened(data, pixels)
+    try:
+        picture.load()
+    except Exception as error:  # as above
+        raise UsoflowError("image_invalid", f"The file cannot be read as a picture: {error}.") from None
+    return picture
 
 
-def opened(data: bytes, pixels: int) -> Image.Image:
-    """A picture whose pixels have not been read yet. Raises UsoflowError as `check_picture`."""
+def _opened(data: bytes, pixels: int) -> Image.Image:
+    """A picture whose pixels have not been read yet."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -92,7 +93,7 @@ def opened(data: bytes, pixels: int) -> Image.Image:
     except Image.DecompressionBombError:
         size = pixels + 1
     except Exception:  # as above
-        raise UsoflowError("image_invalid", "The upload is not a picture.") from None
+        raise UsoflowError("image_invalid", "The file is not a picture.") from None
     if size > pixels:
         raise UsoflowError("image_too_large", f"{pixels // 10**6} million pixels are the most.")
     return picture
@@ -103,14 +104,13 @@ def preview(path: Path, wanted: str, pixels: int) -> tuple[bytes, str]:
     name, _, number = wanted.partition(";")
     kind = name if name in PREVIEW_FORMATS else PREVIEW_FORMATS[0]
     quality = int(number) if number.isdecimal() and 1 <= len(number) <= 3 else DEFAULT_QUALITY
-    with opened(path.read_bytes(), pixels) as picture:
-        return _encoded(picture.convert("RGB"), kind.upper(), min(quality, 100)), f"image/{kind}"
+    picture = read(path.read_bytes(), pixels).convert("RGB")
+    return _encoded(picture, kind.upper(), min(quality, 100)), f"image/{kind}"
 
 
 def channel(path: Path, wanted: str, pixels: int) -> tuple[bytes, str]:
     """The colours ("rgb") or the transparency ("a") of a picture as PNG."""
-    with opened(path.read_bytes(), pixels) as picture:
-        full = picture.convert("RGBA")
+    full = read(path.read_bytes(), pixels).convert("RGBA")
     if wanted == "rgb":
         return _encoded(full.convert("RGB"), "PNG"), "image/png"
     alpha = Image.new("RGBA", full.size)
@@ -167,8 +167,17 @@ def _free(target: Path, data: bytes) -> Path:
     return path
 
 
-def _is_file(path: Path) -> bool:
+def is_file(path: Path) -> bool:
+    """Whether there is a file; that a name is too long for one is no error."""
     try:
         return path.is_file()
+    except OSError:
+        return False
+
+
+def is_folder(path: Path) -> bool:
+    """Whether there is a folder, likewise."""
+    try:
+        return path.is_dir()
     except OSError:
         return False

@@ -47,10 +47,11 @@ class Guard:
 
     def _refusal(self, scope: Scope, headers: Headers) -> Response | None:
         """The answer to a request that goes no further."""
-        if not self._host_is_ours(headers.get("host", "")):
-            return _refused(403, "host_refused", "This server does not go by that name (Host header).")
+        host = headers.get("host", "")
+        if not self._host_is_ours(host):
+            return _refused(403, UsoflowError("host_refused", f"{host!r} is no name of this server."))
         if _is_foreign(scope, headers):
-            return _refused(403, "origin_refused", "Requests from other sites are refused (Origin header).")
+            return _refused(403, UsoflowError("origin_refused", f"{_sender(headers)} is not this server."))
         if self._settings.token and scope["path"] not in OPEN_PATHS:
             return self._token_answer(scope, headers, self._settings.token)
         length = headers.get("content-length", "0")
@@ -60,8 +61,7 @@ class Guard:
 
     def _host_is_ours(self, host: str) -> bool:
         """With a token any name will do: another site does not have the cookie of this one."""
-        name = urlsplit(f"//{host}").hostname if host else None
-        return self._settings.token is not None or name in (*LOOPBACK, self._settings.listen)
+        return self._settings.token is not None or _hostname(host) in (*LOOPBACK, self._settings.listen)
 
     def _token_answer(self, scope: Scope, headers: Headers, token: str) -> Response | None:
         query = parse_qs(scope["query_string"].decode("latin-1"))
@@ -73,7 +73,7 @@ class Guard:
         bearer = headers.get("authorization", "").removeprefix("Bearer ")
         if _same(bearer, token) or (cookie and _same(cookie.value, token)):
             return None
-        return _refused(401, "token_needed", "Open /?token=..., or send Authorization: Bearer ... .")
+        return _refused(401, UsoflowError("token_needed", "The request has no token, or a wrong one."))
 
     def _limited(self, receive: Receive) -> Receive:
         """The body, as far as it may go; a body sent in chunks does not tell its length beforehand."""
@@ -97,8 +97,8 @@ class Guard:
 def _is_foreign(scope: Scope, headers: Headers) -> bool:
     """Whether a browser sends this for a page of another site, other than to show ours."""
     origin = headers.get("origin")
-    if origin is not None:
-        return urlsplit(origin).netloc != headers.get("host") or origin == "null"
+    if origin is not None:  # as in RFC 6454, scheme and host, or "null"
+        return origin == "null" or origin.partition("://")[2] != headers.get("host")
     navigates = headers.get("sec-fetch-mode") == "navigate" and scope.get("method") == "GET"
     return headers.get("sec-fetch-site") in ("cross-site", "same-site") and not navigates
 
@@ -123,9 +123,21 @@ def _protected(send: Send) -> Send:
     return protected
 
 
-def _refused(status: int, kind: str, message: str) -> Response:
-    record = {"type": kind, "message": message, "details": "", "extra_info": {}}
-    return JSONResponse({"error": record, "node_errors": {}}, status)
+def _hostname(host: str) -> str | None:
+    """The name in a Host header, without its port."""
+    try:
+        return urlsplit(f"//{host}").hostname
+    except ValueError:  # of brackets that do not match
+        return None
+
+
+def _sender(headers: Headers) -> str:
+    origin = headers.get("origin")
+    return "The site that asks" if origin is None else origin
+
+
+def _refused(status: int, error: UsoflowError) -> Response:
+    return JSONResponse(error_body(error), status)
 
 
 def _same(given: str, token: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from usoflow.server.hub import Outgoing
@@ -21,8 +21,10 @@ def messages_of(running: Running, event: Event) -> Iterator[Outgoing]:
         case State():
             yield Outgoing(*_end(job))
             yield Outgoing("executing", {**about, "node": None})
-        case Cached(nodes):
+        case Cached(nodes, shown):
             yield Outgoing("execution_cached", {**about, "nodes": list(nodes), "timestamp": now()})
+            for node, output in shown.items():
+                yield _executed(job, node, output)
         case Started(node):
             yield progress_state(running)
             yield executing(job, node)
@@ -31,9 +33,13 @@ def messages_of(running: Running, event: Event) -> Iterator[Outgoing]:
         case Finished(node=node):
             yield progress_state(running)
             if event.shown is not None:
-                yield Outgoing(
-                    "executed", {**about, "node": node, "display_node": node, "output": event.shown}
-                )
+                yield _executed(job, node, event.shown)
+
+
+def _executed(job: Job, node: str, output: Mapping[str, Any]) -> Outgoing:
+    """What an output node shows."""
+    about = {"node": node, "display_node": node, "prompt_id": job.id}
+    return Outgoing("executed", {**about, "output": output})
 
 
 def executing(job: Job, node: str) -> Outgoing:
@@ -43,7 +49,7 @@ def executing(job: Job, node: str) -> Outgoing:
 
 def progress_state(running: Running) -> Outgoing:
     """How far every node is that has begun."""
-    nodes = {node: _node_state(running, progress) for node, progress in running.progress.items()}
+    nodes = {node: _node_state(running, progress) for node, progress in tuple(running.progress.items())}
     data = {"prompt_id": running.job.id, "nodes": nodes}
     return Outgoing("progress_state", data, key=("progress_state", running.job.id))
 

@@ -56,9 +56,10 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class Cached:
-    """These nodes need not run."""
+    """These nodes need not run; `shown` is what output nodes among them show, as a record of JSON."""
 
     nodes: tuple[str, ...]
+    shown: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -122,7 +122,8 @@ class JobStore:
     """The database. Safe to use from several threads and processes.
 
     Raises:
-        UsoflowError: `state_unusable` if the file is damaged, not writable, or of a newer version.
+        UsoflowError: `state_unusable` if the file is damaged, not writable, or of a newer version; so does
+            every method where the disk is full or the file locked for too long.
     """
 
     def __init__(self, path: Path) -> None:
@@ -183,12 +184,14 @@ class JobStore:
         found = self._select(f"{_JOBS} WHERE id = ?", (job_id,))
         return found[0] if found else None
 
-    def request(self, job_id: str) -> Request:
-        """What the client of an existing job asked for."""
-        with self._lock:
-            row = self._connection.execute(
+    def request(self, job_id: str) -> Request | None:
+        """What the client of a job asked for; None if the job is gone."""
+        with self._held() as connection:
+            row = connection.execute(
                 "SELECT id, prompt, targets, extra, client, number FROM jobs WHERE id = ?", (job_id,)
             ).fetchone()
+        if row is None:
+            return None
         return Request(
             id=row["id"],
             prompt=json.loads(row["prompt"]),
@@ -222,9 +225,9 @@ class JobStore:
 
     def count(self, states: Collection[State]) -> int:
         """How many jobs are in these states."""
-        with self._lock:
+        with self._held() as connection:
             query = f"SELECT count(*) FROM jobs WHERE state IN {_marks(states)}"
-            return int(self._connection.execute(query, tuple(states)).fetchone()[0])
+            return int(connection.execute(query, tuple(states)).fetchone()[0])
 
     def cancel_pending(self, job_ids: Collection[str] | None = None) -> int:
         """Cancel those of the jobs (None: of all) that have not begun; returns how many."""
@@ -305,8 +308,8 @@ class JobStore:
 
     def settings(self) -> dict[str, Any]:
         """All settings."""
-        with self._lock:
-            rows = self._connection.execute("SELECT key, value FROM settings").fetchall()
+        with self._held() as connection:
+            rows = connection.execute("SELECT key, value FROM settings").fetchall()
         return {row["key"]: json.loads(row["value"]) for row in rows}
 
     def set_settings(self, values: Mapping[str, Any]) -> None:
@@ -325,19 +328,29 @@ class JobStore:
             self._connection.executescript(f"BEGIN; {script}; PRAGMA user_version = {number}; COMMIT;")
 
     @contextmanager
-    def _transaction(self) -> Iterator[Callable[..., sqlite3.Cursor]]:
+    def _held(self) -> Iterator[sqlite3.Connection]:
+        """The connection, for one thread at a time."""
         with self._lock:
-            self._connection.execute("BEGIN IMMEDIATE")
             try:
-                yield self._connection.execute
+                yield self._connection
+            except (OSError, sqlite3.Error) as error:
+                raise UsoflowError("state_unusable", f"{self._path} cannot be used: {error}.") from error
+
+    @contextmanager
+    def _transaction(self) -> Iterator[Callable[..., sqlite3.Cursor]]:
+        with self._held() as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield connection.execute
+                connection.execute("COMMIT")
             except BaseException:
-                self._connection.execute("ROLLBACK")
+                if connection.in_transaction:  # SQLite ends it itself where the disk is full
+                    connection.execute("ROLLBACK")
                 raise
-            self._connection.execute("COMMIT")
 
     def _select(self, query: str, values: Sequence[object] = ()) -> list[Job]:
-        with self._lock:
-            return [_job(row) for row in self._connection.execute(query, tuple(values)).fetchall()]
+        with self._held() as connection:
+            return [_job(row) for row in connection.execute(query, tuple(values)).fetchall()]
 
     def _get(self, job_id: str) -> Job:
         return self._select(f"{_JOBS} WHERE id = ?", (job_id,))[0]

@@ -18,7 +18,6 @@ from torch import Tensor
 from usoflow.errors import UsoflowError
 from usoflow.models.checkpoint import Component, TensorFile
 from usoflow.models.library import ModelLibrary
-from usoflow.models.vae import LatentFormat
 from usoflow.settings import Folders
 from usoflow.workflow.prompt import Prompt
 
@@ -89,7 +88,7 @@ def fit(library: ModelLibrary, vae: Component) -> Tensor:
     """The map of a VAE: float32 [channels + 1, 3], the last row is the constant."""
     with torch.inference_mode():
         picture = _colourful(SIDE)  # [1, H, W, 3]
-        latent = LatentFormat().to_model(library.vae_encode(vae, picture)).float().cpu()[0]  # [C, h, w]
+        latent = library.vae_encode(vae, picture).float().cpu()[0]  # [C, h, w]
         side = SIDE // latent.shape[-1]
         wanted = torch.nn.functional.avg_pool2d(picture.permute(0, 3, 1, 2), side)[0]  # [3, h, w]
         known = _with_constant(latent)  # [h * w, C + 1]

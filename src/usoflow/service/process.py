@@ -183,14 +183,18 @@ class _Child:
         return UsoflowError("worker_died", f"The worker process ended during the job: {reason}.")
 
     def _read(self, stdout: IO[bytes], note: Callable[[Ready], None]) -> None:
-        with stdout:
-            for line in stdout:
-                message: Message = decode(line)
-                if isinstance(message, Ready):
-                    note(message)
-                    self.loaded.set()
-                elif not isinstance(message, Run | Cancel | Free):
-                    self.messages.put(message)
+        try:
+            with stdout:
+                for line in stdout:
+                    message: Message = decode(line)
+                    if isinstance(message, Ready):
+                        note(message)
+                        self.loaded.set()
+                    elif not isinstance(message, Run | Cancel | Free):
+                        self.messages.put(message)
+        except UsoflowError as error:  # it was killed in the middle of a line, or writes what is no message
+            logger.error("%s", error.detail)
+            self.process.kill()
         with suppress(OSError):  # a command that it did not take
             self._stdin.close()
         self.loaded.set()

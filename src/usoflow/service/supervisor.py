@@ -9,7 +9,7 @@ import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from usoflow.errors import UsoflowError
 from usoflow.service.engine import (
@@ -29,6 +29,9 @@ from usoflow.service.jobs import Job, JobStore, State
 logger = logging.getLogger(__name__)
 
 GRACE = 8.0  # seconds that a running job gets to finish when the server stops
+RETRY = 5.0  # seconds until the store is asked again that could not be used
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -75,9 +78,14 @@ class Supervisor:
         self._store, self._engine, self._listen, self._preview = store, engine, listen, preview
         self._wake = threading.Event()
         self._taking = threading.Lock()  # from the row's "in_progress" until `running` says which job it is
-        self.stopping = False
+        self._refused = threading.Event()
         self._thread = threading.Thread(target=self._work, name="supervisor", daemon=True)
         self.running: Running | None = None
+
+    @property
+    def stopping(self) -> bool:
+        """Whether no more jobs are taken."""
+        return self._refused.is_set()
 
     @property
     def alive(self) -> bool:
@@ -105,7 +113,7 @@ class Supervisor:
 
     def refuse(self) -> None:
         """Take no more jobs, from this moment on."""
-        self.stopping = True
+        self._refused.set()
         self._wake.set()
 
     def stop(self, grace: float = GRACE) -> None:
@@ -122,7 +130,7 @@ class Supervisor:
             self._wake.clear()
             if self.stopping:  # looked at after `clear`, so that no wake of `refuse` is missed
                 return
-            running = self._take()
+            running = self._insist(self._take)
             if running is None:
                 self._wake.wait()
             else:
@@ -137,34 +145,60 @@ class Supervisor:
 
     def _execute(self, running: Running) -> None:
         job = running.job
-        self._listen(running, State.IN_PROGRESS)
+        self._insist(lambda: self._listen(running, State.IN_PROGRESS))
         outcome = self._outcome(running)
         self.running = None
         if outcome is None:
-            self._store.requeue(job.id)
+            self._insist(lambda: self._store.requeue(job.id))
             return
         state, error = _end(running, outcome)
-        self._store.finish(job.id, state, error)
-        running.job = self._store.get(job.id) or job
+        if self._insist(lambda: self._store.finish(job.id, state, error)) is None:
+            return  # the server stops; the next one runs the job again
+        ended = self._insist(lambda: self._store.get(job.id))
+        running.job = ended or job
         reason = f": {outcome.detail}" if isinstance(outcome, Failed) else "."
         logger.info("Job %s %s after %.1f s%s", job.id, state, _seconds(running.job), reason)
-        self._listen(running, state)
+        self._insist(lambda: self._listen(running, state))
 
     def _outcome(self, running: Running) -> Outcome | None:
         """How the run ended; None if it did not, because the server stops."""
-        request = self._store.request(running.job.id)
+        request = self._insist(lambda: self._store.request(running.job.id))
+        if request is None:
+            return None
         run = Run(request.id, request.prompt, request.targets, request.workflow, self._preview)
+        unnoted: list[UsoflowError] = []
+
+        def listen(report: Report) -> None:
+            try:
+                self._note(running, report)
+            except UsoflowError as error:  # what the job shows could not be kept
+                unnoted.append(error)
+                self._engine.cancel(run.job)
+
         try:
-            return self._engine.run(run, lambda report: self._note(running, report))
+            outcome = self._engine.run(run, listen)
         except UsoflowError as error:
             if self.stopping:
                 return None
-            return Failed(error.code, error.detail, error.remedy)
+            return _failed(error)
+        return _failed(unnoted[0]) if unnoted else outcome
+
+    def _insist(self, ask: Callable[[], T]) -> T | None:
+        """What the store answers: as long as it cannot be used, again and again; None if the server stops."""
+        while True:
+            try:
+                return ask()
+            except UsoflowError as error:
+                logger.error("%s %s Trying again in %.0f s.", error.detail, error.remedy, RETRY)
+                if self._refused.wait(RETRY):
+                    return None
 
     def _note(self, running: Running, report: Report) -> None:
         running.note(report)
         if isinstance(report, Cached):
             self._store.note_cached(running.job.id, report.nodes)
+            for node, shown in report.shown.items():
+                self._store.note_output(running.job.id, node, shown)
         elif isinstance(report, Finished) and report.shown is not None:
             self._store.note_output(running.job.id, report.node, report.shown)
         self._listen(running, report)
@@ -177,6 +211,10 @@ def _end(running: Running, outcome: Outcome) -> tuple[State, dict[str, Any] | No
     if isinstance(outcome, Failed):
         return State.FAILED, _failure(running, outcome)
     return State.COMPLETED, None
+
+
+def _failed(error: UsoflowError) -> Failed:
+    return Failed(error.code, error.detail, error.remedy)
 
 
 def _seconds(job: Job) -> float:

@@ -12,6 +12,7 @@ import queue
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections import defaultdict
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from usoflow.errors import UsoflowError
-from usoflow.nodes.context import PARTIAL_SUFFIX
+from usoflow.nodes.context import PARTIAL_SUFFIX, PREVIEW_PREFIX
 from usoflow.nodes.custom_folder import with_custom
 from usoflow.schema.node import NodeRegistry
 from usoflow.schema.wire import to_json
@@ -29,6 +30,8 @@ from usoflow.service import engine
 from usoflow.service.engine import Message, Run
 from usoflow.service.jobs import JobStore
 from usoflow.settings import Folders
+
+PREVIEWS_KEPT = 24 * 3600.0  # seconds
 
 if TYPE_CHECKING:
     from usoflow.execution.executor import Executor
@@ -166,8 +169,8 @@ class Worker:
         from usoflow.execution.progress import NodeFinished, NodeProgress, NodesCached, NodeStarted
 
         match event:
-            case NodesCached(node_ids):
-                self.send(engine.Cached(node_ids))
+            case NodesCached(node_ids, shown):
+                self.send(engine.Cached(node_ids, {node: found.record() for node, found in shown.items()}))
             case NodeStarted(node, class_type):
                 self.send(engine.Started(node, class_type))
             case NodeProgress(node, step, steps, latent):
@@ -190,6 +193,14 @@ def clear_abandoned(output: Path) -> None:
                 partial.unlink()
 
 
+def clear_previews(temp: Path, *, age: float = PREVIEWS_KEPT) -> None:
+    """Remove PreviewImage's pictures older than `age` seconds: another server may show newer ones."""
+    for picture in temp.glob(f"{PREVIEW_PREFIX}*.png"):
+        with suppress(OSError):
+            if time.time() - picture.stat().st_mtime > age:
+                picture.unlink()
+
+
 def serve(registry: NodeRegistry, argument: str) -> None:
     """The life of a worker process."""
     for number in (signal.SIGINT, signal.SIGTERM):  # meant for the server, whose end is ours
@@ -199,6 +210,7 @@ def serve(registry: NodeRegistry, argument: str) -> None:
     pipe = Pipe(sys.stdin.buffer, outgoing)
     settings = WorkerSettings.from_argument(argument)
     clear_abandoned(settings.folders.output)
+    clear_previews(settings.folders.temp)
     try:
         every = with_custom(registry, settings.custom_nodes)
         worker, system = _made(settings, every, pipe.send)

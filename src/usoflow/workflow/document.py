@@ -68,14 +68,6 @@ class Graph:
     nodes: Mapping[str, DocumentNode]
     links: Mapping[str, Link]
 
-    def links_from(self, node_id: str, slot: int) -> list[tuple[str, Link]]:
-        """Links that leave an output slot, with their ids."""
-        return [
-            (key, link)
-            for key, link in self.links.items()
-            if link.origin == node_id and link.origin_slot == slot
-        ]
-
 
 @dataclass(frozen=True, slots=True)
 class Subgraph:

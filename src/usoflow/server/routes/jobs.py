@@ -43,9 +43,9 @@ def jobs(
 def job_details(server: ServerOf, job_id: str) -> JSONResponse:
     """A job with its outputs and workflow."""
     job = server.store.get(job_id)
-    if job is None:
-        return JSONResponse({"error": f"There is no job {job_id}."}, 404)
     request = server.store.request(job_id)
+    if job is None or request is None:
+        return JSONResponse({"error": f"There is no job {job_id}."}, 404)
     details = summary(job) | {
         "outputs": job.outputs,
         "workflow": {"prompt": request.prompt, "extra_data": request.extra},

@@ -36,7 +36,7 @@ def upload_image(
 ) -> Json:
     """Put a picture into the input folder (or output, temp)."""
     data = image.file.read()
-    files.check_picture(data, server.settings.limits.pixels)
+    files.read(data, server.settings.limits.pixels)
     return _stored(server, image.filename or "", data, type, subfolder, overwrite)
 
 
@@ -51,13 +51,9 @@ def upload_mask(
 ) -> Json:
     """Put a copy of a picture, with the transparency of the upload, into the input folder."""
     pixels = server.settings.limits.pixels
-    mask_data = image.file.read()
-    files.check_picture(mask_data, pixels)
-    original = _original(server, original_ref).read_bytes()
-    files.check_picture(original, pixels)
-    with files.opened(original, pixels) as picture, files.opened(mask_data, pixels) as mask:
-        full = picture.convert("RGBA")
-        full.putalpha(mask.convert("RGBA").getchannel("A").resize(full.size, Image.Resampling.LANCZOS))
+    mask = files.read(image.file.read(), pixels).convert("RGBA").getchannel("A")
+    full = files.read(_original(server, original_ref).read_bytes(), pixels).convert("RGBA")
+    full.putalpha(mask.resize(full.size, Image.Resampling.LANCZOS))
     buffer = io.BytesIO()
     full.save(buffer, "PNG", compress_level=4)
     return _stored(server, image.filename or "", buffer.getvalue(), type, subfolder, overwrite)

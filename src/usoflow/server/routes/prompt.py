@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, Query, Response
@@ -41,7 +42,7 @@ async def submit(server: ServerOf, body: AnyBody) -> JSONResponse:
 
 
 def _submit(server: Server, body: Json) -> JSONResponse:
-    if server.supervisor.stopping:
+    if not server.supervisor.alive:
         raise UsoflowError("server_stopping", "The server is stopping.")
     prompt, most = body["prompt"], server.settings.limits.nodes
     if isinstance(prompt, dict) and len(prompt) > most:
@@ -102,11 +103,11 @@ def _refusal(reason: Json, node_errors: Json) -> JSONResponse:
 def queue(server: ServerOf) -> Json:
     """What runs and what waits."""
     waiting = server.store.waiting()
-    running = [_queued(server, job) for job in waiting if job.state == State.IN_PROGRESS]
-    return {
-        "queue_running": running,
-        "queue_pending": [_queued(server, job) for job in waiting if job.state == State.PENDING],
-    }
+
+    def listed(state: State) -> list[list[Any]]:
+        return [found for job in waiting if job.state == state and (found := _queued(server, job))]
+
+    return {"queue_running": listed(State.IN_PROGRESS), "queue_pending": listed(State.PENDING)}
 
 
 @router.post("/queue")
@@ -128,14 +129,14 @@ def history(
         jobs = server.store.jobs(FINAL, limit=max_items, offset=offset, newest_first=False, started_only=True)
     else:
         jobs = server.store.jobs(FINAL, limit=max_items, started_only=True)[::-1]
-    return {job.id: _entry(server, job) for job in jobs}
+    return _entries(server, jobs)
 
 
 @router.get("/history/{job_id}")
 def history_of(server: ServerOf, job_id: str) -> Json:
     """One job that has run; empty if there is none, or it has not ended."""
     job = server.store.get(job_id)
-    return {job.id: _entry(server, job)} if job and job.state in FINAL and job.started else {}
+    return _entries(server, [job]) if job and job.state in FINAL and job.started else {}
 
 
 @router.post("/history")
@@ -161,16 +162,18 @@ def free(server: ServerOf, body: ObjectBody) -> Response:
     return Response()
 
 
-def _queued(server: Server, job: Job) -> list[Any]:
-    """A job as `/queue` and `/history` list it: [number, id, prompt, extra data, outputs]."""
+def _queued(server: Server, job: Job) -> list[Any] | None:
+    """What `/queue` and `/history` list: number, id, prompt, extra data, outputs; None if the job is gone."""
     request = server.store.request(job.id)
+    if request is None:
+        return None
     extra = {**request.extra, "create_time": job.created}
     extra |= {"client_id": request.client} if request.client else {}
     return [_whole(job.number), job.id, request.prompt, extra, list(request.targets)]
 
 
-def _entry(server: Server, job: Job) -> Json:
-    return history_entry(job, _queued(server, job))
+def _entries(server: Server, jobs: Sequence[Job]) -> Json:
+    return {job.id: history_entry(job, found) for job in jobs if (found := _queued(server, job))}
 
 
 def _whole(number: float) -> int | float:

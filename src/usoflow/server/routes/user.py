@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from fastapi.responses import FileResponse, JSONResponse
 
 from usoflow.errors import UsoflowError
 from usoflow.server.context import Json, Server, ServerOf
-from usoflow.server.files import within, write_whole
+from usoflow.server.files import is_file, is_folder, within, write_whole
 from usoflow.server.routes.body import AnyBody, ObjectBody
 
 router = APIRouter(tags=["user"])
@@ -69,7 +71,7 @@ def list_files(
 ) -> JSONResponse:
     """The files of a folder; with `full_info` as objects, with `split` as lists of path parts."""
     root = within(server.settings.user_folder, dir)
-    if not dir or not root.is_dir():
+    if not dir or not is_folder(root):
         return JSONResponse({"error": "There is no such folder."}, 404 if dir else 400)
     found = root.rglob("*") if recurse == "true" else root.glob("*")
     paths = sorted(path for path in found if path.is_file())
@@ -85,9 +87,10 @@ def move(
 ) -> JSONResponse:
     """Give a file another name."""
     source, path = _existing(server, file), within(server.settings.user_folder, target)
-    _check_free(path, overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    source.replace(path)
+    with _writing(target):
+        _check_free(path, overwrite)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        source.replace(path)
     return _written(server, path, full_info)
 
 
@@ -110,29 +113,34 @@ async def write(
 ) -> JSONResponse:
     """Write a file; the body is its content."""
     path = within(server.settings.user_folder, file)
-    _check_free(path, overwrite)
-    try:
-        write_whole(path, await request.body())
-    except OSError as error:
-        raise UsoflowError("save_failed", f"{file!r} cannot be written: {error.strerror}.") from None
+    body = await request.body()
+    with _writing(file):
+        _check_free(path, overwrite)
+        write_whole(path, body)
     return _written(server, path, full_info)
 
 
 @router.delete("/userdata/{file:path}", status_code=204)
 def delete(server: ServerOf, file: str) -> None:
     """Delete a file."""
-    _existing(server, file).unlink()
+    path = _existing(server, file)
+    with _writing(file):
+        path.unlink()
 
 
 def _existing(server: Server, name: str) -> Path:
     path = within(server.settings.user_folder, name)
-    try:
-        found = path.is_file()
-    except OSError:
-        found = False
-    if not found:
+    if not is_file(path):
         raise UsoflowError("file_not_found", f"There is no {name!r}.")
     return path
+
+
+@contextmanager
+def _writing(name: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:  # a full disk, too long a name, a file where a folder would be
+        raise UsoflowError("save_failed", f"{name!r} cannot be written: {error.strerror}.") from None
 
 
 def _check_free(path: Path, overwrite: str) -> None:
