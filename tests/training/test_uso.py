@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 import shutil
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from discs import WORLD, paint_sprites
 from usoflow.models.checkpoint import TensorFile
+from usoflow.models.flux import Flux
 from usoflow.models.library import load_flux, load_projector, load_siglip
 from usoflow.models.lora import attach
 from usoflow.models.style_projector import LEVELS
@@ -30,6 +32,7 @@ from usoflow.training.initial import initialise
 from usoflow.training.latents import LatentSet
 from usoflow.training.looks import CHANGES
 from usoflow.training.loop import Recipe, Training
+from usoflow.training.lora import add_lora, extract, lora_parameters
 from usoflow.training.painting import paint
 from usoflow.training.redraw import Pool, Redrawing, RedrawStage
 from usoflow.training.reward import StyleEncoder, StyleReward
@@ -58,8 +61,6 @@ from usoflow.training.uso import (
     Lessons,
     Teaching,
     UsoStage,
-    add_lora,
-    lora_parameters,
     new_projector,
 )
 from usoflow.training.world import World
@@ -67,7 +68,7 @@ from usoflow.training.world import World
 WHOLE = World.load()
 RECIPE = Recipe(samples=400, batch=4, rate=3e-3, warmup=0, save_every=1000)
 TOWER = TowerStage(RECIPE, dim=32, mlp_dim=32)
-STAGE = UsoStage(RECIPE, RECIPE, lessons=8, style_tokens=2, rank=4, reward_batch=2)
+STAGE = UsoStage(RECIPE, RECIPE, lessons=8, style_tokens=2, rank=4, wide_rank=8, reward_batch=2)
 SIZES = {"hidden": 64, "double": 1, "single": 1, "text_dim": 32, "text_layers": 1, "clip_dim": 32}
 
 
@@ -93,7 +94,7 @@ def teaching(sprites: Sprites, tmp_path_factory: pytest.TempPathFactory) -> Teac
     words = Vocabulary.of(tokenizer.t5(texts)), Vocabulary.of(tokenizer.clip(texts))
     pocket = Pocket(BaseStage(RECIPE, RECIPE, RECIPE, **SIZES), *words)
     initialise(pocket.flux, torch.Generator().manual_seed(0))  # as if trained: its gates are open
-    round_as_stored(pocket.flux, PREFIXES["flux"], package.TEXT_MATRICES)
+    round_as_stored(pocket.flux, PREFIXES["flux"], package.BLOCK_MATRICES)
     pocket.requires_grad_(False)
     projector = new_projector(STAGE, TOWER.grid**2, TOWER.dim, 64)
     return Teaching(pocket, projector, Lessons.of(sets, pocket.stage.tokenizer), STAGE, torch.float32)
@@ -144,17 +145,6 @@ def test_layouts_are_kept_and_shifted() -> None:
             assert moved == pytest.approx([TOKEN * step for step in told[words]])
 
 
-def test_practice_asks_for_the_moved_content(teaching: Teaching) -> None:
-    rng = np.random.default_rng(0)
-    batch, still = teaching._practice(rng, 4, reach=0)
-    assert torch.equal(still, teaching.lessons.sets["subject"].rows("content", batch.indices))
-    batch, moved = teaching._practice(rng, 4, reach=1)
-    content = teaching.lessons.sets["subject"].rows("content", batch.indices)
-    for x, y in zip(content, moved, strict=True):
-        rolled = [torch.roll(x, (2 * i, 2 * j), (1, 2)) for i in (-1, 0, 1) for j in (-1, 0, 1)]
-        assert any(torch.equal(y, other) for other in rolled)
-
-
 def test_encoded_lessons_are_the_scenes(teaching: Teaching, sprites: Sprites) -> None:
     lessons = teaching.lessons.sets["both"]
     assert lessons.rows("content", np.arange(8)).shape == (8, 16, 8, 8)
@@ -199,13 +189,14 @@ def test_style_alignment_trains_the_projector_alone(teaching: Teaching, tmp_path
 def test_lora_begins_as_nothing_and_its_file_computes_the_same(teaching: Teaching, tmp_path: Path) -> None:
     flow = teaching.flow_loss((("subject", 0.5), ("both", 0.5)), RECIPE)
     before = flow(0).item()
-    branches = add_lora(teaching.base.flux, STAGE.rank, seed=1)
+    parameters = lora_parameters(add_lora(teaching.base.flux, 4, 8, seed=1))
     assert flow(0).item() == pytest.approx(before, rel=1e-5)
-    training = Training(lora_parameters(branches), RECIPE, tmp_path / "state")
+    training = Training(parameters, RECIPE, tmp_path / "state")
     losses = [training.step(lambda _: flow(0)) for _ in range(40)]
     assert losses[-1] < losses[0]
 
-    tower = written(teaching, tmp_path, lora_parameters(branches))
+    assert all(p.any() for p in parameters.values())
+    tower = written(teaching, tmp_path, parameters)
     plain = load_flux(TensorFile.open(tower / "base.safetensors").components()["flux"])
     lora = TensorFile.open(tower / package.USO_FILES["loras"]).components()["uso_lora"]
     attach(plain, lora, 1.0)
@@ -219,7 +210,39 @@ def test_lora_begins_as_nothing_and_its_file_computes_the_same(teaching: Teachin
     )
     assert torch.allclose(got, wanted, atol=2e-2)
     assert not torch.allclose(got, plain(x, torch.tensor([0.5]), plain.prepare(*text, (8, 8))), atol=2e-2)
-    for layer in teaching.base.flux.modules():  # the fixture is shared
+    without_branches(teaching.base.flux)
+
+
+def test_of_full_rank_a_lora_begins_as_all_that_the_expert_learnt(teaching: Teaching) -> None:
+    flux, expert = teaching.base.flux, copy.deepcopy(teaching.base.flux)
+    generator = torch.Generator().manual_seed(3)
+    for name, layer in expert.named_modules():
+        if isinstance(layer, Linear) and "_blocks." in name:
+            layer.weight.add_(0.02 * torch.randn(layer.shape, generator=generator))
+    asked = {"guidance": 1.0, "references": [torch.randn(1, 16, 8, 8, generator=generator)]}
+    x, text = torch.randn(1, 16, 8, 8, generator=generator), teaching.base.encode_texts(["a cat"])
+
+    def answer(flux: Flux) -> Tensor:
+        return flux(x, torch.tensor([0.5]), flux.prepare(*text, (8, 8), **asked))
+
+    apart = {}
+    for rank in (8, 256):
+        extract(add_lora(flux, rank, 4 * rank, seed=1), flux, expert)
+        apart[rank] = (answer(flux) - answer(expert)).abs().max()
+        without_branches(flux)
+    assert apart[256] < 1e-4 < 0.9 * apart[8] < 0.9 * (answer(flux) - answer(expert)).abs().max()
+
+
+def test_of_narrow_ranks_alone_a_lora_has_bytedances_names(teaching: Teaching) -> None:
+    names = lora_parameters(add_lora(teaching.base.flux, 4, 0, seed=1))
+    without_branches(teaching.base.flux)
+    assert len(names) == 2 * (4 + 2)
+    assert all(".processor." in name for name in names)
+
+
+def without_branches(flux: Flux) -> None:
+    """Take off what a test has added: the fixture is shared."""
+    for layer in flux.modules():
         if isinstance(layer, Linear):
             layer.branches = torch.nn.ModuleList()
 

@@ -34,6 +34,7 @@ from usoflow.settings import find_folders
 from usoflow.training.base import Base, BaseStage
 from usoflow.training.captions import Ids, end_positions
 from usoflow.training.loop import LossFunction, Recipe
+from usoflow.training.lora import add_lora, lora_parameters
 from usoflow.training.plan import Plan
 from usoflow.training.reward import StyleReward, train_style_encoder
 from usoflow.training.stages import Workshop
@@ -43,9 +44,7 @@ from usoflow.training.uso import (
     StageName,
     Teaching,
     UsoStage,
-    add_lora,
     lesson_sets,
-    lora_parameters,
     new_projector,
 )
 from usoflow.training.uso_evaluate import components_of
@@ -222,9 +221,7 @@ def _learned(task: Task, teaching: Teaching) -> dict[str, nn.Parameter]:
     if not aligned.exists():
         raise UsoflowError("file_not_found", f"{aligned} is not there: run the stage style first.")
     projector.load_state_dict({name: value.float() for name, value in load_file(aligned).items()})
-    flux = teaching.base.flux
-    branches = add_lora(flux, task.rank, task.recipe.seed)
-    return lora_parameters(branches)
+    return lora_parameters(add_lora(teaching.base.flux, task.rank, 0, task.recipe.seed))
 
 
 def main(arguments: Sequence[str] | None = None) -> list[float]:

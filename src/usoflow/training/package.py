@@ -3,7 +3,7 @@
 Takes the trained `AutoEncoder` and `Pocket`; writes one safetensors file in the official key layout. What no
 tensor shape tells goes into `usoflow.config`. Matrices are stored in fp16; in fp8 (e4m3fn) are the two
 embedding tables, which are most of the rows, and, with a scale, what answers least to it: the text's own
-matrices of the double blocks, and those of the vision tower's layers.
+matrices of the double blocks, those of the single blocks, and those of the vision tower's layers.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ USO_FILES = {
     "loras": "usoflow-pocket-uso-lora.safetensors",
 }
 CLIP_TABLE = PREFIXES["clip"] + "text_model.embeddings.token_embedding.weight"
-TEXT_MATRICES = re.compile(
-    r"model\.diffusion_model\.double_blocks\.\d+\.txt_(attn|mlp|mod)\.(qkv|proj|0|2|lin)\.weight"
+BLOCK_MATRICES = re.compile(
+    r"model\.diffusion_model\.(double_blocks\.\d+\.txt_(attn|mlp|mod)\.(qkv|proj|0|2|lin)"
+    r"|single_blocks\.\d+\.(linear1|linear2|modulation\.lin))\.weight"
 )
 TOWER_MATRICES = re.compile(r"vision_model\.encoder\.layers\.\d+\.(self_attn|mlp)\..*\.weight")
 
@@ -59,7 +60,7 @@ def tensors(pocket: Pocket, vae: AutoEncoder) -> dict[str, Tensor]:
     found[T5_TABLE] = pocket.t5_words.expand(found[T5_TABLE], T5_ROWS)
     found[CLIP_TABLE] = pocket.clip_words.expand(found[CLIP_TABLE], CLIP_VOCABULARY)
     tables = {name: found.pop(name).to(fp8.STORED) for name in (T5_TABLE, CLIP_TABLE)}
-    return stored(found, TEXT_MATRICES) | tables
+    return stored(found, BLOCK_MATRICES) | tables
 
 
 def write(path: Path, pocket: Pocket, vae: AutoEncoder) -> None:

@@ -17,11 +17,9 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from usoflow.models.flux import PATCH, Flux
 from usoflow.models.style_projector import StyleProjector, StyleProjectorConfig
-from usoflow.models.weights import Linear, LowRank
 from usoflow.training.base import GUIDANCE, Base, at_rest, noised, random_numbers
 from usoflow.training.captions import CaptionTokenizer, Ids, silenced
 from usoflow.training.initial import initialise
@@ -45,17 +43,8 @@ Mix = tuple[tuple[Use, float], ...]  # shares of the uses; they add up to 1
 LESSON_SEED = 51
 DROPPED = 0.1  # of the prompts
 ROLLOUT_STEPS = 8
-PRACTICE_KEPT = 0.1  # of the batches, to the end
 TOLD = 0.6  # of the batches with pictures: a base or an expert that is told what they show is the teacher
 TOLD_STYLE = 1.0  # how far its answer goes beyond, away from that without the name
-# ByteDance's names of a block's low-rank pairs, the layer of each, and whether only q, k and v change.
-DOUBLE_PAIRS = {
-    "qkv_lora1": "img_attn.qkv",
-    "proj_lora1": "img_attn.proj",
-    "qkv_lora2": "txt_attn.qkv",
-    "proj_lora2": "txt_attn.proj",
-}
-SINGLE_PAIRS = {"qkv_lora": "linear1", "proj_lora": "linear2"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +55,8 @@ class UsoStage:
         style, subject: length and speed of the two stages.
         lessons: triplets of each use that are encoded once.
         style_tokens: per level of the projector.
-        rank: of the LoRA.
+        rank, wide_rank: of the LoRA, see `lora.add_lora`.
         style_mix, subject_mix: how often each use is shown in each stage.
-        practice: samples of `subject` over which practice gives way to lessons, see `Teaching.flow_loss`.
         guidance: with which the LoRA learns to answer, see `Teaching.target`; 1 is none.
         reward_from: part of a stage after which style reward learning begins.
         reward_every: steps from one with a reward to the next.
@@ -81,11 +69,11 @@ class UsoStage:
     lessons: int = 12_000
     style_tokens: int = 8
     rank: int = 32
+    wide_rank: int = 0
     style_mix: Mix = (("style", 0.9), ("text", 0.1))
     subject_mix: Mix = (
         ("subject", 0.45), ("both", 0.35), ("style", 0.15), ("text", 0.05),
     )  # fmt: skip
-    practice: int = 0
     guidance: float = 1.0
     reward_from: float = 0.75
     reward_every: int = 4
@@ -102,34 +90,6 @@ def new_projector(stage: UsoStage, patches: int, vision_dim: int, hidden: int) -
     module = StyleProjector(StyleProjectorConfig(patches, stage.style_tokens, vision_dim, hidden))
     initialise(module, torch.Generator().manual_seed(stage.style.seed))
     return module
-
-
-def add_lora(flux: Flux, rank: int, seed: int) -> dict[str, LowRank]:
-    """Append a trainable branch to each layer that USO's LoRA changes; by name in ByteDance's layout.
-
-    The lower matrices are normal with variance 1 / inputs, the upper ones zero (arXiv 2106.09685).
-    """
-    generator = torch.Generator().manual_seed(seed)
-    branches: dict[str, LowRank] = {}
-    for blocks, pairs in (("double_blocks", DOUBLE_PAIRS), ("single_blocks", SINGLE_PAIRS)):
-        for number, block in enumerate(getattr(flux, blocks)):
-            for name, layer_name in pairs.items():
-                layer: Linear = block.get_submodule(layer_name)
-                rows, inputs = layer.shape
-                rows = 3 * flux.config.hidden if name == "qkv_lora" else rows
-                device = layer.weight.device
-                down = (torch.randn(rank, inputs, generator=generator) / inputs**0.5).to(device)
-                up = torch.zeros(rows, rank, device=device)
-                branch = LowRank(down.requires_grad_(), up.requires_grad_(), strength=1.0)
-                layer.branches.append(branch)
-                branches[f"{blocks}.{number}.processor.{name}"] = branch
-    return branches
-
-
-def lora_parameters(branches: Mapping[str, LowRank]) -> dict[str, nn.Parameter]:
-    """The branches' parameters by their names in a file."""
-    named = {f"{stem}.down.weight": branch.down for stem, branch in branches.items()}
-    return named | {f"{stem}.up.weight": branch.up for stem, branch in branches.items()}
 
 
 def lesson_sets(
@@ -248,23 +208,13 @@ class Teaching:
         )
         return answer.float()
 
-    def flow_loss(
-        self, mix: Mix, recipe: Recipe, *, guidance: float = GUIDANCE, practice: int = 0
-    ) -> LossFunction:
-        """Flow matching on a mix of uses, one use per batch.
-
-        At first many batches are practice: what is to be drawn is the content picture itself, then the same
-        moved by whole tokens. A frozen base does not look at references; from lessons alone, in which most of
-        a picture does not come from them, a LoRA did not learn it in 45 000 samples, from practice in 5 000.
-        """
+    def flow_loss(self, mix: Mix, recipe: Recipe, *, guidance: float = GUIDANCE) -> LossFunction:
+        """Flow matching on a mix of uses, one use per batch."""
 
         def loss_of(done: int) -> Tensor:
             rng = np.random.default_rng((recipe.seed, done))
-            if practice and rng.random() < max(1 - done / practice, PRACTICE_KEPT):
-                batch, x = self._practice(rng, recipe.batch, reach=_reach(done / practice))
-            else:
-                batch = self.lessons.choose(mix, rng, recipe.batch, told=0.0 if self.plain is None else TOLD)
-                x = self.lessons.sets[batch.use].rows("target", batch.indices)
+            batch = self.lessons.choose(mix, rng, recipe.batch, told=0.0 if self.plain is None else TOLD)
+            x = self.lessons.sets[batch.use].rows("target", batch.indices)
             numbers = random_numbers(x.device, recipe.seed, done)
             sigma, x_s, noise = noised(x, self.base.stage, numbers)
             got = self.velocity(batch, x_s, sigma, guidance=guidance)
@@ -297,17 +247,6 @@ class Teaching:
             return redrawn(self.expert, x_s, sigma, text, content, dtype=self.dtype)
         away = words(self.lessons.silence(len(x_s)), guidance=1.0)
         return at_rest(straight, got, away, self.stage.guidance)
-
-    def _practice(self, rng: np.random.Generator, count: int, *, reach: int) -> tuple[Batch, Tensor]:
-        """Lessons without words, and their content latents, each moved by at most `reach` tokens."""
-        batch = self.lessons.choose((("subject", 1.0),), rng, count)
-        content = self.lessons.sets["subject"].rows("content", batch.indices)
-        shifts = PATCH * rng.integers(-reach, reach + 1, (count, 2))
-        moved = [
-            torch.roll(x, (int(down), int(right)), dims=(1, 2))
-            for x, (down, right) in zip(content, shifts, strict=True)
-        ]
-        return Batch("subject", batch.indices, self.lessons.silence(count)), torch.stack(moved)
 
     def reward_loss(self, mix: Mix, recipe: Recipe, reward: StyleReward) -> LossFunction:
         """Style reward of pictures begun without and finished with gradients, as a loss."""
@@ -344,11 +283,10 @@ class Teaching:
     def loss(self, name: StageName, reward: StyleReward) -> LossFunction:
         """Flow matching and, from the stage's part on and now and then, the reward beside it."""
         recipe, mix = self.stage.of(name)
-        practice = self.stage.practice if name == "subject" else 0
         # Without guidance to learn, the projector is taught on the base's plain answer; the LoRA, which may
         # change that answer, always at the guidance at which workflows ask.
         guidance = 1.0 if name == "style" and self.plain is None else GUIDANCE
-        flow = self.flow_loss(mix, recipe, guidance=guidance, practice=practice)
+        flow = self.flow_loss(mix, recipe, guidance=guidance)
         rewarded = self.reward_loss(mix, recipe, reward)
 
         def loss_of(done: int) -> Tensor:
@@ -370,8 +308,3 @@ def _words_alone(
 ) -> Tensor:
     """A base's answer to prompts without pictures."""
     return base.velocity(x, sigma, base.encode(*ids), guidance=guidance, dtype=dtype).float()
-
-
-def _reach(part: float) -> int:
-    """How many tokens far practice moves a picture, after a part of the practice."""
-    return 0 if part < 0.1 else 1

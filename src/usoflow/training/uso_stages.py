@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from usoflow.models.style_projector import StyleProjector
 from usoflow.models.vae import LatentFormat
 from usoflow.models.vision import SiglipVision
-from usoflow.models.weights import LowRank
 from usoflow.training import autoencoder, package
-from usoflow.training.base import Pocket
+from usoflow.training.base import Base, Pocket
 from usoflow.training.loop import LossFunction, load_average
+from usoflow.training.lora import LoraPair, add_lora, extract, lora_parameters
 from usoflow.training.redraw import Pool, Redrawing
 from usoflow.training.reward import StyleEncoder, StyleReward, train_style_encoder
 from usoflow.training.stages import Workshop
@@ -36,9 +36,7 @@ from usoflow.training.uso import (
     Lessons,
     StageName,
     Teaching,
-    add_lora,
     lesson_sets,
-    lora_parameters,
     new_projector,
 )
 from usoflow.training.uso_judge import train_uso_judge, write_uso_judge
@@ -83,21 +81,22 @@ def style(workshop: Workshop) -> None:
 
 
 def subject(workshop: Workshop) -> None:
-    """Content-style disentanglement: train the LoRA beside the frozen projector."""
+    """Content-style disentanglement: train the LoRA, beside the frozen projector, from what the expert is."""
     plain, expert = workshop.finished().requires_grad_(False), workshop.pocket().requires_grad_(False)
     workshop.load(expert, "redraw")
     teaching = dataclasses.replace(_teaching(workshop), plain=plain, expert=expert)
     load_average(workshop.folder / "style", dict(teaching.projector.named_parameters()))
-    branches = add_lora(teaching.base.flux, teaching.stage.rank, teaching.stage.subject.seed)
-    _run(workshop, teaching, lora_parameters(branches), "subject")
+    pairs = _lora(workshop, teaching.base)
+    extract(pairs, plain.flux, expert.flux)
+    _run(workshop, teaching, lora_parameters(pairs), "subject")
 
 
 def package_all(workshop: Workshop) -> None:
     """Write the checkpoint and, once they are trained, the files of USO."""
     workshop.package()
     if (workshop.folder / "subject" / "state.pt").exists():
-        projector, branches = trained(workshop, workshop.finished())
-        package.write_uso(workshop.folder, _tower(workshop), projector, lora_parameters(branches))
+        projector, lora = trained(workshop, workshop.finished())
+        package.write_uso(workshop.folder, _tower(workshop), projector, lora)
 
 
 def uso_judge(workshop: Workshop) -> None:
@@ -107,14 +106,13 @@ def uso_judge(workshop: Workshop) -> None:
     write_uso_judge(judge, workshop.folder)
 
 
-def trained(workshop: Workshop, pocket: Pocket) -> tuple[StyleProjector, dict[str, LowRank]]:
-    """The trained projector, and the trained LoRA, attached to `pocket`."""
-    stage = workshop.plan.uso
+def trained(workshop: Workshop, pocket: Pocket) -> tuple[StyleProjector, dict[str, nn.Parameter]]:
+    """The trained projector, and the trained LoRA, attached to `pocket`, by its names in a file."""
     projector = _projector(workshop)
     load_average(workshop.folder / "style", dict(projector.named_parameters()))
-    branches = add_lora(pocket.flux, stage.rank, stage.subject.seed)
-    load_average(workshop.folder / "subject", lora_parameters(branches))
-    return projector, branches
+    lora = lora_parameters(_lora(workshop, pocket))
+    load_average(workshop.folder / "subject", lora)
+    return projector, lora
 
 
 def _teaching(workshop: Workshop) -> Teaching:
@@ -165,6 +163,11 @@ def _encoders(workshop: Workshop) -> Encoders:
 
 def _tower(workshop: Workshop) -> SiglipVision:
     return train_tower(workshop.sprites, workshop.plan.tower, workshop.folder / "tower", workshop.device)
+
+
+def _lora(workshop: Workshop, base: Base) -> list[LoraPair]:
+    stage = workshop.plan.uso
+    return add_lora(base.flux, stage.rank, stage.wide_rank, stage.subject.seed)
 
 
 def _projector(workshop: Workshop) -> StyleProjector:
