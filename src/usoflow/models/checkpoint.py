@@ -139,7 +139,7 @@ class TensorFile:
         Raises:
             UsoflowError: `tensor_unknown` if a tensor belongs to no recognised model.
         """
-        found = {kind: prefix for kind in SIGNATURES if (prefix := self._prefix(kind)) is not None}
+        found = self._prefixes()
         self._refuse_strays(found)
         return {kind: self._component(kind, prefix) for kind, prefix in found.items()}
 
@@ -149,7 +149,7 @@ class TensorFile:
         Raises:
             UsoflowError: `model_kind` if the file holds none, naming what it holds instead; `tensor_unknown`.
         """
-        if self._prefix(kind) is None:
+        if kind not in self._prefixes():
             raise UsoflowError(
                 "model_kind",
                 f"{self.path.name} holds no {KIND_NAMES[kind]}; it holds {self.describe()}.",
@@ -158,8 +158,14 @@ class TensorFile:
 
     def describe(self) -> str:
         """What the file holds, in words: 'FLUX.1 transformer, FLUX VAE' or 'nothing usoflow knows'."""
-        kinds = [KIND_NAMES[kind] for kind in SIGNATURES if self._prefix(kind) is not None]
-        return ", ".join(kinds) or "nothing usoflow knows"
+        return ", ".join(KIND_NAMES[kind] for kind in self._prefixes()) or "nothing usoflow knows"
+
+    def _prefixes(self) -> dict[str, str]:
+        """The kinds of model in this file, with what precedes the names of their tensors."""
+        found = {kind: prefix for kind in SIGNATURES if (prefix := self._prefix(kind)) is not None}
+        if "uso_lora" in found:  # its further pairs may have the names of other trainers
+            found.pop("lora", None)
+        return found
 
     def _prefix(self, kind: str) -> str | None:
         pattern = SIGNATURES[kind]
