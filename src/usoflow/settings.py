@@ -31,7 +31,7 @@ MODEL_FOLDERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "clip_vision": ("clip_vision", "clip_visions"),
     }
 )
-MODEL_SUFFIXES = (".safetensors", ".gguf")
+MODEL_SUFFIXES = (".safetensors", ".sft", ".gguf")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 EXTRA_PATHS_FILE = "extra_model_paths.yaml"
 

@@ -67,3 +67,40 @@ def test_a_folder_that_is_not_there(workflow: Workflow, tmp_path: Path) -> None:
     with pytest.raises(UsoflowError) as caught:
         workflow.save(tmp_path / "none" / "saved.json")
     assert caught.value.code == "output_unwritable"
+
+
+def test_a_seed_from_a_primitive(tmp_path: Path) -> None:
+    prompt = small.text_to_image()
+    prompt["number"] = {"class_type": "PrimitiveInt", "inputs": {"value": 4}}
+    prompt["sampler"]["inputs"]["seed"] = ["number", 0]
+    (tmp_path / "prompt.json").write_text(json.dumps(prompt))
+    workflow = Workflow.load(tmp_path / "prompt.json")
+    assert workflow.seeds == (4,)
+    changed = workflow.with_seed(7)
+    assert changed.to_prompt()["number"]["inputs"]["value"] == 7
+    assert changed.seeds == (7,)
+
+
+def test_a_seed_that_cannot_be_set_is_an_error(tmp_path: Path) -> None:
+    prompt = small.text_to_image()
+    prompt["sampler"]["inputs"]["seed"] = ["else", 0]
+    prompt["else"] = {"class_type": "Other", "inputs": {}}
+    (tmp_path / "prompt.json").write_text(json.dumps(prompt))
+    with pytest.raises(UsoflowError) as caught:
+        Workflow.load(tmp_path / "prompt.json").with_seed(7)
+    assert caught.value.code == "set_invalid"
+
+
+def test_an_optional_input_that_the_prompt_leaves_out(tmp_path: Path) -> None:
+    prompt = {
+        "1": {
+            "class_type": "DualCLIPLoader",
+            "inputs": {"clip_name1": "a", "clip_name2": "b", "type": "flux"},
+        }
+    }
+    (tmp_path / "prompt.json").write_text(json.dumps(prompt))
+    workflow = Workflow.load(tmp_path / "prompt.json")
+    assert workflow.assign("1.device=cpu").to_prompt()["1"]["inputs"]["device"] == "cpu"
+    with pytest.raises(UsoflowError) as caught:
+        workflow.assign("1.devise=cpu")
+    assert "device" in caught.value.detail

@@ -18,6 +18,7 @@ from PIL import Image
 from shell import Done, usoflow
 from usoflow.api.official import LAYOUT_NOTE
 from usoflow.api.workflow import Workflow
+from usoflow.errors import UsoflowError
 from usoflow.nodes import registry
 from usoflow.workflow import metadata
 from usoflow.workflow.loading import load_json
@@ -216,3 +217,47 @@ def test_mistakes(small_options: list[str], arguments: list[str], code: int, sai
     done = usoflow("generate", "a cat", *small_options, *arguments)
     assert done.code == code
     assert said in done.err
+
+
+def test_json_tells_what_is_done_when_a_later_picture_fails(
+    small_options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from usoflow.cli import generate
+
+    calls = []
+
+    def second_fails(*given: Any, **more: Any) -> Any:
+        calls.append(given)
+        if len(calls) == 2:
+            raise UsoflowError("out_of_memory", "it was too much")
+        return execute(*given, **more)
+
+    execute = generate.execute
+    monkeypatch.setattr(generate, "execute", second_fails)
+    done = usoflow("generate", "a cat", "--count", "3", "--json", *small_options)
+    said = json.loads(done.out)
+    assert (done.code, said["error"]["code"]) == (6, "out_of_memory")
+    assert [Path(path).is_file() for path in said["images"]] == [True]
+    assert len(said["seeds"]) == 1
+
+
+def test_an_output_that_cannot_be_written_is_told_before_anything_is_computed(
+    small_options: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    done = usoflow("generate", "a cat", *small_options, "--output", tmp_path / "file" / "folder")
+    assert (done.code, done.out) == (6, "")
+    assert "--output" in done.err
+    assert "KSampler" not in done.err
+
+
+def test_a_console_without_the_sign() -> None:
+    """≈ in a code page of Windows."""
+    done = subprocess.run(
+        [sys.executable, "-m", "usoflow", "models"],
+        env=os.environ | {"PYTHONIOENCODING": "cp1252:strict"},
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"Traceback" not in done.stderr

@@ -200,6 +200,15 @@ class TestCache:
         assert second.cached == ["show"]
         assert plain.events == [NodesCached(("show",), first.shown)]
 
+    def test_a_picture_that_was_removed_is_written_again(self, bench: Bench) -> None:
+        bench.run(small.text_to_image())
+        before = bench.output()
+        for path in (bench.root / "output").glob("*.png"):
+            path.unlink()
+        bench.run(small.text_to_image())
+        assert bench.ran == ["save"]
+        assert torch.equal(bench.output(), before)
+
     def test_what_follows_a_change_runs_again(self, plain: Bench, calls: list[str]) -> None:
         plain.run(DIAMOND, "show")
         result = plain.run(small.with_inputs(DIAMOND, "right", b="R"), "show")

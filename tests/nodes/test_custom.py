@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from usoflow.api.workflow import Workflow
 from usoflow.errors import UsoflowError
 from usoflow.execution.executor import Executor, NodeError, RunResult
 from usoflow.models.library import ModelLibrary
@@ -189,3 +190,38 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UsoflowError) as caught:
         with_custom(registry(), tmp_path / "none")
     assert caught.value.code == "file_not_found"
+
+
+FIELDS = """
+class Fields:
+    CATEGORY, RETURN_TYPES, FUNCTION = "test", ("STRING",), "run"
+    @classmethod
+    def INPUT_TYPES(s): return {"required": {
+        "mode": (["a", "b"], {"control_after_generate": True}),
+        "text": ("STRING", {"dynamicPrompts": True}), "k": ("INT", {"default": 1})},
+        "optional": {"more": ("INT", {"default": 0})}}
+    def run(self, mode, text, k, more=0): return (text,)
+NODE_CLASS_MAPPINGS = {"Fields": Fields}
+"""
+
+
+def test_the_editors_own_fields_of_a_custom_node(tmp_path: Path) -> None:
+    """A control beside a list; alternatives in a text; values that are set show in the graph."""
+    (tmp_path / "fields.py").write_text(FIELDS)
+    nodes = with_custom(registry(), tmp_path)
+    fields = {
+        "id": 1,
+        "type": "Fields",
+        "mode": 0,
+        "inputs": [],
+        "outputs": [{"name": "STRING", "type": "STRING"}],
+    }
+    fields["widgets_values"] = ["a", "fixed", "{x|y}", 3, 4]
+    graph = {"nodes": [fields], "links": [], "version": 0.4}
+    (tmp_path / "graph.json").write_text(json.dumps(graph))
+    workflow = Workflow.load(tmp_path / "graph.json", nodes=nodes)
+    assert workflow.prompt.nodes["1"].inputs == {"mode": "a", "text": "x", "k": 3, "more": 4}
+    changed = workflow.set("Fields.k", 5)
+    assert changed.prompt.nodes["1"].inputs["k"] == 5
+    assert changed.ui is not None
+    assert changed.ui["nodes"][0]["widgets_values"] == ["a", "fixed", "{x|y}", 5, 4]

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from usoflow.errors import UsoflowError
-from usoflow.nodes.pictures import read_picture, write_pictures
+from usoflow.nodes.pictures import read_picture, write_pictures, write_upright
+from usoflow.server.files import content_type
 from usoflow.workflow import metadata
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
@@ -324,3 +325,39 @@ class TestWriting:
         assert done.stdout.startswith("save_failed")
         assert "File too large" in done.stdout
         assert list(tmp_path.iterdir()) == []
+
+
+class TestFromMemory:
+    def test_it_reads_as_its_file_does(self, tmp_path: Path) -> None:
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        file = saved(tmp_path, picture(8, 4), "phone.jpg", exif=exif)
+        write_upright(Image.open(file), tmp_path / "copy.png")
+        assert np.array_equal(read_picture(file)[0], read_picture(tmp_path / "copy.png")[0])
+
+    @pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "HSV", "F", "RGBX", "PA", "I;16", "1"])
+    def test_in_any_mode(self, tmp_path: Path, mode: str) -> None:
+        write_upright(Image.new(mode, (5, 3)), tmp_path / "copy.png")
+        assert read_picture(tmp_path / "copy.png")[0].shape == (1, 3, 5, 3)
+
+    def test_what_cannot_be_read_is_refused(self, tmp_path: Path) -> None:
+        whole = saved(tmp_path, picture(40, 40)).read_bytes()
+        with pytest.raises(UsoflowError) as caught:
+            write_upright(Image.open(io.BytesIO(whole[:200])), tmp_path / "copy.png")
+        assert caught.value.code == "image_invalid"
+
+
+def test_of_a_cameras_jpeg_the_first_picture_counts(tmp_path: Path) -> None:
+    """What else is in an MPO file are previews and maps of the same scene."""
+    file = saved(
+        tmp_path,
+        picture(16, 8),
+        "camera.jpg",
+        format="MPO",
+        save_all=True,
+        append_images=[picture(16, 8, seed=1)],
+    )
+    with Image.open(file) as opened:
+        assert (opened.format, opened.n_frames) == ("MPO", 2)
+    assert read_picture(file)[0].shape == (1, 8, 16, 3)
+    assert content_type(file) == "image/jpeg"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from itertools import pairwise
@@ -11,9 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from usoflow.models.checkpoint import TensorFile
+from usoflow.models.checkpoint import Component, TensorFile
 from usoflow.models.library import ModelLibrary
 from usoflow.models.placement import Placement
 from usoflow.nodes import conditioning, custom_sampling, latent_batch, sampling, uso
@@ -286,8 +289,26 @@ def test_the_seed_of_a_later_part_decides_its_step_noise(tools: Tools) -> None:
 def test_a_files_own_latent_format_is_used(tools: Tools, monkeypatch: pytest.MonkeyPatch) -> None:
     """The transformer sees the same; what leaves it is scaled and shifted as the file declares."""
     official = whole(tools, empty())
-    settings = {"scale": 0.5, "shift": -0.25}
+    declared, asked = {"scale": 0.5, "shift": -0.25}, Component.setting
     monkeypatch.setattr(
-        type(tools.model.flux), "setting", lambda self, name, default: settings.get(name, default)
+        Component, "setting", lambda *given: declared[given[1]] if given[1] in declared else asked(*given)
     )
     assert torch.allclose((whole(tools, empty()) + 0.25) * 0.5, (official - SHIFT) * SCALE, atol=1e-5)
+
+
+def test_a_transformer_without_guidance_has_schnells_schedule(tools: Tools, tmp_path: Path) -> None:
+    """BFL's `get_schedule(..., shift=(name != "flux-schnell"))`: four equal steps."""
+    file = tools.model.flux.file.path
+    named = {name: tensor for name, tensor in load_file(file).items() if "guidance_in" not in name}
+    with safe_open(file, "pt") as opened:
+        declared = json.loads((opened.metadata() or {}).get("usoflow.config", "{}"))
+    save_file(named, tmp_path / "schnell.safetensors", {"usoflow.config": json.dumps(declared)})
+    model = ModelHandle(TensorFile.open(tmp_path / "schnell.safetensors").component("flux"))
+    levels = custom_sampling.basic_scheduler(model, "simple", 4)
+    assert torch.allclose(levels, torch.tensor([1, 0.75, 0.5, 0.25, 0]))
+    assert custom_sampling.basic_scheduler(tools.model, "simple", 4)[1] > 0.9
+
+
+def test_the_scheduler_node_gives_no_more_levels_than_steps(tools: Tools) -> None:
+    assert len(sigmas("ddim_uniform", 30, 1.0, schedule=FluxSchedule())) == 32
+    assert len(custom_sampling.basic_scheduler(tools.model, "ddim_uniform", 30)) == 31

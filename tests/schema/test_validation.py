@@ -390,3 +390,19 @@ def test_strange_links_are_errors_not_exceptions(link: Any) -> None:
     result = run(setting("31", model=link))
     assert result.outputs == ()
     assert list(result.node_errors) == ["31"]
+
+
+def test_a_windows_name_of_a_model_in_a_folder() -> None:
+    class InFolder(Files):
+        def list(self, folder: str) -> list[str]:
+            return ["flux/a.safetensors"]
+
+    result = validate(with_checkpoint("flux\\a.safetensors"), registry(), InFolder())
+    assert result.error is None
+    assert result.prompt["30"]["inputs"]["ckpt_name"] == "flux/a.safetensors"
+
+
+def with_checkpoint(name: str) -> dict[str, Json]:
+    graph = prompt()
+    setting("30", ckpt_name=name)(graph)
+    return graph

@@ -263,3 +263,8 @@ def test_wrong_links(link: Any) -> None:
     with pytest.raises(UsoflowError) as raised:
         document.parse({"nodes": [], "links": [link]})
     assert raised.value.code == "workflow_invalid"
+
+
+def test_the_upload_button_stands_after_the_last_required_field() -> None:
+    load = node(1, "LoadImageMask", outputs="MASK", widgets_values=["m.png", "red", "image"])
+    assert inputs(workflow([load], []))["1"] == {"image": "m.png", "channel": "red"}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
 
 from usoflow.api.workflow import Workflow
 from usoflow.errors import UsoflowError
@@ -12,6 +14,8 @@ from usoflow.schema.node import NodeRegistry
 from usoflow.schema.validation import ValidationResult, validate
 from usoflow.settings import Folders
 from usoflow.workflow.prompt import Prompt
+
+SAVES: Final = "SaveImage"
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ def check(workflow: Workflow, folders: Folders, nodes: NodeRegistry) -> Job:
     """Validate a workflow against the nodes and files that there are. Imports no torch.
 
     Raises:
-        UsoflowError: `prompt_invalid` or `model_missing`, with every reason and its remedy.
+        UsoflowError: `prompt_invalid` or `model_missing`, with every reason and its remedy; `save_failed`.
     """
     from usoflow.catalogue import missing_file_remedy
 
@@ -46,13 +50,17 @@ def check(workflow: Workflow, folders: Folders, nodes: NodeRegistry) -> Job:
     if checked.error is not None:
         raise _error(checked)
     left_out = tuple(f"left out: {line}" for line in _lines(checked))
-    valid = Workflow(
-        Prompt.parse(checked.prompt),
-        workflow.ui,
-        pictures=workflow.pictures,
-        source=workflow.source,
-    )
+    if any(checked.prompt[target]["class_type"] == SAVES for target in checked.outputs):
+        _check_writable(folders.output)
+    valid = replace(workflow, prompt=Prompt.parse(checked.prompt), warnings=())
     return Job(valid, checked.outputs, folders, workflow.warnings + left_out)
+
+
+def _check_writable(folder: Path) -> None:
+    """Before minutes are spent on what could not be kept."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise UsoflowError("save_failed", f"{folder} is no folder that can be written to.")
 
 
 def _error(checked: ValidationResult) -> UsoflowError:
@@ -89,6 +97,8 @@ def _remedies(checked: ValidationResult) -> Iterator[str]:
             if remedy := error["extra_info"].get("remedy"):
                 yield remedy
                 yield f"Another file is named with --set {node_id}.{error['extra_info']['input_name']}=NAME."
+            elif error["type"] == "value_not_in_list":
+                yield f"Another value is set with --set {node_id}.{error['extra_info']['input_name']}=VALUE."
             elif error["type"] == "custom_validation_failed" and entry["class_type"] == "LoadImage":
                 yield f"Give the picture with --image {node_id}=PATH, or its folder with --input DIR."
     if checked.error and checked.error["type"] == "invalid_prompt":

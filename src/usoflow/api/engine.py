@@ -236,7 +236,9 @@ class Engine:
         self._temp = self._temp or tempfile.TemporaryDirectory(prefix="usoflow-")
         number = sum(1 for _ in Path(self._temp.name).iterdir())
         path = Path(self._temp.name) / f"picture_{number}.png"
-        picture.save(path)
+        from usoflow.nodes.pictures import write_upright
+
+        write_upright(picture, path)
         return path
 
     def _folders(self, workflow: Workflow) -> Folders:
@@ -251,10 +253,9 @@ class Engine:
     def _result(self, job: Job, done: RunResult) -> Result:
         assert self._executor is not None
         placement = self._executor.library.placement
-        roots = {"output": job.folders.output, "temp": job.folders.temp}
-        images = [image for shown in done.shown.values() for image in shown.images]
+        images = [image.path(job.folders) for shown in done.shown.values() for image in shown.images]
         return Result(
-            paths=tuple(roots[image.type] / image.subfolder / image.filename for image in images),
+            paths=tuple(path for path in images if path is not None),
             seeds=job.workflow.seeds,
             seconds=done.seconds,
             nodes=done.finished,

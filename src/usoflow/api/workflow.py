@@ -11,7 +11,7 @@ from typing import Any, Final, Self
 
 from usoflow.errors import UsoflowError
 from usoflow.schema.node import NodeRegistry
-from usoflow.workflow.prompt import Prompt
+from usoflow.workflow.prompt import Prompt, link_of
 
 SEEDS: Final = ("seed", "noise_seed")
 NOT_SHOWN: Final = (
@@ -30,6 +30,7 @@ class Workflow:
         pictures: files given for LoadImage nodes, by the name that the prompt uses.
         source: the file it was loaded from, whose folder is searched for pictures last.
         warnings: what the conversion from the UI graph found odd.
+        nodes: the node types that there are; None is usoflow's own.
     """
 
     prompt: Prompt
@@ -37,6 +38,7 @@ class Workflow:
     pictures: Mapping[str, Path] = field(default_factory=dict)
     source: Path | None = None
     warnings: tuple[str, ...] = ()
+    nodes: NodeRegistry | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def load(cls, file: str | Path, *, nodes: NodeRegistry | None = None) -> Self:
@@ -53,7 +55,7 @@ class Workflow:
 
         loaded = load(file, nodes or registry())
         source = None if str(file).startswith(TEMPLATE) else Path(file)
-        return cls(loaded.prompt, loaded.workflow, source=source, warnings=loaded.warnings)
+        return cls(loaded.prompt, loaded.workflow, source=source, warnings=loaded.warnings, nodes=nodes)
 
     def set(self, target: str, value: object) -> Self:
         """With another value for an input, named "NODE.INPUT"; NODE is an id, title or type.
@@ -93,16 +95,37 @@ class Workflow:
         return given._with({(key, "image"): name})
 
     def with_seed(self, seed: int) -> Self:
-        """With the seed of every sampler set; a seed that comes through a link stays."""
-        nodes = self.prompt.nodes.items()
-        own = [(key, name) for key, node in nodes for name in SEEDS if isinstance(node.inputs.get(name), int)]
+        """With the seed of every sampler set, also where it is the number of a PrimitiveInt.
+
+        Raises:
+            UsoflowError: `set_invalid` if all seeds come from other nodes.
+        """
+        own = self._seeds()
+        elsewhere = [key for key, node in self.prompt.nodes.items() if any(s in node.inputs for s in SEEDS)]
+        if elsewhere and not own:
+            raise UsoflowError(
+                "set_invalid", f"the seed of node {elsewhere[0]} comes from another node: set it there"
+            )
         return self._with(dict.fromkeys(own, seed))
 
     @property
     def seeds(self) -> tuple[int, ...]:
         """The seeds of its samplers, each once."""
-        values = (node.inputs.get(name) for node in self.prompt.nodes.values() for name in SEEDS)
-        return tuple(dict.fromkeys(value for value in values if isinstance(value, int)))
+        return tuple(dict.fromkeys(self._seeds().values()))
+
+    def _seeds(self) -> dict[tuple[str, str], int]:
+        """The seeds by the node and input that has the number."""
+        nodes, found = self.prompt.nodes, {}
+        for key, node in nodes.items():
+            for name in SEEDS:
+                place, value = (key, name), node.inputs.get(name)
+                if (link := link_of(value)) and (origin := nodes.get(link[0])):
+                    place, value = (link[0], "value"), None
+                    if origin.class_type == "PrimitiveInt":
+                        value = origin.inputs.get("value")
+                if isinstance(value, int):
+                    found[place] = value
+        return found
 
     def to_prompt(self) -> dict[str, Any]:
         """The prompt in the form that ComfyUI's API takes."""
@@ -128,11 +151,10 @@ class Workflow:
         prompt = self._set(values)
         if self.ui is None or not values:
             return replace(self, prompt=prompt)
-        from usoflow.nodes import registry
         from usoflow.workflow.editing import with_values
 
         stored = {(key, name): prompt.nodes[key].inputs[name] for key, name in values}
-        edited = with_values(self.ui, stored, registry())
+        edited = with_values(self.ui, stored, self._registry())
         if edited is None:
             lost = NOT_SHOWN.format(", ".join(".".join(field) for field in values))
             return replace(self, prompt=prompt, ui=None, warnings=(*self.warnings, lost))
@@ -142,8 +164,18 @@ class Workflow:
     def _set(self, values: Mapping[tuple[str, str], object]) -> Prompt:
         prompt = self.prompt
         for (key, name), value in values.items():
-            prompt = prompt.set(key, name, value)
+            prompt = prompt.set(key, name, value, optional=self._fields(key))
         return prompt
+
+    def _fields(self, key: str) -> tuple[str, ...]:
+        """What can be set of a node, whether or not the prompt does."""
+        entry = self._registry().get(self.prompt.nodes[key].class_type)
+        return tuple(spec.name for spec in entry.schema.inputs if spec.is_widget) if entry else ()
+
+    def _registry(self) -> NodeRegistry:
+        from usoflow.nodes import registry
+
+        return registry() if self.nodes is None else self.nodes
 
 
 def free_name(name: str, taken: Container[object]) -> str:

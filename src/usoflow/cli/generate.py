@@ -119,11 +119,17 @@ def generate(
         vram=vram,
         compiled=compiled,
     )
-    results = []
-    for result in _run(engine, wanted, assignments or [], save_workflow, quiet=as_json):
-        results.append(result)
-        if not as_json:  # at once: what is done is not lost with what fails later
-            print(report.as_text(result), flush=True)
+    results: list[Result] = []
+    try:
+        for result in _run(engine, wanted, assignments or [], save_workflow, quiet=as_json):
+            results.append(result)
+            if not as_json:  # at once: what is done is not lost with what fails later
+                print(report.as_text(result), flush=True)
+    except UsoflowError as error:
+        if not (as_json and results):
+            raise
+        print(json.dumps(_record(request, results) | {"error": report.error_record(error)}))
+        raise typer.Exit(error.exit_code) from None
     columns = len(sweeps[-1][1]) * count if sweeps else None
     written = _write_sheet(wanted, results, columns) if sheet or sweeps else None
     _print(request, results, written, as_json=as_json)
@@ -172,17 +178,20 @@ def _variants(request: Request, count: int, sweeps: Sequence[tuple[str, Sequence
 
 def _print(request: Request, results: Sequence[Result], sheet: Path | None, *, as_json: bool) -> None:
     if as_json:
-        record = {
-            "images": [str(path) for result in results for path in result.paths],
-            "seeds": [seed for result in results for seed in result.seeds],
-            "sheet": None if sheet is None else str(sheet),
-            "notes": list(request.notes),
-            "runs": [report.as_record(result) for result in results],
-        }
-        print(json.dumps(record))
+        print(json.dumps(_record(request, results, sheet)))
         return
     for line in ([f"sheet: {sheet}"] if sheet else []) + [f"note: {note}" for note in request.notes]:
         print(line)
+
+
+def _record(request: Request, results: Sequence[Result], sheet: Path | None = None) -> dict[str, Any]:
+    return {
+        "images": [str(path) for result in results for path in result.paths],
+        "seeds": [seed for result in results for seed in result.seeds],
+        "sheet": None if sheet is None else str(sheet),
+        "notes": list(request.notes),
+        "runs": [report.as_record(result) for result in results],
+    }
 
 
 def _write_sheet(wanted: Sequence[_Wanted], results: Sequence[Result], columns: int | None) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import sys
@@ -14,6 +15,7 @@ from usoflow.cli.evaluate import evaluate
 from usoflow.cli.generate import Generate, generate
 from usoflow.cli.models import app as models
 from usoflow.cli.nodes import nodes
+from usoflow.cli.report import error_record
 from usoflow.cli.run import run
 from usoflow.cli.serve import serve
 from usoflow.cli.train import train
@@ -21,7 +23,7 @@ from usoflow.errors import UsoflowError
 
 HELP = """USO style and subject generation on FLUX.1: runs ComfyUI's official USO workflows.
 
-Exit codes: 0 done · 2 wrong command or option · 3 workflow not readable or not valid ·
+Exit codes: 0 done · 2 wrong command, option or path · 3 workflow not readable or not valid ·
 4 model file missing or not usable · 5 input picture missing or not usable ·
 6 the run failed (memory, disk, values that are not finite) · 130 stopped."""
 
@@ -39,6 +41,9 @@ app.command()(evaluate)
 
 def main() -> None:
     """Entry point: a user's mistake is an error with a remedy and an exit code, never a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a pipe or an old console may lack a character
+            stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("usoflow").setLevel(logging.INFO)
     try:
@@ -50,8 +55,7 @@ def main() -> None:
 
 def _show(error: UsoflowError) -> None:
     if "--json" in sys.argv:
-        record = {"code": error.code, "detail": error.detail, "remedy": error.remedy}
-        print(json.dumps({"error": record}))
+        print(json.dumps({"error": error_record(error)}))
         return
     typer.secho(f"error: {error.detail}", fg="red", err=True)
     typer.secho(error.remedy, err=True)

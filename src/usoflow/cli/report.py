@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from usoflow.errors import UsoflowError
+
 if TYPE_CHECKING:
     from usoflow.api.engine import Result
     from usoflow.execution.progress import Event, Listener
@@ -20,6 +22,11 @@ def warn(lines: Iterable[str]) -> None:
     """Warnings, to stderr."""
     for line in lines:
         typer.secho(f"warning: {line}", fg="yellow", err=True)
+
+
+def error_record(error: UsoflowError) -> dict[str, str]:
+    """What went wrong, for --json."""
+    return {"code": error.code, "detail": error.detail, "remedy": error.remedy}
 
 
 @contextmanager

@@ -120,7 +120,8 @@ class _Run:
         reachable = list(in_order(self.prompt, targets))
         self._ask_nodes(reachable)
         key_of = keys(self.prompt, reachable, self.executor.registry, self.folders)
-        known = {n: outputs for n in reachable if (outputs := cache.get(key_of[n])) is not None}
+        kept = {n: outputs for n in reachable if (outputs := cache.get(key_of[n])) is not None}
+        known = {n: outputs for n, outputs in kept.items() if self._is_there(outputs)}
         needed = list(in_order(self.prompt, targets, stop_at=known))
         cached = [node_id for node_id in needed if node_id in known]
         again = {n: found for n in cached if (found := _shown(known[n]))}
@@ -133,6 +134,12 @@ class _Run:
             cache.keep_only(set(key_of.values()))
         shown = {t: found for t in targets if (found := _shown(self.outputs[t]))}
         return RunResult(shown, self.finished, cached, time.perf_counter() - start)
+
+    def _is_there(self, outputs: Outputs) -> bool:
+        """Whether no picture that a node has written was removed meanwhile; other outputs are in memory."""
+        shown = _shown(outputs)
+        written = [image.path(self.folders) for image in shown.images] if shown else []
+        return all(path is None or path.exists() for path in written)
 
     def _ask_nodes(self, node_ids: Sequence[str]) -> None:
         """Whether custom nodes take their values; before any is run."""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from usoflow.models.library import ModelLibrary
 
 PARTIAL_SUFFIX: Final = ".part"  # of a picture that is being written, beside its final name
-PREVIEW_PREFIX = "preview_"  # of the files that PreviewImage makes
+PREVIEW_PREFIX: Final = "preview_"  # of the files that PreviewImage makes
 Reserve = Callable[[Path], None]
 
 
@@ -23,7 +23,7 @@ class Report(Protocol):
     """Tells progress; raises `UsoflowError("cancelled")` to stop the run."""
 
     def __call__(self, step: int, steps: int, latent: Tensor | None = None, /) -> None:
-        """`step` of `steps` are done; `latent` [B, C, H, W] is the estimate of the result, in model scale."""
+        """`step` of `steps` are done; `latent` [B, C, H, W] is the estimate of the result."""
 
 
 def unreserved(path: Path) -> None:
@@ -60,6 +60,11 @@ class SavedImage:
     filename: str
     subfolder: str
     type: str
+
+    def path(self, folders: Folders) -> Path | None:
+        """Where it is; None for what a custom node shows from elsewhere."""
+        root = {"output": folders.output, "temp": folders.temp}.get(self.type)
+        return None if root is None else root / self.subfolder / self.filename
 
 
 @dataclass(frozen=True, slots=True)

@@ -128,19 +128,19 @@ def _input(name: str, entry: Any, *, required: bool, checked: bool) -> InputSpec
 
 
 def _kind(name: str, given: Any, settings: Mapping[str, Any]) -> Kind:
+    control = bool(settings.get("control_after_generate", name in SEEDS and given == "INT"))
     if isinstance(given, list | tuple):
-        return Choice(tuple(given))
+        return Choice(tuple(given), control_after_generate=control)
     low, high, step = (settings.get(key) for key in ("min", "max", "step"))
     match str(given):
         case "COMBO":
-            return Choice(tuple(settings.get("options", ())))
+            return Choice(tuple(settings.get("options", ())), control_after_generate=control)
         case "INT":
-            control = bool(settings.get("control_after_generate", name in SEEDS))
             return Int(min=low, max=high, step=step, control_after_generate=control)
         case "FLOAT":
             return Float(min=low, max=high, step=step)
         case "STRING":
-            return Text()
+            return Text(dynamic_prompts=bool(settings.get("dynamicPrompts", False)))
         case "BOOLEAN":
             return Boolean()
     return Socket(str(given))

@@ -47,7 +47,8 @@ def basic_scheduler(
     from usoflow.nodes.denoising import schedule_of
     from usoflow.sampling.schedule import sigmas
 
-    return sigmas(scheduler, steps, denoise, schedule=schedule_of(model))
+    # `ddim_uniform` may give more levels than asked for, which KSampler takes and this node does not.
+    return sigmas(scheduler, steps, denoise, schedule=schedule_of(model))[-(steps + 1) :]
 
 
 @node(

@@ -49,10 +49,14 @@ class Denoised:
 
 
 def schedule_of(model: Model) -> FluxSchedule:
-    """The noise schedule: as set on the handle, else as its file declares, else FLUX.1's."""
+    """The noise schedule: as set on the handle, else as its file declares, else FLUX.1's.
+
+    FLUX.1 [schnell], which has no guidance, has none: `cli.py` of github.com/black-forest-labs/flux.
+    """
     if model.shift is not None:
         return FluxSchedule(model.shift)
-    return FluxSchedule(model.flux.setting("sampling_shift", FluxSchedule().shift))
+    guided = FluxConfig.from_component(model.flux).guidance
+    return FluxSchedule(model.flux.setting("sampling_shift", FluxSchedule().shift if guided else 0.0))
 
 
 def denoise_latent(

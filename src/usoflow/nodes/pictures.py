@@ -6,6 +6,7 @@ writing its `SaveImage` (values truncated to 8 bits, `PREFIX_00001_.png`, prompt
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import time
@@ -25,6 +26,7 @@ from usoflow.settings import inside
 from usoflow.workflow.metadata import png_info
 
 MAX_PIXELS = 64_000_000  # all frames together: 768 MB as float32
+PNG_MODES = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")
 EMPTY_MASK = (64, 64)  # what LoadImage gives for a picture without alpha
 
 Array = NDArray[np.float32]
@@ -77,10 +79,15 @@ def opened(path: Path) -> Iterator[Image.Image]:
 
 def _frames(picture: Image.Image, path: Path) -> Iterator[Image.Image]:
     """The frames, refused before they are decoded if they are too many pixels."""
-    pixels = picture.width * picture.height * getattr(picture, "n_frames", 1)
+    pixels = picture.width * picture.height * frame_count(picture)
     if pixels > MAX_PIXELS:
         raise _too_large(path, f"{pixels / 1e6:.0f} million")
-    yield from ImageSequence.Iterator(picture)
+    yield from itertools.islice(ImageSequence.Iterator(picture), frame_count(picture))
+
+
+def frame_count(picture: Image.Image) -> int:
+    """How many pictures a file is; the others in a camera's JPEG (MPO) are previews and maps of the first."""
+    return 1 if picture.format == "MPO" else getattr(picture, "n_frames", 1)
 
 
 def _too_large(path: Path, pixels: str) -> UsoflowError:
@@ -95,13 +102,32 @@ def _frame(frame: Image.Image) -> tuple[Array, Array | None]:
     if turned.mode.startswith("I"):  # 16 bits a pixel, which Pillow's RGB conversion would clip
         turned = Image.fromarray((np.asarray(turned) / 257).round().clip(0, 255).astype(np.uint8))
     image = _unit(turned.convert("RGB"))
-    if "A" in turned.getbands() or "transparency" in turned.info:
+    if _clear(turned):
         return image, np.float32(1) - _unit(turned.convert("RGBA").getchannel("A"))
     return image, None
 
 
 def _unit(picture: Image.Image) -> Array:
     return np.asarray(picture, dtype=np.float32) / np.float32(255)
+
+
+def write_upright(picture: Image.Image, path: Path) -> None:
+    """Write a picture as a PNG file that reads as the picture does: turned, in a mode that PNG has.
+
+    Raises:
+        UsoflowError: `image_invalid`.
+    """
+    try:
+        turned = ImageOps.exif_transpose(picture)
+        turned = turned if turned.mode in PNG_MODES else turned.convert("RGBA" if _clear(turned) else "RGB")
+        turned.save(path)
+    except Exception as error:  # Pillow reads lazily, see `opened`
+        raise UsoflowError("image_invalid", f"{picture!r} cannot be read: {error}.") from None
+
+
+def _clear(picture: Image.Image) -> bool:
+    """Whether it says anything of transparency."""
+    return not {"A", "a"}.isdisjoint(picture.getbands()) or "transparency" in picture.info
 
 
 def write_pictures(

@@ -68,11 +68,13 @@ class Boolean:
 class Choice:
     """One of `options`; `accepted` values are legal too but not offered (older names, say).
 
-    Options are texts; those of custom nodes may be numbers or booleans too.
+    Options are texts; those of custom nodes may be numbers or booleans too. `control_after_generate` as of
+    `Int`.
     """
 
     options: tuple[Any, ...]
     accepted: tuple[str, ...] = ()
+    control_after_generate: bool = False
     type: str = "COMBO"
 
 

@@ -19,7 +19,7 @@ from usoflow.settings import Folders, inside
 # What a browser shows as a picture; everything else is offered for download as a nameless kind of file.
 PICTURE_TYPES: Final[Mapping[str, str]] = {
     "PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "GIF": "image/gif", "BMP": "image/bmp",
-    "TIFF": "image/tiff",
+    "TIFF": "image/tiff", "MPO": "image/jpeg",
 }  # fmt: skip
 PREVIEW_FORMATS: Final = ("webp", "jpeg")
 DEFAULT_QUALITY: Final = 90
@@ -85,11 +85,13 @@ def read(data: bytes, pixels: int) -> Image.Image:
 
 def _opened(data: bytes, pixels: int) -> Image.Image:
     """A picture whose pixels have not been read yet."""
+    from usoflow.nodes.pictures import frame_count
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             picture = Image.open(io.BytesIO(data), formats=tuple(PICTURE_TYPES))
-        size = picture.width * picture.height * getattr(picture, "n_frames", 1)
+        size = picture.width * picture.height * frame_count(picture)
     except Image.DecompressionBombError:
         size = pixels + 1
     except Exception:  # as above

@@ -8,7 +8,7 @@ An input is a value or a link `[node id, output index]`; a list that is a value 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -60,15 +60,15 @@ class Prompt:
                 raise UsoflowError("set_invalid", f"{len(found)} nodes are called {name}: {', '.join(found)}")
         raise UsoflowError("set_invalid", f"no node {name}; there are {_listing(self)}")
 
-    def set(self, node: str, input: str, value: object) -> Prompt:
-        """A copy with another value (or link) for an input.
+    def set(self, node: str, input: str, value: object, *, optional: Collection[str] = ()) -> Prompt:
+        """A copy with another value (or link) for an input; `optional` ones need not be there yet.
 
         Raises UsoflowError("set_invalid") if there is no such node or it has no such input.
         """
         key = self.find(node)
         old = self.nodes[key]
-        if input not in old.inputs:
-            known = ", ".join(old.inputs)
+        if input not in old.inputs and input not in optional:
+            known = ", ".join(dict.fromkeys([*old.inputs, *optional]))
             raise UsoflowError(
                 "set_invalid", f"node {key} ({old.class_type}) has no input {input}, only {known}"
             )

@@ -62,12 +62,15 @@ def _widgets(schema: NodeSchema) -> list[InputSpec]:
 
 def _layout(schema: NodeSchema) -> Iterator[str]:
     """Names along `widgets_values`, with the fields that only the editor has."""
-    for spec in _widgets(schema):
-        yield spec.name
-        if isinstance(spec.kind, Int) and spec.kind.control_after_generate:
-            yield CONTROL
-        if isinstance(spec.kind, InputImage):
-            yield UPLOAD
+    fields = _widgets(schema)
+    for required in (True, False):
+        for spec in fields:
+            if spec.required is required:
+                yield spec.name
+                if isinstance(spec.kind, Int | Choice) and spec.kind.control_after_generate:
+                    yield CONTROL
+        if required and any(isinstance(spec.kind, InputImage) for spec in fields):
+            yield UPLOAD  # the editor's last required field
 
 
 def _default(spec: InputSpec) -> Any:
