@@ -233,11 +233,11 @@ class Engine:
         """The file of a picture; one from memory is written to a folder of this engine."""
         if isinstance(picture, str | Path):
             return Path(picture).expanduser()
+        from usoflow.nodes.pictures import write_upright
+
         self._temp = self._temp or tempfile.TemporaryDirectory(prefix="usoflow-")
         number = sum(1 for _ in Path(self._temp.name).iterdir())
         path = Path(self._temp.name) / f"picture_{number}.png"
-        from usoflow.nodes.pictures import write_upright
-
         write_upright(picture, path)
         return path
 

@@ -119,10 +119,10 @@ class Workflow:
         for key, node in nodes.items():
             for name in SEEDS:
                 place, value = (key, name), node.inputs.get(name)
-                if (link := link_of(value)) and (origin := nodes.get(link[0])):
-                    place, value = (link[0], "value"), None
-                    if origin.class_type == "PrimitiveInt":
-                        value = origin.inputs.get("value")
+                link = link_of(value)
+                origin = nodes.get(link[0]) if link else None
+                if link and origin and origin.class_type == "PrimitiveInt":
+                    place, value = (link[0], "value"), origin.inputs.get("value")
                 if isinstance(value, int):
                     found[place] = value
         return found

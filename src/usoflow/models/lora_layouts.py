@@ -23,6 +23,7 @@ from usoflow.errors import UsoflowError
 from usoflow.models.checkpoint import Component
 
 Shapes = Mapping[str, tuple[int, ...]]  # of the weights of a network's linear layers: [out, in]
+Rows = tuple[tuple[int, int], ...]  # of a layer: the first and how many, part by part
 
 _SIDE = re.compile(
     r"^(?P<stem>.+?)\."
@@ -115,7 +116,7 @@ class Pair:
     up: str
     alpha: str | None
     layer: str
-    rows: tuple[tuple[int, int], ...]
+    rows: Rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,20 +140,25 @@ def pairs_for(lora: Component, role: str, layers: Shapes) -> Pairs:
             pair and for wrong shapes, `tensor_missing` for half a pair.
     """
     refuse_other_methods(lora)
-    aliases = dict(_aliases(layers))
+    known = places(layers)
     fitting, absent = [], []
     for stem, (down, up) in _stems(lora).items():
         if _role(stem) != role:
             continue
-        found = aliases.get(_bare(stem, role))
+        found = known.get(_bare(stem, role))
         if found is None:
             absent.append(stem)
             continue
-        layer, part = found
-        pair = Pair(stem, down, up, _alpha(lora, stem), layer, _rows(part, layers[layer]))
+        layer, rows = found
+        pair = Pair(stem, down, up, _alpha(lora, stem), layer, rows)
         _check(lora, pair, layers[layer])
         fitting.append(pair)
     return Pairs(tuple(fitting), tuple(absent))
+
+
+def places(layers: Shapes) -> dict[str, tuple[str, Rows]]:
+    """The layer and its rows of every name that a pair may have, less what tells the network."""
+    return {name: (layer, _rows(part, layers[layer])) for name, (layer, part) in _aliases(layers)}
 
 
 def refuse_other_methods(lora: Component) -> None:
@@ -254,7 +260,7 @@ def _other_names(layer: str) -> Iterator[tuple[str, str]]:
         yield f"{own}.{number}.{name}", part
 
 
-def _rows(part: str, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+def _rows(part: str, shape: tuple[int, ...]) -> Rows:
     """First row and number of rows of a part; q, k and v are as wide as the layer's input."""
     rows, width = shape
     return {

@@ -42,10 +42,10 @@ def check_value(
     match spec.kind:
         case Socket(type=type_):
             return value, [] if type_ == ANY_TYPE else [bad_link(spec, value, files)]
-        case ModelFile() if isinstance(value, str) and value not in (options(spec, files) or []):
-            value = value.replace("\\", "/")  # of a folder on Windows
-            return value, _check_option(spec, value, files, remedy)
         case Choice() | ModelFile():
+            if isinstance(spec.kind, ModelFile) and isinstance(value, str) and "\\" in value:
+                offered = options(spec, files) or []
+                value = value if value in offered else value.replace("\\", "/")  # of a folder on Windows
             return value, _check_option(spec, value, files, remedy)
         case InputImage():
             return value, _check_image(spec, value, files)

@@ -6,7 +6,8 @@ import io
 import threading
 import uuid
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -141,13 +142,19 @@ class Uploads:
         target = within(root, f"{subfolder}/{name}" if subfolder else name)
         if target == root.resolve() or not name:
             raise UsoflowError("path_outside", "The upload has no file name.")
-        try:
-            with self._lock:
-                path = target if overwrite else _free(target, data)
-                write_whole(path, data)
-        except OSError as error:
-            raise UsoflowError("save_failed", f"The upload cannot be written: {error.strerror}.") from None
+        with self._lock, writing("The upload"):
+            path = target if overwrite else _free(target, data)
+            write_whole(path, data)
         return path
+
+
+@contextmanager
+def writing(what: str) -> Iterator[None]:
+    """Where a full disk, too long a name or a file in a folder's place is UsoflowError `save_failed`."""
+    try:
+        yield
+    except OSError as error:
+        raise UsoflowError("save_failed", f"{what} cannot be written: {error.strerror}.") from None
 
 
 def write_whole(path: Path, data: bytes) -> None:

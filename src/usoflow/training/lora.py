@@ -7,56 +7,33 @@ too, and begin as what an expert has learnt with all its weights (`redraw`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import nn
 
 from usoflow.models.flux import Flux
+from usoflow.models.lora_layouts import places
 from usoflow.models.weights import Linear, LowRank
 
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """A low-rank pair of a block.
-
-    Attributes:
-        name: of the pair in a file, after that of the block.
-        layer: whose output it changes.
-        rows: which rows: all, or those for q, k and v or the MLP of a single block's first layer.
-        part: what the layer is of, see `add_lora`.
-    """
-
-    name: str
-    layer: str
-    rows: Literal["all", "qkv", "mlp"] = "all"
-    part: Literal["attention", "mlp", "modulation"] = "attention"
-
-
-# Attention has ByteDance's names, whose LoRA has nothing else; further pairs have those of diffusers.
-_DOUBLE = (
-    _Place("processor.qkv_lora1", "img_attn.qkv"),
-    _Place("processor.proj_lora1", "img_attn.proj"),
-    _Place("processor.qkv_lora2", "txt_attn.qkv"),
-    _Place("processor.proj_lora2", "txt_attn.proj"),
-    _Place("ff.net.0.proj", "img_mlp.0", part="mlp"),
-    _Place("ff.net.2", "img_mlp.2", part="mlp"),
-    _Place("ff_context.net.0.proj", "txt_mlp.0", part="mlp"),
-    _Place("ff_context.net.2", "txt_mlp.2", part="mlp"),
-    _Place("norm1.linear", "img_mod.lin", part="modulation"),
-    _Place("norm1_context.linear", "txt_mod.lin", part="modulation"),
-)
-_SINGLE = (
-    _Place("processor.qkv_lora", "linear1", rows="qkv"),
-    _Place("processor.proj_lora", "linear2"),
-    _Place("proj_mlp", "linear1", rows="mlp", part="mlp"),
-    _Place("norm.linear", "modulation.lin", part="modulation"),
-)
+# What a block's pairs are called; where they are: `models.lora_layouts`. Attention has ByteDance's names,
+# whose LoRA has nothing else; further pairs have those of diffusers.
+_DOUBLE = {
+    "attention": (
+        "processor.qkv_lora1", "processor.proj_lora1", "processor.qkv_lora2", "processor.proj_lora2",
+    ),
+    "mlp": ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+    "modulation": ("norm1.linear", "norm1_context.linear"),
+}  # fmt: skip
+_SINGLE = {
+    "attention": ("processor.qkv_lora", "processor.proj_lora"),
+    "mlp": ("proj_mlp",),
+    "modulation": ("norm.linear",),
+}
 _BLOCKS = (
-    ("double_blocks", "transformer.transformer_blocks", _DOUBLE),
-    ("single_blocks", "transformer.single_transformer_blocks", _SINGLE),
+    ("double_blocks", "transformer_blocks", _DOUBLE),
+    ("single_blocks", "single_transformer_blocks", _SINGLE),
 )
 
 
@@ -89,33 +66,41 @@ def add_lora(flux: Flux, rank: int, wide_rank: int, seed: int) -> list[LoraPair]
     """
     generator = torch.Generator().manual_seed(seed)
     ranks = {"attention": rank, "mlp": wide_rank, "modulation": wide_rank // 4}
-    return [
-        _pair(flux, f"{blocks}.{number}", f"{diffusers}.{number}", place, ranks[place.part], generator)
-        for blocks, diffusers, places in _BLOCKS
-        for number in range(len(getattr(flux, blocks)))
-        for place in places
-        if ranks[place.part]
-    ]
+    layers = {name: layer for name, layer in flux.named_modules() if isinstance(layer, Linear)}
+    known = places({name: layer.shape for name, layer in layers.items()})
+    pairs = []
+    for part, stem in _stems(flux):
+        if ranks[part]:
+            name, ((first, rows),) = known[stem]
+            branch = _branch(layers[name], first, rows, ranks[part], generator)
+            pairs.append(LoraPair(name, branch, _names(part, stem)))
+    return pairs
 
 
-def _pair(
-    flux: Flux, block: str, diffusers: str, place: _Place, rank: int, generator: torch.Generator
-) -> LoraPair:
-    name = f"{block}.{place.layer}"
-    layer = _layer(flux, name)
-    rows, inputs = layer.shape
-    qkv = 3 * flux.config.hidden
-    first, last = {"all": (0, rows), "qkv": (0, qkv), "mlp": (qkv, rows)}[place.rows]
-    device, rank = layer.weight.device, min(rank, inputs, last - first)
+def _stems(flux: Flux) -> Iterator[tuple[str, str]]:
+    """Part and name of each pair that there may be, block by block."""
+    for blocks, diffusers, parts in _BLOCKS:
+        for number in range(len(getattr(flux, blocks))):
+            for part, names in parts.items():
+                block = blocks if part == "attention" else diffusers
+                yield from ((part, f"{block}.{number}.{name}") for name in names)
+
+
+def _branch(layer: Linear, first: int, rows: int, rank: int, generator: torch.Generator) -> LowRank:
+    _, inputs = layer.shape
+    device, rank = layer.weight.device, min(rank, inputs, rows)
     down = (torch.randn(rank, inputs, generator=generator) / inputs**0.5).to(device)
-    up = torch.zeros(last - first, rank, device=device)
+    up = torch.zeros(rows, rank, device=device)
     branch = LowRank(down.requires_grad_(), up.requires_grad_(), strength=1.0, first_row=first)
     layer.branches.append(branch)
-    if place.part == "attention":
-        stem, (lower, upper) = f"{block}.{place.name}", ("down", "up")
-    else:
-        stem, (lower, upper) = f"{diffusers}.{place.name}", ("lora_A", "lora_B")
-    return LoraPair(name, branch, (f"{stem}.{lower}.weight", f"{stem}.{upper}.weight"))
+    return branch
+
+
+def _names(part: str, stem: str) -> tuple[str, str]:
+    """Of the lower and the upper matrix in a file."""
+    if part == "attention":
+        return f"{stem}.down.weight", f"{stem}.up.weight"
+    return f"transformer.{stem}.lora_A.weight", f"transformer.{stem}.lora_B.weight"
 
 
 def _layer(flux: Flux, name: str) -> Linear:

@@ -6,7 +6,7 @@ schema must tell the names. For a type that is not known the names come from the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from usoflow.schema.specs import (
@@ -63,14 +63,17 @@ def _widgets(schema: NodeSchema) -> list[InputSpec]:
 def _layout(schema: NodeSchema) -> Iterator[str]:
     """Names along `widgets_values`, with the fields that only the editor has."""
     fields = _widgets(schema)
-    for required in (True, False):
-        for spec in fields:
-            if spec.required is required:
-                yield spec.name
-                if isinstance(spec.kind, Int | Choice) and spec.kind.control_after_generate:
-                    yield CONTROL
-        if required and any(isinstance(spec.kind, InputImage) for spec in fields):
-            yield UPLOAD  # the editor's last required field
+    yield from _controlled(spec for spec in fields if spec.required)
+    if any(isinstance(spec.kind, InputImage) for spec in fields):
+        yield UPLOAD  # the editor's last required field
+    yield from _controlled(spec for spec in fields if not spec.required)
+
+
+def _controlled(specs: Iterable[InputSpec]) -> Iterator[str]:
+    for spec in specs:
+        yield spec.name
+        if isinstance(spec.kind, Int | Choice) and spec.kind.control_after_generate:
+            yield CONTROL
 
 
 def _default(spec: InputSpec) -> Any:

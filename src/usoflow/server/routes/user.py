@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ from fastapi.responses import FileResponse, JSONResponse
 
 from usoflow.errors import UsoflowError
 from usoflow.server.context import Json, Server, ServerOf
-from usoflow.server.files import is_file, is_folder, within, write_whole
+from usoflow.server.files import is_file, is_folder, within, write_whole, writing
 from usoflow.server.routes.body import AnyBody, ObjectBody
 
 router = APIRouter(tags=["user"])
@@ -87,7 +85,7 @@ def move(
 ) -> JSONResponse:
     """Give a file another name."""
     source, path = _existing(server, file), within(server.settings.user_folder, target)
-    with _writing(target):
+    with writing(repr(target)):
         _check_free(path, overwrite)
         path.parent.mkdir(parents=True, exist_ok=True)
         source.replace(path)
@@ -114,7 +112,7 @@ async def write(
     """Write a file; the body is its content."""
     path = within(server.settings.user_folder, file)
     body = await request.body()
-    with _writing(file):
+    with writing(repr(file)):
         _check_free(path, overwrite)
         write_whole(path, body)
     return _written(server, path, full_info)
@@ -124,7 +122,7 @@ async def write(
 def delete(server: ServerOf, file: str) -> None:
     """Delete a file."""
     path = _existing(server, file)
-    with _writing(file):
+    with writing(repr(file)):
         path.unlink()
 
 
@@ -133,14 +131,6 @@ def _existing(server: Server, name: str) -> Path:
     if not is_file(path):
         raise UsoflowError("file_not_found", f"There is no {name!r}.")
     return path
-
-
-@contextmanager
-def _writing(name: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:  # a full disk, too long a name, a file where a folder would be
-        raise UsoflowError("save_failed", f"{name!r} cannot be written: {error.strerror}.") from None
 
 
 def _check_free(path: Path, overwrite: str) -> None:
