@@ -109,6 +109,22 @@ def test_a_batch_is_its_members() -> None:
     assert relative_error(together, torch.cat(alone)) < 1e-5
 
 
+def test_fp16_holds_what_leaves_its_range() -> None:
+    """The residual streams of FLUX.1 do; bf16 and fp32 have room for them."""
+    model = small_flux()
+    for block in model.double_blocks:
+        block.txt_mlp["2"].bias.data.fill_(3e6)  # times a gate of about 0.1 and less
+    for block in model.single_blocks:
+        block.linear2.bias.data.fill_(3e6)
+    torch.manual_seed(3)
+    latent, text, pooled = torch.randn(1, 16, 4, 4), torch.randn(1, 5, 24), torch.randn(1, 20)
+    found = {
+        dtype: model(latent, torch.tensor(0.4), model.prepare(text, pooled, (4, 4), dtype=dtype))
+        for dtype in (torch.float32, torch.float16)
+    }
+    assert bool(torch.isfinite(found[torch.float16]).all())
+
+
 def test_more_references_change_the_picture() -> None:
     model = small_flux()
     torch.manual_seed(3)

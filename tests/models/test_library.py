@@ -15,7 +15,7 @@ from torch import Tensor
 from usoflow.errors import UsoflowError
 from usoflow.models.checkpoint import CONFIG_KEY, Component, TensorFile
 from usoflow.models.library import ModelLibrary
-from usoflow.models.placement import Placement
+from usoflow.models.placement import Placement, widen_fp8
 from usoflow.pocket.untrained import FLUX, write_untrained
 
 CPU32 = Placement(torch.device("cpu"), torch.float32)
@@ -146,3 +146,49 @@ def test_what_was_encoded_before_needs_no_file(models: Path, tmp_path: Path) -> 
         assert torch.equal(before, after)
     with pytest.raises(UsoflowError):
         outputs(images + 0.1)
+
+
+@torch.inference_mode()
+def test_an_encoder_that_does_not_fit_takes_the_transformers_place(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only where it does not fit; and the budget stays as it was."""
+    library, (whole, _) = ModelLibrary(CPU32), components(models)
+    transformer = weakref.ref(library.flux(whole["flux"], (), "default"))
+    library.vae_encode(whole["vae"], torch.rand(1, 32, 32, 3))
+    gc.collect()
+    assert transformer() is not None
+    monkeypatch.setattr(Placement, "fits", lambda self, module: False)
+    library.vae_encode(whole["vae"], torch.rand(1, 32, 32, 3))
+    gc.collect()
+    assert transformer() is None
+    assert library.placement == CPU32
+
+
+def test_forgetting_everything_also_forgets_that_memory_ran_out() -> None:
+    asked = Placement(torch.device("cpu"), torch.float32, budget=1000)
+    library = ModelLibrary(asked)
+    library.make_smaller()
+    assert library.placement.budget == 500
+    library.clear()
+    assert library.placement == asked
+
+
+def test_fp8_is_widened_without_loss_where_a_device_has_none() -> None:
+    """Every value of either format; NaN stays NaN."""
+    every = torch.arange(256, dtype=torch.int16).to(torch.uint8)
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        layer = torch.nn.Linear(16, 16).requires_grad_(False)
+        stored = every.view(dtype).reshape(16, 16)
+        layer.weight = torch.nn.Parameter(stored, requires_grad=False)
+        widen_fp8(layer)
+        assert layer.weight.dtype == torch.bfloat16
+        assert torch.equal(layer.weight.float().nan_to_num(7.5), stored.float().nan_to_num(7.5))
+        assert layer.bias.dtype == torch.float32
+
+
+def test_the_vae_computes_in_bf16_only_where_the_transformer_does() -> None:
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    wide, narrow, half = torch.float32, torch.bfloat16, torch.float16
+    asked = [(cuda, narrow), (cuda, half), (cuda, wide), (cpu, narrow)]
+    assert [Placement(*one).vae_dtype for one in asked] == [narrow, wide, wide, wide]

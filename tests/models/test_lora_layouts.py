@@ -152,9 +152,48 @@ def test_the_scale_that_peft_declares(checkpoint: TensorFile, tmp_path: Path) ->
     down, up = pair(3 * W, W, 2)
     stem = "transformer.double_blocks.0.img_attn.qkv"
     tensors = {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}
-    declared = {"lora_adapter_metadata": json.dumps({"transformer.r": 4, "transformer.lora_alpha": 8})}
+    declared = {"lora_adapter_metadata": json.dumps({"transformer.r": RANK, "transformer.lora_alpha": 2 * RANK})}
     found = change(checkpoint, saved(tmp_path, tensors, declared), "double_blocks.0.img_attn.qkv")
     assert torch.allclose(found, 2 * up @ down, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("declared", "factor"),
+    [
+        ({"r": 64, "lora_alpha": 6}, 6 / RANK),  # the rank is the pair's own: peft's rank_pattern
+        ({"lora_alpha": 6, "alpha_pattern": {"img_attn.qkv": 12}}, 12 / RANK),
+        ({"lora_alpha": 6, "alpha_pattern": {"txt_attn.qkv": 12}}, 6 / RANK),
+        ({"lora_alpha": 6, "use_rslora": True}, 6 / RANK**0.5),
+        ({}, 1.0),
+    ],
+)
+def test_scales_of_peft_by_pair(
+    checkpoint: TensorFile, tmp_path: Path, declared: dict[str, object], factor: float
+) -> None:
+    down, up = pair(3 * W, W, 2)
+    stem = "transformer.double_blocks.0.img_attn.qkv"
+    tensors = {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}
+    text = json.dumps({f"transformer.{name}": value for name, value in declared.items()})
+    lora = saved(tmp_path, tensors, {"lora_adapter_metadata": text})
+    found = change(checkpoint, lora, "double_blocks.0.img_attn.qkv")
+    assert torch.allclose(found, factor * up @ down, atol=1e-4)
+
+
+def test_a_lora_for_text_encoders_only(
+    checkpoint: TensorFile, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    down, up = pair(8, 8, 2)
+    stem = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
+    lora = saved(tmp_path, {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up})
+    attach(load_flux(checkpoint.component("flux")), lora, 1.0)
+    assert "nothing for the transformer" in caplog.text
+
+
+def test_a_strength_of_zero_reads_nothing(checkpoint: TensorFile, tmp_path: Path) -> None:
+    lora = saved(tmp_path, {"lora_unet_nowhere.lora_down.weight": torch.ones(2, 2)})
+    library = ModelLibrary(CPU32)
+    plain = library.flux(checkpoint.component("flux"), (), "default")
+    assert library.flux(checkpoint.component("flux"), (LoraUse(lora, 0.0),), "default") is plain
 
 
 def test_stacked_with_usos_own(checkpoint: TensorFile, small_models: Path, tmp_path: Path) -> None:

@@ -159,7 +159,8 @@ def test_blocks_that_do_not_fit_a_device_come_and_leave(fit: int | None, pinned:
 def test_a_container_has_its_own_limit(tmp_path: Path) -> None:
     assert _free_in_container(tmp_path) > 10**15
     (tmp_path / "memory.current").write_text("300\n")
-    for limit, free in (("max\n", sys.maxsize), ("1000\n", 700), ("200\n", 0)):
+    (tmp_path / "memory.stat").write_text("anon 200\nfile 100\nactive_file 10\ninactive_file 80\nslab 10\n")
+    for limit, free in (("max\n", sys.maxsize), ("1000\n", 790), ("200\n", 0)):
         (tmp_path / "memory.max").write_text(limit)
         assert _free_in_container(tmp_path) == free
 

@@ -98,6 +98,14 @@ def test_a_file_that_does_not_fit(tmp_path: Path, tensors: dict[str, Tensor], co
     assert caught.value.code == code
 
 
+def test_a_scale_that_no_layer_would_apply_is_refused(tmp_path: Path) -> None:
+    """Only matrices have scales; a table with one would be read wrongly."""
+    table = {"weight": torch.ones(5, 6).to(torch.float8_e4m3fn), "scale_weight": torch.tensor(0.5)}
+    with pytest.raises(UsoflowError, match=r"vae\.part\.scale_weight") as caught:
+        build(component(tmp_path, table), lambda: Holder(Embedding(5, 6)))
+    assert caught.value.code == "tensor_unknown"
+
+
 def test_what_is_ignored_may_be_there(tmp_path: Path) -> None:
     tensors = GOOD | {"head": torch.ones(1)}
     module = build(component(tmp_path, tensors), lambda: Holder(Linear(6, 5)), ignored=("part.head",))

@@ -146,6 +146,15 @@ def test_one_tile_is_the_plain_vae(lent: tuple[Any, VaeHandle]) -> None:
     assert torch.allclose(decoded, latent.vae_decode(encoded, vae, context=context), atol=1e-6)
 
 
+def test_tiles_do_not_push_out_what_is_known(lent: tuple[Any, VaeHandle]) -> None:
+    """Of the pictures that were encoded whole the last ones are kept; parts of one are no pictures."""
+    context, vae = lent
+    latent.vae_encode(torch.rand(1, 32, 32, 3), vae, context=context)
+    known = list(context.library._encodings)
+    latent.vae_encode_tiled(torch.rand(1, 320, 320, 3), vae, 64, 0, context=context)
+    assert list(context.library._encodings) == known
+
+
 def test_tiles_bound_what_is_decoded_at_once(
     lent: tuple[Any, VaeHandle], monkeypatch: pytest.MonkeyPatch
 ) -> None:

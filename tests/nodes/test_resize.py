@@ -113,6 +113,12 @@ def test_centre_crop_keeps_the_middle(
     assert torch.equal(cropped, resize(image[:, kept[0], kept[1]], *target, "area"))
 
 
+@pytest.mark.parametrize("target", [(8, 16384), (16384, 8)])
+def test_of_extreme_proportions_a_line_is_left(target: tuple[int, int]) -> None:
+    cropped = crop_to_proportions(picture(51, 52), *target)
+    assert 0 < min(cropped.shape[1:3]) <= 2
+
+
 @pytest.mark.parametrize(
     ("size", "target"),
     [((40, 60), (20, 20)), ((60, 40), (80, 40)), ((48, 96), (24, 32)), ((64, 64), (32, 16))],

@@ -163,6 +163,11 @@ def test_only_what_is_in_the_mask_is_made_anew(tools: Tools) -> None:
     assert torch.allclose(output["samples"], x / SCALE + SHIFT, atol=1e-4)
     assert torch.allclose(output["samples"][..., 3:], latents(0)["samples"][..., 3:], atol=1e-5)
     assert not torch.allclose(output["samples"][..., :3], latents(0)["samples"][..., :3], atol=1e-2)
+    as_custom_nodes_have_it = {**masked, "noise_mask": mask[:, None]}
+    again, _ = custom_sampling.sampler_custom_advanced(
+        custom_sampling.random_noise(5), guider, "euler", levels, as_custom_nodes_have_it, context=tools.context
+    )
+    assert torch.equal(again["samples"], output["samples"])
 
 
 def test_a_latent_of_a_batch_keeps_its_noise(tools: Tools) -> None:

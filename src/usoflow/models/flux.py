@@ -24,6 +24,7 @@ from usoflow.models.weights import LayerNorm, Linear, RMSNorm
 
 PATCH = 2  # latent pixels per token side
 NORM_EPS = 1e-6
+FP16_MAX = torch.finfo(torch.float16).max
 TIME_DIM = 256  # sinusoidal features of timestep and guidance
 OFFICIAL_DEPTH = (19, 38)  # double, single blocks of FLUX.1
 
@@ -306,7 +307,7 @@ class DoubleBlock(Block):
     def _finish(self, x: Tensor, attended: Tensor, mod: tuple[Tensor, ...], mlp: nn.Module) -> Tensor:
         """Gated residuals: the attention's, then the MLP's."""
         x = torch.addcmul(x, mod[2], attended)
-        return torch.addcmul(x, mod[5], mlp(modulate(self.norm(x), *mod[3:5])))
+        return _bounded(torch.addcmul(x, mod[5], mlp(modulate(self.norm(x), *mod[3:5]))))
 
 
 class Mlp(nn.ModuleDict):
@@ -340,7 +341,12 @@ class SingleBlock(Block):
         qkv, mlp = projected.split([3 * self.hidden, projected.shape[-1] - 3 * self.hidden], dim=-1)
         attended = attention(*self.norm(qkv, self.heads, rope))
         joined = torch.cat([attended, F.gelu(mlp, approximate="tanh")], dim=-1)
-        return torch.addcmul(x, gate, self.linear2(joined))
+        return _bounded(torch.addcmul(x, gate, self.linear2(joined)))
+
+
+def _bounded(x: Tensor) -> Tensor:
+    """Within the range of fp16, which FLUX.1's residual streams leave (as diffusers clips them, #9097)."""
+    return x.clip(-FP16_MAX, FP16_MAX) if x.dtype == torch.float16 else x
 
 
 class FinalLayer(nn.Module):

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -32,7 +33,7 @@ from usoflow.models.weights import Linear, build
 
 logger = logging.getLogger(__name__)
 
-KEPT_ENCODINGS = 16  # of prompts and pictures: up to 13 MB each
+KEPT_ENCODINGS = 16  # of prompts and pictures: up to 13 MB for each picture
 M = TypeVar("M", bound=nn.Module)
 E = TypeVar("E")
 L = TypeVar("L", Flux, ClipText, T5Encoder)  # what LoRAs are for
@@ -55,7 +56,7 @@ class ModelLibrary:
     """
 
     def __init__(self, placement: Placement) -> None:
-        self.placement = placement
+        self.placement = self._asked = placement
         self._modules: dict[Key, nn.Module] = {}
         self._views: dict[str, tuple[Key, nn.Module]] = {}  # by role: the last LoRAs in use
         self._encodings: OrderedDict[Key, Any] = OrderedDict()  # of prompts and pictures, the last used last
@@ -95,40 +96,42 @@ class ModelLibrary:
         clip_module = self._with_loras("clip_l", self._module(clip_l, load_clip), loras)
         t5_module = self._with_loras("t5", self._module(t5, load_t5), loras)
         tokenizers = tokenizers_of(clip_module, t5_module)
-        with self.placement.borrow(clip_module), self.placement.borrow(t5_module):
+        with self._borrowed(clip_module), self._borrowed(t5_module):
             return encode_prompt(prompt, clip_module, t5_module, tokenizers, clip_text=clip_prompt)
 
     def encode_vision(self, siglip: Component, images: Tensor, crop: str) -> VisionOutput:
         """Pictures [B, H, W, C] in 0..1 through the vision tower, in fp32; `crop` is "center" or "none"."""
 
         def encode() -> VisionOutput:
-            with self.placement.borrow(self._module(siglip, load_siglip)) as module:
+            with self._borrowed(self._module(siglip, load_siglip)) as module:
                 pixels = preprocess(images, module.config.image_size, crop)
-                return cast(VisionOutput, module(pixels.to(self.placement.device), tuple(LEVELS.values())))
+                seen = module(pixels.to(self.placement.device), tuple(LEVELS.values()))
+                return VisionOutput({layer: state.cpu() for layer, state in seen.hidden.items()})
 
         return self._encoded(("vision", _key(siglip), crop, _content(images)), encode)
 
     def vae_encode(self, component: Component, images: Tensor) -> Tensor:
         """Pictures [B, H, W, C] to latents [B, 16, h, w], unscaled."""
+        key = ("vae", _key(component), _content(images))
+        return self._encoded(key, lambda: self.vae_encode_once(component, images)).clone()  # likewise
 
-        def encode() -> Tensor:
-            with self.placement.borrow(self._module(component, load_vae)) as module:
-                return module.encode(images, dtype=self.placement.vae_dtype, room=self.placement.room)
-
-        return self._encoded(("vae", _key(component), _content(images)), encode).clone()  # likewise
+    def vae_encode_once(self, component: Component, images: Tensor) -> Tensor:
+        """The same for what will not be asked for again, as parts of a picture: it is not kept."""
+        with self._borrowed(self._module(component, load_vae)) as module:
+            return module.encode(images, dtype=self.placement.vae_dtype, room=self.placement.room)
 
     def vae_decode(self, component: Component, latents: Tensor) -> Tensor:
         """Latents [B, 16, h, w], unscaled, to pictures [B, H, W, 3] in 0..1."""
-        with self.placement.borrow(self._module(component, load_vae)) as module:
+        with self._borrowed(self._module(component, load_vae)) as module:
             return module.decode(latents, dtype=self.placement.vae_dtype, room=self.placement.room)
 
     def style_tokens(self, projector: Component, states: Mapping[int, Tensor]) -> Tensor:
         """Hidden states of the vision tower, by layer, to style tokens [B, 192, hidden]."""
 
         def project() -> Tensor:
-            with self.placement.borrow(self._module(projector, load_projector)) as module:
+            with self._borrowed(self._module(projector, load_projector)) as module:
                 on_device = {layer: state.to(self.placement.device) for layer, state in states.items()}
-                return cast(Tensor, module(on_device))
+                return cast(Tensor, module(on_device).cpu())
 
         seen = tuple((layer, _content(state)) for layer, state in states.items())
         return self._encoded(("style", _key(projector), seen), project)
@@ -148,9 +151,10 @@ class ModelLibrary:
         return self._with_loras("flux", base, loras)
 
     def clear(self) -> None:
-        """Forget every model and encoding, and give the memory back."""
+        """Forget every model and encoding, and give the memory back; what ran out once may be there again."""
         self._encodings.clear()
         self._forget_models()
+        self.placement = self._asked
 
     @property
     def holds_models(self) -> bool:
@@ -173,6 +177,9 @@ class ModelLibrary:
 
     def _forget_models(self) -> None:
         self._modules, self._views = {}, {}
+        self._give_back()
+
+    def _give_back(self) -> None:
         pages.trim()
         if self.placement.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -182,7 +189,15 @@ class ModelLibrary:
         """The budget is for one."""
         self._modules = {key: m for key, m in self._modules.items() if not isinstance(m, Flux)}
         self._views.pop("flux", None)
-        pages.trim()
+        self._give_back()
+
+    @contextmanager
+    def _borrowed(self, module: M) -> Iterator[M]:
+        """On the device for a while. What does not fit beside the transformer comes in its place."""
+        if not self.placement.fits(module):
+            self._forget_transformers()
+        with self.placement.borrow(module) as there:
+            yield there
 
     def _encoded(self, key: Key, encode: Callable[[], E]) -> E:
         """What is known under this key, else what `encode` gives. Not to be changed."""
@@ -217,6 +232,7 @@ class ModelLibrary:
 
     def _with_loras(self, role: str, base: L, loras: tuple[LoraUse, ...]) -> L:
         """The network with the branches of these LoRAs, around the same weights."""
+        loras = tuple(use for use in loras if use.strength != 0)
         if not loras:
             return base
         key = (base, *((_key(use.lora), use.strength) for use in loras))

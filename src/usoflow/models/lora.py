@@ -12,7 +12,7 @@ from torch import nn
 
 from usoflow.errors import UsoflowError
 from usoflow.models.checkpoint import Component, some
-from usoflow.models.lora_layouts import Pair, pairs_for, peft_scale
+from usoflow.models.lora_layouts import Pair, PeftScales, pairs_for
 from usoflow.models.weights import Linear, LowRank, read_tensors
 
 logger = logging.getLogger(__name__)
@@ -36,13 +36,15 @@ def attach(
         device: where the branches are kept; default as read.
 
     Raises:
-        UsoflowError: `lora_mismatch` if nothing fits the transformer or a pair has the wrong shape,
-            `tensor_missing` if a pair is not one.
+        UsoflowError: `lora_mismatch` if nothing of what is for the transformer fits it or a pair has the
+            wrong shape, `tensor_missing` if a pair is not one.
     """
     layers = {name: layer for name, layer in network.named_modules() if isinstance(layer, Linear)}
     pairs = pairs_for(lora, role, {name: layer.shape for name, layer in layers.items()})
     total = len(pairs.fitting) + len(pairs.absent)
-    if role == "flux" and not pairs.fitting:
+    if role == "flux" and not total:
+        logger.warning("%s has nothing for the transformer.", lora.file.path.name)
+    elif role == "flux" and not pairs.fitting:
         raise UsoflowError(
             "lora_mismatch", f"{lora.file.path.name}: none of its {total} layers is in this model."
         )
@@ -52,18 +54,23 @@ def attach(
             lora.file.path.name, len(pairs.absent), total, some(pairs.absent, 2),
         )  # fmt: skip
     names = [name for pair in pairs.fitting for name in (pair.down, pair.up, pair.alpha) if name]
-    tensors, scale = read_tensors(lora, names), peft_scale(lora)
+    tensors, scales = read_tensors(lora, names), PeftScales.of(lora)
     for pair in pairs.fitting:
-        for branch in _branches(pair, tensors, strength * scale, device):
+        for branch in _branches(pair, tensors, strength, scales, device):
             layers[pair.layer].branches.append(branch)
 
 
 def _branches(
-    pair: Pair, tensors: dict[str, torch.Tensor], strength: float, device: torch.device | None
+    pair: Pair,
+    tensors: dict[str, torch.Tensor],
+    strength: float,
+    scales: PeftScales,
+    device: torch.device | None,
 ) -> list[LowRank]:
     down, up = tensors[pair.down].to(device), tensors[pair.up].to(device)
-    if pair.alpha is not None:
-        strength *= float(tensors[pair.alpha]) / down.shape[0]
+    rank = down.shape[0]
+    alpha = None if pair.alpha is None else float(tensors[pair.alpha])
+    strength *= scales.of_pair(pair.stem, rank) if alpha is None else alpha / rank
     parts = up.split([count for _, count in pair.rows])
     return [
         LowRank(down, part, strength=strength, first_row=first)

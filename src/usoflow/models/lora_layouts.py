@@ -13,11 +13,12 @@ DoRA, LoHa, LoKr and OFT change weights by other rules than a low-rank sum: they
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Final
+from typing import Final, Self
 
 from usoflow.errors import UsoflowError
 from usoflow.models.checkpoint import Component
@@ -120,6 +121,52 @@ class Pair:
 
 
 @dataclass(frozen=True, slots=True)
+class PeftScales:
+    """What the metadata of a PEFT file declares of its pairs' strengths (peft's `LoraConfig`).
+
+    Attributes:
+        alpha: of all pairs without one of their own; None where none is declared.
+        patterns: alphas of the layers whose names end so, as regular expressions.
+        rooted: divided by the root of the rank ("rsLoRA", arXiv 2312.03732) and not by the rank.
+    """
+
+    alpha: float | None = None
+    patterns: tuple[tuple[re.Pattern[str], float], ...] = ()
+    rooted: bool = False
+
+    @classmethod
+    def of(cls, lora: Component) -> Self:
+        """Of the transformer's pairs.
+
+        Raises:
+            UsoflowError: `model_damaged`.
+        """
+        text = lora.file.metadata.get(PEFT_METADATA)
+        if text is None:
+            return cls()
+        try:
+            declared = json.loads(text)
+            alpha = declared.get("transformer.lora_alpha")
+            patterns = tuple(
+                (re.compile(rf"(?:.*\.)?(?:{ending})"), float(value))
+                for ending, value in (declared.get("transformer.alpha_pattern") or {}).items()
+            )
+            rooted = bool(declared.get("transformer.use_rslora"))
+            return cls(None if alpha is None else float(alpha), patterns, rooted)
+        except (ValueError, TypeError, AttributeError, re.error):
+            raise UsoflowError(
+                "model_damaged", f"{lora.file.path.name}: its {PEFT_METADATA} cannot be read."
+            ) from None
+
+    def of_pair(self, stem: str, rank: int) -> float:
+        """The factor of a pair; 1 where nothing is declared."""
+        alpha = next((value for ending, value in self.patterns if ending.fullmatch(stem)), self.alpha)
+        if alpha is None:
+            return 1.0
+        return alpha / (math.sqrt(rank) if self.rooted else rank)
+
+
+@dataclass(frozen=True, slots=True)
 class Pairs:
     """The pairs of a file for one network: those with a layer, and the names of those without."""
 
@@ -183,25 +230,6 @@ def linear_layers(network: Component) -> Shapes:
         for name, shape in network.shapes.items()
         if name.endswith(".weight") and len(shape) == 2
     }
-
-
-def peft_scale(lora: Component) -> float:
-    """The factor that a PEFT file's metadata declares for all of its pairs; 1 where it declares none.
-
-    Raises:
-        UsoflowError: `model_damaged`.
-    """
-    text = lora.file.metadata.get(PEFT_METADATA)
-    if text is None:
-        return 1.0
-    try:
-        declared = json.loads(text)
-        rank = declared.get("transformer.r", 1)
-        return float(declared.get("transformer.lora_alpha", rank)) / float(rank)
-    except (ValueError, TypeError, AttributeError, ZeroDivisionError):
-        raise UsoflowError(
-            "model_damaged", f"{lora.file.path.name}: its {PEFT_METADATA} cannot be read."
-        ) from None
 
 
 def _stems(lora: Component) -> Mapping[str, tuple[str, str]]:

@@ -79,8 +79,9 @@ class Placement:
 
     @property
     def vae_dtype(self) -> torch.dtype:
-        """bf16 where the device computes it well, as the reference does; fp32 on a CPU and on request."""
-        return torch.float32 if self.device.type == "cpu" or self.dtype == torch.float32 else torch.bfloat16
+        """bf16 where the transformer has it, as the reference does; fp32 elsewhere, and on a CPU."""
+        wide = self.device.type == "cpu" or self.dtype != torch.bfloat16
+        return torch.float32 if wide else torch.bfloat16
 
     @property
     def weight_bytes(self) -> int:
@@ -120,24 +121,47 @@ class Placement:
             pinned = int(PART_OF_CPU * _free_memory())
             residence.settle_on_gpu(module, blocks, self.device, self.weight_bytes, pinned=pinned)
         elif self.device.type != "cpu":
-            module.to(self.device)
+            _move(module, self.device)
         return module
+
+    def fits(self, module: nn.Module) -> bool:
+        """Whether a module can be borrowed beside what is on the device."""
+        if self.device.type != "cuda":
+            return True
+        return _bytes_of(module) <= PART_FOR_WORK * _free_on_gpu(self.device)
 
     @contextmanager
     def borrow(self, module: M) -> Iterator[M]:
         """The module on the device for a while; then its memory-mapped parameters are put back."""
         if self.device.type == "cpu":
             yield module
-            if sum(parameter.nbytes for parameter in module.parameters()) > LARGE:
+            if _bytes_of(module) > LARGE:
                 pages.give_back(pages.mapped(module.parameters()))
             return
         home = {name: parameter.data for name, parameter in module.named_parameters()}
-        module.to(self.device)
         try:
+            _move(module, self.device)
             yield module
         finally:
             for name, parameter in module.named_parameters():
                 parameter.data = home[name]
+
+
+def _bytes_of(module: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in module.parameters())
+
+
+def _move(module: nn.Module, device: torch.device) -> None:
+    if device.type == "mps":
+        widen_fp8(module)
+    module.to(device)
+
+
+def widen_fp8(module: nn.Module) -> None:
+    """Hold what is stored in fp8 in bf16, which has all of its values: Metal has no fp8 (pytorch#148420)."""
+    for parameter in module.parameters():
+        if parameter.is_floating_point() and parameter.itemsize == 1:
+            parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def _free_on_gpu(device: torch.device) -> int:
@@ -156,12 +180,19 @@ def _free_memory() -> int:
 
 
 def _free_in_container(group: Path) -> int:
-    """Bytes below the limit of a control group (cgroup v2) as a container sees it; without one no limit."""
+    """Bytes below the limit of a control group (cgroup v2) as a container sees it; without one no limit.
+
+    Pages of files count as used there, though the kernel takes them back when they are needed.
+    """
     try:
         limit, used = (group / "memory.max").read_text().strip(), (group / "memory.current").read_text()
+        parts = (group / "memory.stat").read_text()
     except OSError:
         return sys.maxsize
-    return sys.maxsize if limit == "max" else max(0, int(limit) - int(used))
+    if limit == "max":
+        return sys.maxsize
+    of_files = sum(map(int, re.findall(r"^(?:in)?active_file (\d+)$", parts, re.MULTILINE)))
+    return max(0, int(limit) - max(0, int(used) - of_files))
 
 
 def _devices() -> list[str]:

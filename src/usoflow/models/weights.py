@@ -222,7 +222,7 @@ def assemble(component: Component, module: nn.Module, *, ignored: Sequence[str] 
         UsoflowError: `tensor_missing`, `tensor_unknown`, `tensor_shape`, `model_damaged`.
     """
     wanted = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
-    scales = {f"{name.rpartition('.')[0]}.{SCALE}" for name in wanted if name.endswith(".weight")}
+    scales = {f"{name}.{SCALE}" for name, part in module.named_modules() if isinstance(part, Linear)}
     _check_names(component, wanted, scales, (*ignored, *UNUSED_SCALES))
     _check_shapes(component, wanted)
     for name, tensor in read_tensors(component, [*wanted, *(scales & set(component.tensors))]).items():

@@ -123,11 +123,12 @@ def _drawn(noise: NoiseHandle, samples: Tensor, places: Sequence[int] | None) ->
 
 
 def _mask(mask: Tensor | None, samples: Tensor, device: torch.device) -> Tensor | None:
-    """[B, H, W] in pixels to [B or 1, 1, h, w] in latents."""
+    """[B, H, W] in pixels, or [B, 1, H, W] as custom nodes have it, to [B or 1, 1, h, w] in latents."""
     if mask is None:
         return None
-    _check_batch([mask], len(samples), "noise masks")
-    scaled = F.interpolate(mask[:, None].float(), size=samples.shape[-2:], mode="bilinear")
+    planes = mask.reshape(-1, 1, *mask.shape[-2:])
+    _check_batch([planes], len(samples), "noise masks")
+    scaled = F.interpolate(planes.float(), size=samples.shape[-2:], mode="bilinear")
     return scaled.to(device)
 
 

@@ -69,7 +69,7 @@ def vae_encode_tiled(
     from usoflow.models.vae import centre_crop
 
     def encode(tile: Tensor) -> Tensor:
-        return context.library.vae_encode(vae.vae, tile.movedim(1, -1))
+        return context.library.vae_encode_once(vae.vae, tile.movedim(1, -1))
 
     planes = centre_crop(pixels, _DOWN).movedim(-1, 1)  # [B, C, H, W]
     return {"samples": tiled(encode, planes, Grid(*_in_latents(tile_size, overlap), before=_DOWN, after=1))}

@@ -103,5 +103,5 @@ def _resized(planes: Tensor, width: int, height: int, method: str) -> Tensor:
 
 
 def _repeated(mask: Tensor, count: int) -> Tensor:
-    """The masks in turn, `count` of them."""
-    return mask.repeat(-(-count // len(mask)), 1, 1)[:count]
+    """The masks in turn, `count` of them: [count, H, W]."""
+    return mask.reshape(-1, *mask.shape[-2:]).repeat(-(-count // len(mask)), 1, 1)[:count]

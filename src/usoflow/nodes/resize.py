@@ -51,8 +51,8 @@ def scale_to_max_dimension(image: Tensor, largest_size: int, method: str) -> Ten
 def crop_to_proportions(image: Tensor, width: int, height: int) -> Tensor:
     """The largest part about the centre of [B, H, W, C] with the proportions width : height."""
     rows, columns = image.shape[1:3]
-    left = max(0, round((columns - rows * width / height) / 2))
-    top = max(0, round((rows - columns * height / width) / 2))
+    left = min(max(0, round((columns - rows * width / height) / 2)), (columns - 1) // 2)
+    top = min(max(0, round((rows - columns * height / width) / 2)), (rows - 1) // 2)
     return image[:, top : rows - top, left : columns - left]
 
 

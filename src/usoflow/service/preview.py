@@ -80,7 +80,8 @@ def _component(folders: Folders, folder: str, name: str) -> Component | None:
 def _fit_or_none(library: ModelLibrary, vae: Component) -> Tensor | None:
     try:
         return fit(library, vae)
-    except UsoflowError:  # a run does not fail for want of a preview; the decoder will say what is wrong
+    except (UsoflowError, RuntimeError, MemoryError):  # torch's errors of memory and of algebra among them
+        # A run does not fail for want of a preview; the decoder will say what is wrong.
         return None
 
 
