@@ -249,6 +249,7 @@ class TestPictures:
         assert not find_folders().exists("temp", "a.png")
 
     def test_missing_picture(self, tmp_path: Path) -> None:
+        (tmp_path / "here-in").mkdir()
         with pytest.raises(UsoflowError, match=r"nothing\.png.*here-in") as error:
             find_folders(inputs=tmp_path / "here-in").picture("input", "nothing.png")
         assert code_of(error) == "image_missing"
@@ -302,13 +303,19 @@ class TestNames:
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("8GB", 8 * 10**9), ("6.5 gb", 6_500_000_000), ("512M", 512 * 10**6), ("7GiB", 7 * 10**9), ("123", 123)],
+    [
+        ("8GB", 8 * 10**9),
+        ("6.5 gb", 6_500_000_000),
+        ("512M", 512 * 10**6),
+        ("7GiB", 7 * 10**9),
+        ("123k", 123_000),
+    ],
 )
 def test_amounts_of_memory(text: str, expected: int) -> None:
     assert bytes_of(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "GB", "-1GB", "eight", "0GB", "8 GB GB"])
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "eight", "0GB", "8 GB GB", "8", "8B"])
 def test_what_is_no_amount_of_memory(text: str) -> None:
     with pytest.raises(UsoflowError) as caught:
         bytes_of(text)

@@ -6,13 +6,15 @@ kind of model under another name. Source: https://docs.comfy.org/tutorials/flux/
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import Final
 
 from usoflow.errors import UsoflowError
 from usoflow.models.checkpoint import TensorFile
-from usoflow.settings import Folders
+from usoflow.settings import Folders, own_models
 
 _HUB = "https://huggingface.co"
 
@@ -73,6 +75,8 @@ KNOWN_FILES: tuple[KnownFile, ...] = (
     ),
 )
 
+PULLS: Final = "usoflow models pull"
+
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 
 # ByteDance's own names (bytedance-research/USO, uso_flux_v1.0/), which two steps of the tutorial use.
@@ -88,7 +92,7 @@ def missing_file_remedy(folder: str, name: str, folders: Folders) -> str:
     lines = []
     if PurePosixPath(name).suffix in PICKLE_SUFFIXES:
         lines.append(f"{name} is a pickle, which can execute code when it is loaded: it is refused.")
-    if twins := list(_same_kind(wanted, folder, folders)) if wanted else []:
+    if twins := list(same_kind(wanted, folders)) if wanted else []:
         names = " or ".join(twins)
         lines.append(
             f"You have {names} in {folder}, which holds the same kind of model: use that name instead."
@@ -96,12 +100,18 @@ def missing_file_remedy(folder: str, name: str, folders: Folders) -> str:
     place = folders.models[folder][0] if folders.models.get(folder) else folder
     if wanted:
         lines.append(f"Download {wanted.url} ({wanted.size}; {wanted.licence}) into {place}.")
-        lines.append("`usoflow models pull` downloads all of the tutorial's files that are missing.")
+        lines.append(f"`{pull_command(folders)}` downloads all of the tutorial's files that are missing.")
     elif available := folders.list(folder):
         lines.append(f"There are: {', '.join(available)}. Choose one, or put {name} into {place}.")
     else:
         lines.append(f"Put {name} into {place}, or name your models folder with --models.")
     return "\n".join(lines)
+
+
+def pull_command(folders: Folders) -> str:
+    """What gets the tutorial's files into the first of the models folders."""
+    root = folders.models["checkpoints"][0].parent
+    return PULLS if root == own_models() else f"{PULLS} --models {shlex.quote(str(root))}"
 
 
 def known_file(folder: str, name: str) -> KnownFile | None:
@@ -111,10 +121,11 @@ def known_file(folder: str, name: str) -> KnownFile | None:
     return next((file for file in KNOWN_FILES if (file.folder, file.name) == (folder, base)), None)
 
 
-def _same_kind(wanted: KnownFile, folder: str, folders: Folders) -> Iterator[str]:
-    for name in folders.list(folder):
+def same_kind(wanted: KnownFile, folders: Folders) -> Iterator[str]:
+    """Files of the same folder that hold what a file of the tutorial holds."""
+    for name in folders.list(wanted.folder):
         try:
-            held = set(TensorFile.open(folders.model(folder, name)).components())
+            held = set(TensorFile.open(folders.model(wanted.folder, name)).components())
         except UsoflowError:  # a damaged file is no remedy
             continue
         if wanted.holds <= held:

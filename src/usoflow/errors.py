@@ -67,6 +67,9 @@ CATALOGUE: Mapping[str, ErrorKind] = MappingProxyType(
         "node_unknown": ErrorKind(
             "There is no node of this type.", "`usoflow nodes` lists what there is.", EXIT_USAGE
         ),
+        "command_invalid": ErrorKind(
+            "The command line is not understood.", "See `usoflow --help`.", EXIT_USAGE
+        ),
         # --- settings -------------------------------------------------------------------------------
         "settings_invalid": ErrorKind(
             "A setting or a settings file cannot be used.", "Correct or remove it.", EXIT_USAGE

@@ -37,7 +37,7 @@ EXTRA_PATHS_FILE = "extra_model_paths.yaml"
 
 POCKET_MODELS = Path(__file__).parent / "pocket" / "models"  # small ones that ship with the package
 
-_UNITS: Mapping[str, int] = MappingProxyType({"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12})
+_UNITS: Mapping[str, int] = MappingProxyType({"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12})
 
 MODELS_VARIABLE = "USOFLOW_MODELS"
 INPUT_VARIABLE = "USOFLOW_INPUT"
@@ -130,13 +130,14 @@ def find_folders(
         given_images: see `Folders`.
 
     Raises:
-        UsoflowError: `file_not_found` for a models folder that is not there, `settings_invalid`.
+        UsoflowError: `file_not_found` for a folder of models or inputs that is not there, `settings_invalid`.
     """
     roots = [models] if models else _from_variable(MODELS_VARIABLE)
     for root in roots:
-        if not root.is_dir():
-            raise UsoflowError("file_not_found", f"The models folder {root} does not exist.")
-    roots = roots or _own_models()
+        _check_folder(root, "models")
+    if inputs:
+        _check_folder(inputs, "input")
+    roots = roots or _default_models()
     default_inputs = [Path("input"), *(r / "input" for r in roots), *(r.parent / "input" for r in roots)]
     default_inputs += [beside.parent] if beside else []
     return Folders(
@@ -148,13 +149,24 @@ def find_folders(
     )
 
 
+def _check_folder(folder: Path, what: str) -> None:
+    if not folder.is_dir():
+        reason = "is no folder" if folder.exists() else "does not exist"
+        raise UsoflowError("file_not_found", f"The {what} folder {folder} {reason}.")
+
+
 def compiled_folder() -> Path:
     """Where a compiler keeps what it made."""
     return platformdirs.user_cache_path("usoflow") / "compiled"
 
 
-def _own_models() -> list[Path]:
-    own = platformdirs.user_data_path("usoflow") / "models"
+def own_models() -> Path:
+    """The models folder in the user's data directory."""
+    return platformdirs.user_data_path("usoflow") / "models"
+
+
+def _default_models() -> list[Path]:
+    own = own_models()
     return [own] if any(_names(own, MODEL_SUFFIXES)) else [own, POCKET_MODELS]
 
 
@@ -231,12 +243,12 @@ def _is_file(path: Path) -> bool:
 
 
 def bytes_of(text: str) -> int:
-    """Bytes of "8GB", "512 MB", "6.5G": decimal units, as memory is sold.
+    """Bytes of "8GB", "512 MB", "6.5G": decimal units, as memory is sold. A bare number has no unit.
 
     Raises:
         UsoflowError: `budget_invalid`.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT])(?:i?B)?\s*", text, re.IGNORECASE)
     if not match or not float(match[1]):
         raise UsoflowError("budget_invalid", f"{text!r} is not an amount of memory.")
     return int(float(match[1]) * _UNITS[match[2].upper()])

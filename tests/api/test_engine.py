@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,20 @@ def test_models_and_encodings_stay(engine: Engine, file: Path) -> None:
     assert not first.cached
     assert [node.class_type for node in again.nodes] == ["KSampler", "VAEDecode", "SaveImage"]
     assert not np.array_equal(np.asarray(first.images[0]), np.asarray(again.images[0]))
+
+
+def test_threads_wait_for_each_other(small_models: Path, tmp_path: Path) -> None:
+    """With blocks that come and leave, which two runs at once would take from each other."""
+    prompt = small.with_style(small.subject())
+    given: dict[str, Any] = {"models": small_models, "output": tmp_path / "out", "device": "cpu"}
+    with Engine(**given, vram="1KB") as engine, ThreadPoolExecutor(4) as pool:
+        seeds = [1, 2, 3, 4] * 2
+        asked = [Workflow.load(prompt).with_seed(seed) for seed in seeds]
+        results = list(pool.map(engine.run, asked))
+        pictures = [np.asarray(result.images[0]) for result in results]
+    for first, second in zip(pictures[:4], pictures[4:], strict=True):
+        assert np.array_equal(first, second)
+    assert not np.array_equal(pictures[0], pictures[1])
 
 
 def test_progress_is_told(engine: Engine, file: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +12,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from usoflow.api.at_hand import TUTORIAL, ModelFiles, at_hand
 from usoflow.api.official import LAYOUT_NOTE, Request, build, output_size
 from usoflow.api.workflow import Workflow
 from usoflow.errors import UsoflowError
+from usoflow.settings import POCKET_MODELS, find_folders
 
 PAIRS = Path(__file__).parents[1] / "pairs"
 PICTURE = "flux1_dev_uso_reference_image_gen_input_image.png"
@@ -57,6 +60,35 @@ def test_equals_the_editors_export(picture: Path, subject: bool, styles: int, ex
         seed=1058487910949722 if subject else 594838223597516,
     )
     assert built(request) == exported(expected)
+
+
+@pytest.mark.parametrize("subject", [False, True])
+def test_other_files_take_the_places_of_the_tutorials(picture: Path, subject: bool) -> None:
+    """In the prompt and in every field of the editor that shows a name."""
+    names = {"checkpoints": "a.sft", "loras": "b.sft", "model_patches": "c.sft", "clip_vision": "d.sft"}
+    request = Request("x", subjects=(picture,) * subject, styles=(picture,))
+    workflow = build(request, ModelFiles(names, notes=("told",)))
+    nodes = workflow.prompt.nodes.values()
+    loaded = {value for node in nodes for name, value in node.inputs.items() if name.endswith("name")}
+    assert set(names.values()) <= loaded | {node.inputs.get("name") for node in nodes}
+    assert "told" in workflow.warnings
+    assert workflow.ui is not None
+    levels = [workflow.ui, *workflow.ui["definitions"]["subgraphs"]]
+    fields = [value for level in levels for node in level["nodes"] for value in node["widgets_values"]]
+    assert not set(fields) & set(TUTORIAL.names.values())
+
+
+def test_what_is_at_hand(tmp_path: Path) -> None:
+    """Of one file that holds the same models; not of two, of which one would have to be chosen."""
+    shutil.copytree(POCKET_MODELS, tmp_path, dirs_exist_ok=True)
+    found = at_hand(find_folders(models=tmp_path))
+    assert set(found.names.values()) == {path.name for path in POCKET_MODELS.rglob("*.safetensors")}
+    assert (found.side, found.subject_side, len(found.notes)) == (128, 128, 1)
+    lora = next((tmp_path / "loras").iterdir())
+    shutil.copy(lora, lora.with_name("another.safetensors"))
+    assert at_hand(find_folders(models=tmp_path)).names["loras"] == TUTORIAL.names["loras"]
+    lora.rename(lora.with_name(TUTORIAL.names["loras"]))
+    assert at_hand(find_folders(models=tmp_path)).names["loras"] == TUTORIAL.names["loras"]
 
 
 def test_one_style_without_subject_uses_the_first_place(picture: Path) -> None:
@@ -208,7 +240,15 @@ def test_the_note_about_layout(picture: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"size": (1000, 1024)}, {"size": (0, 16)}, {"keep_size": True, "subjects": ()}]
+    "wrong",
+    [
+        {"size": (1000, 1024)},
+        {"size": (0, 16)},
+        {"size": "128x128"},
+        {"size": 128},
+        {"size": (128, 128, 1)},
+        {"keep_size": True, "subjects": ()},
+    ],
 )
 def test_what_cannot_be_asked_for(picture: Path, wrong: dict[str, Any]) -> None:
     with pytest.raises(UsoflowError) as caught:

@@ -45,6 +45,29 @@ def test_targets_that_are_not_there(workflow: Workflow, target: str, code: str) 
     assert caught.value.code == code
 
 
+@pytest.mark.parametrize("target", ["47.image", "LoadImage.image", "112:31.steps", "88.image"])
+def test_nodes_that_are_bypassed_are_told(target: str) -> None:
+    """The editor shows them, the prompt does not have them."""
+    from usoflow.api.official import Request, build
+
+    workflow = build(Request("a"))  # of the template, without subject and styles
+    with pytest.raises(UsoflowError, match="bypassed or muted") as caught:
+        workflow.set(target, 1)
+    assert caught.value.code == "set_invalid"
+    with pytest.raises(UsoflowError, match="bypassed or muted"):
+        workflow.assign(f"{target}=1")
+
+
+@pytest.mark.parametrize("name", ["ksampler", " KSampler", "samplr", "K-Sampler"])
+def test_a_name_that_is_nearly_one(workflow: Workflow, name: str) -> None:
+    with pytest.raises(UsoflowError, match=r"did you mean K?[Ss]ampler"):
+        workflow.set(f"{name}.steps", 1)
+
+
+def test_json_in_memory_is_a_workflow(workflow: Workflow) -> None:
+    assert Workflow.load(workflow.to_prompt()).to_prompt() == workflow.to_prompt()
+
+
 def test_saving_keeps_the_ui_graph(tmp_path: Path) -> None:
     workflow = Workflow.load(TEMPLATE)
     workflow.save(tmp_path / "same.json")

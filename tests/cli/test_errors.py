@@ -120,6 +120,10 @@ class TestWorkflow:
         prompt = small.text_to_image() | {"x": {"class_type": "MagicNode", "inputs": {}}}
         check(desk.run(prompt), 3, "MagicNode", "x", "Bypass or replace")
 
+    def test_a_link_that_leads_nowhere(self, desk: Desk) -> None:
+        done = desk.run(small.with_inputs(small.text_to_image(), "save", images=["99", 0]))
+        check(done, 3, "node or an output that is not there: '99'")
+
     def test_nothing_to_do(self, desk: Desk) -> None:
         prompt = {key: node for key, node in small.text_to_image().items() if key != "save"}
         check(desk.run(prompt), 3, "no outputs")
@@ -193,6 +197,7 @@ class TestOptions:
             ("--device", "tpu"),
             ("--dtype", "int4"),
             ("--vram", "eight"),
+            ("--vram", "8"),
             ("-x",),
         ],
     )
@@ -209,6 +214,18 @@ class TestOptions:
     def test_models_folder_that_is_not_there(self, desk: Desk) -> None:
         check(desk.run(small.text_to_image(), models=desk.root / "none"), 2, str(desk.root / "none"))
 
+    def test_input_folder_that_is_not_there(self, desk: Desk) -> None:
+        check(desk.run(small.subject(), "--input", desk.root / "none"), 2, str(desk.root / "none"))
+
+    def test_standard_output_that_is_full(self) -> None:
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(
+                [sys.executable, "-m", "usoflow", "nodes"], stdout=full, stderr=subprocess.PIPE, text=True
+            )
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
+        assert done.stderr.startswith("error: Standard output: No space left on device.")
+
     def test_broken_extra_model_paths(self, desk: Desk) -> None:
         (desk.root / "extra_model_paths.yaml").write_text("a: [")
         check(desk.run(small.text_to_image()), 2, "extra_model_paths.yaml")
@@ -218,6 +235,14 @@ class TestOptions:
 
 
 class TestJson:
+    @pytest.mark.parametrize("options", [("--seed", "x"), ("--nothing",), ("one", "word", "too", "many")])
+    def test_a_command_line_that_is_not_understood_is_one_object(self, options: tuple[str, ...]) -> None:
+        done = usoflow("run", "x.json", *options, "--json")
+        assert done.code == 2
+        assert json.loads(done.out)["error"]["code"] == "command_invalid"
+        assert json.loads(done.out)["error"]["detail"]
+        assert done.err == ""
+
     def test_error_is_one_object(self, desk: Desk) -> None:
         done = desk.run(small.text_to_image(), "--json", models=desk.root / "none")
         assert done.code == 2

@@ -136,11 +136,16 @@ def test_the_graph_in_the_picture_gives_the_prompt_in_the_picture(
 
 
 def test_a_model_of_another_name(small_models: Path, small_options: list[str], tmp_path: Path) -> None:
-    """What the error of a missing file advises, works."""
+    """If it is the only one it is taken, and told; else what the error of a missing file advises, works."""
     models = tmp_path / "models"
     shutil.copytree(small_models, models)
-    (models / "checkpoints" / "flux1-dev-fp8.safetensors").rename(models / "checkpoints" / "mine.safetensors")
+    mine = models / "checkpoints" / "mine.safetensors"
+    (models / "checkpoints" / "flux1-dev-fp8.safetensors").rename(mine)
     options = [*small_options, "--models", str(models)]
+    done = usoflow("generate", "a cat", *options)
+    assert done.code == 0, done.err
+    assert "warning: Not all files of the tutorial are there. Taken: mine.safetensors for flux1-" in done.err
+    shutil.copy(mine, mine.with_name("other.safetensors"))
     refused = usoflow("generate", "a cat", *options)
     assert refused.code == 4
     (advice,) = re.findall(r"--set (\S+)=NAME", refused.err)
@@ -207,6 +212,7 @@ def test_keeping_proportions_and_saving_the_workflow(
         (["--size=big"], 2, "--size"),
         (["--size=1000x1000"], 2, "multiples of 16"),
         (["--sweep=colour=red"], 2, "can be swept"),
+        (["--sweep=subject-size=64,128"], 2, "without a --subject"),
         (["--sweep=steps=few"], 2, "not values"),
         (["--keep-size"], 2, "without a subject"),
         (["--subject=none.png"], 5, "none.png"),

@@ -66,6 +66,13 @@ class TestList:
     def test_sizes(self, count: int, expected: str) -> None:
         assert size_in_words(count) == expected
 
+    def test_a_damaged_file_is_still_to_be_had(self, tree: Path) -> None:
+        (tree / LORA).write_bytes((tree / LORA).read_bytes()[:-8])
+        record = json.loads(usoflow("models", "--models", tree, "--json").out)
+        assert [file["folder"] for file in record["missing"]] == [str(tree / "loras")]
+        done = usoflow("models", "--models", tree)
+        assert f"`usoflow models pull --models {tree}` gets what is missing." in done.out
+
     def test_for_programs(self, tree: Path) -> None:
         (tree / LORA).unlink()
         record = json.loads(usoflow("models", "--models", tree, "--json").out)

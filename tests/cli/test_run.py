@@ -459,9 +459,14 @@ WATCHED = """
 import os, time
 if os.environ["WATCHED"] == "import":
     from usoflow.api.engine import Engine
-    def slowly(engine):
+    start = Engine.start
+    def slowly(engine):  # an exception in an import may be swallowed by what is imported
         print("ready", flush=True)
-        time.sleep(60)
+        try:
+            time.sleep(2)
+        except KeyboardInterrupt:
+            pass
+        start(engine)
     Engine.start = slowly
 else:
     import usoflow.cli.report as report

@@ -152,7 +152,9 @@ def test_the_scale_that_peft_declares(checkpoint: TensorFile, tmp_path: Path) ->
     down, up = pair(3 * W, W, 2)
     stem = "transformer.double_blocks.0.img_attn.qkv"
     tensors = {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}
-    declared = {"lora_adapter_metadata": json.dumps({"transformer.r": RANK, "transformer.lora_alpha": 2 * RANK})}
+    declared = {
+        "lora_adapter_metadata": json.dumps({"transformer.r": RANK, "transformer.lora_alpha": 2 * RANK})
+    }
     found = change(checkpoint, saved(tmp_path, tensors, declared), "double_blocks.0.img_attn.qkv")
     assert torch.allclose(found, 2 * up @ down, atol=1e-4)
 

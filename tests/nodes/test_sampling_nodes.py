@@ -165,7 +165,12 @@ def test_only_what_is_in_the_mask_is_made_anew(tools: Tools) -> None:
     assert not torch.allclose(output["samples"][..., :3], latents(0)["samples"][..., :3], atol=1e-2)
     as_custom_nodes_have_it = {**masked, "noise_mask": mask[:, None]}
     again, _ = custom_sampling.sampler_custom_advanced(
-        custom_sampling.random_noise(5), guider, "euler", levels, as_custom_nodes_have_it, context=tools.context
+        custom_sampling.random_noise(5),
+        guider,
+        "euler",
+        levels,
+        as_custom_nodes_have_it,
+        context=tools.context,
     )
     assert torch.equal(again["samples"], output["samples"])
 

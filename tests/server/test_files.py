@@ -172,6 +172,14 @@ def test_missing_is_404_not_500(client: TestClient) -> None:
         assert client.get(f"/view{query}").status_code in (400, 404)
 
 
+@pytest.mark.parametrize("kind", ["input", "output", "temp"])
+def test_where_to_look_for_a_picture_that_is_missing(client: TestClient, kind: str) -> None:
+    error = client.get(f"/view?filename=none.png&type={kind}").json()["error"]
+    assert "--image" not in error["details"]
+    (path,) = (word for word in error["details"].split() if word.startswith("/"))
+    assert client.get(path).status_code == 200
+
+
 def test_workflows_are_kept(client: TestClient) -> None:
     path = "/api/userdata/workflows%2Fmy%20work.json"
     written = client.post(f"{path}?overwrite=false&full_info=true", content=b'{"nodes": []}')

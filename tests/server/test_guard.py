@@ -82,3 +82,48 @@ def test_every_response_says_what_it_is(client: TestClient) -> None:
 def test_what_there_is_not_is_404(client: TestClient) -> None:
     for path in ("/no/such/path", "/api/assets", "/api/v2/x", "/api/models/nonsense", "/api/jobs/none"):
         assert client.get(path).status_code == 404, path
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/nope", 404),
+        ("GET", "/api/nope", 404),
+        ("PUT", "/queue", 405),
+        ("GET", "/api/jobs/none", 404),
+        ("POST", "/jobs/none/cancel", 404),
+        ("GET", "/jobs?sort_order=up", 400),
+        ("GET", "/jobs?limit=x", 400),
+        ("GET", "/api/models/nonsense", 404),
+        ("GET", "/experiment/models/nonsense", 404),
+        ("GET", "/userdata?dir=nonsense", 404),
+        ("GET", "/userdata", 400),
+        ("GET", "/view?filename=none.png", 404),
+        ("POST", "/upload/image", 400),
+    ],
+)
+def test_every_error_has_one_form(client: TestClient, method: str, path: str, status: int) -> None:
+    answer = client.request(method, path)
+    assert answer.status_code == status
+    error = answer.json()["error"]
+    assert error["type"]
+    assert error["message"]
+    assert error["extra_info"]["remedy"] == error["details"]
+    assert answer.json()["node_errors"] == {}
+
+
+def test_what_is_not_there_is_named(client: TestClient) -> None:
+    assert client.get("/nope").json()["error"]["message"] == "There is no GET /nope."
+    refused = client.put("/queue")
+    assert refused.json()["error"]["message"] == "There is no PUT /queue."
+    assert refused.headers["allow"]
+    form = client.post("/upload/image", content=b"x", headers={"content-type": "multipart/form-data"})
+    assert (form.status_code, form.json()["error"]["type"]) == (400, "body_invalid")
+    assert "boundary" in form.json()["error"]["message"]
+
+
+def test_a_wrong_status_of_jobs_is_answered_as_comfyui_does(client: TestClient) -> None:
+    answer = client.get("/api/jobs?status=foo,pending")
+    valid = "pending, in_progress, completed, failed, cancelled"
+    assert answer.status_code == 400
+    assert answer.json() == {"error": f"Invalid status value(s): foo. Valid values: {valid}"}

@@ -131,6 +131,53 @@ def test_what_is_no_prompt_is_refused_in_comfyuis_words(client: TestClient, body
     assert "node_errors" in answer.json()
 
 
+WORKFLOW = {"nodes": [{"id": 1, "type": "SaveImage"}], "links": [], "version": 0.4}
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "advice"),
+    [
+        ({"prompt": WORKFLOW}, "invalid_prompt", "usoflow convert FILE"),
+        ({"prompt": WORKFLOW}, "invalid_prompt", "Export (API)"),
+        (WORKFLOW, "no_prompt", "usoflow convert FILE"),
+        (prompt(), "no_prompt", '{"prompt": ...}'),
+    ],
+)
+def test_what_is_sent_instead_of_a_prompt_is_recognised(
+    client: TestClient, body: dict[str, Any], kind: str, advice: str
+) -> None:
+    answer = client.post("/prompt", json=body)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["type"]) == (400, kind)
+    assert advice in error["details"]
+    assert ("editor's workflow" in error["message"] + error["details"]) == (body != prompt())
+
+
+@pytest.mark.parametrize(
+    ("body", "remedy"),
+    [
+        ({}, "prompt"),
+        ({"prompt": {}}, "SaveImage or PreviewImage"),
+        ({"prompt": {"1": {"class_type": "NoSuchNode", "inputs": {}}}}, "/object_info"),
+        ({"prompt": {"1": {"class_type": "SaveImage", "inputs": {}}}}, "node_errors"),
+        ({"prompt": WORKFLOW}, "usoflow convert"),
+    ],
+)
+def test_every_refusal_has_a_remedy(client: TestClient, body: dict[str, Any], remedy: str) -> None:
+    assert remedy in client.post("/prompt", json=body).json()["error"]["extra_info"]["remedy"]
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [(b"{not json", "column 2"), (b"\xff\xfe", "utf-8"), (b"[" * 150 + b"]" * 150, "nested")],
+)
+def test_a_body_is_json_and_no_picture(client: TestClient, body: bytes, reason: str) -> None:
+    message = client.post("/prompt", content=body).json()["error"]["message"]
+    assert message.startswith("The body is not JSON: ")
+    assert reason in message
+    assert "PNG" not in message
+
+
 def test_errors_are_at_the_node_and_the_input(client: TestClient) -> None:
     wrong = prompt()
     wrong["sampler"]["inputs"]["steps"] = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -93,6 +94,25 @@ def test_without_the_editor_the_page_says_so(monkeypatch: pytest.MonkeyPatch) ->
     with TestClient(app) as client:
         assert "pip install" in client.get("/").text
     assert ui.extensions() == []
+
+
+def test_no_ui_says_so_and_where_the_api_is_described(client: TestClient) -> None:
+    page = client.get("/")
+    assert page.status_code == 200
+    assert page.headers["content-type"].startswith("text/plain")
+    assert "--no-ui" in page.text
+    assert "/docs" in page.text
+
+
+def test_docs_lists_every_route_and_loads_nothing(client: TestClient) -> None:
+    page = client.get("/docs")
+    assert page.headers["content-type"].startswith("text/html")
+    assert not re.search(r"<script|<link|<img|src=|//", page.text.replace("<!doctype", ""))
+    for path, methods in client.get("/openapi.json").json()["paths"].items():
+        for method in methods:
+            assert re.search(rf"<td>{method.upper()}<td><code>{re.escape(path)}</code><td>\w", page.text)
+    assert "<td>WebSocket<td><code>/ws</code><td>Send what happens" in page.text
+    assert client.get("/redoc").status_code == 404  # as the page that /docs was: from another host
 
 
 def test_what_the_editor_asks_at_its_start(client: TestClient) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from usoflow.api.workflow import Workflow
+from usoflow.catalogue import PULLS, missing_file_remedy
 from usoflow.errors import UsoflowError
 from usoflow.schema.node import NodeRegistry
 from usoflow.schema.validation import ValidationResult, validate
@@ -16,6 +17,7 @@ from usoflow.settings import Folders
 from usoflow.workflow.prompt import Prompt
 
 SAVES: Final = "SaveImage"
+LOADS: Final = ("LoadImage", "LoadImageMask")
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,6 @@ def check(workflow: Workflow, folders: Folders, nodes: NodeRegistry) -> Job:
     Raises:
         UsoflowError: `prompt_invalid` or `model_missing`, with every reason and its remedy; `save_failed`.
     """
-    from usoflow.catalogue import missing_file_remedy
 
     def remedy(folder: str, name: str) -> str:
         return missing_file_remedy(folder, name, folders)
@@ -67,7 +68,9 @@ def _error(checked: ValidationResult) -> UsoflowError:
     """The error of a prompt of which nothing can be run: every reason, and what to do about it."""
     assert checked.error is not None
     lines = list(_lines(checked)) or [_sentence(checked.error)]
-    remedies = dict.fromkeys(_remedies(checked))
+    remedies = list(dict.fromkeys(_remedies(checked)))
+    pulls = [line for line in remedies if PULLS in line]
+    remedies = [line for line in remedies if line not in pulls] + pulls  # for all files: once, and last
     return UsoflowError(_code(checked), "\n".join(lines), remedy="\n".join(remedies) or None)
 
 
@@ -95,16 +98,22 @@ def _remedies(checked: ValidationResult) -> Iterator[str]:
     for node_id, entry in checked.node_errors.items():
         for error in entry["errors"]:
             if remedy := error["extra_info"].get("remedy"):
-                yield remedy
-                yield f"Another file is named with --set {node_id}.{error['extra_info']['input_name']}=NAME."
+                name = error["extra_info"]["input_name"]
+                kind = entry["class_type"]
+                yield f"{kind} {node_id}: another file is used with --set {node_id}.{name}=NAME."
+                yield from remedy.splitlines()
             elif error["type"] == "value_not_in_list":
                 yield f"Another value is set with --set {node_id}.{error['extra_info']['input_name']}=VALUE."
-            elif error["type"] == "custom_validation_failed" and entry["class_type"] == "LoadImage":
+            elif error["type"] == "custom_validation_failed" and entry["class_type"] in LOADS:
                 yield f"Give the picture with --image {node_id}=PATH, or its folder with --input DIR."
+    if checked.error and checked.error["type"] == "prompt_no_outputs":
+        yield "Add a SaveImage or PreviewImage in the editor, or make the one that is bypassed active."
     if checked.error and checked.error["type"] == "invalid_prompt":
         yield "Bypass or replace this node in the editor; `usoflow nodes` lists those that there are."
 
 
 def _sentence(error: dict[str, Any]) -> str:
     details = f": {error['details']}" if error["details"] else ""
+    if error["type"].startswith("exception_during"):  # in ComfyUI's words a Python exception
+        return f"an input is linked to a node or an output that is not there{details}"
     return f"{error['message']}{details}"

@@ -28,8 +28,16 @@ Progress = Callable[[int, int], None]
 
 
 def missing(folders: Folders) -> Iterator[KnownFile]:
-    """The tutorial's files that are not there."""
-    return (file for file in KNOWN_FILES if file.name not in folders.list(file.folder))
+    """The tutorial's files that are not there, or not as they must be: damaged, or something else."""
+    return (file for file in KNOWN_FILES if not _is_there(file, folders))
+
+
+def _is_there(file: KnownFile, folders: Folders) -> bool:
+    try:
+        held = TensorFile.open(folders.model(file.folder, file.name)).components()
+    except UsoflowError:
+        return False
+    return file.holds <= set(held)
 
 
 def pull(file: KnownFile, folders: Folders, progress: Progress = lambda done, total: None) -> Path:

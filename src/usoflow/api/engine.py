@@ -1,4 +1,4 @@
-"""The engine: runs workflows one after another on models that stay loaded.
+"""The engine: runs workflows one after another on models that stay loaded, from any thread.
 
 with Engine(models="~/ComfyUI") as engine:
     result = engine.generate("a cat in the rain", subject="cat.png")
@@ -7,14 +7,17 @@ with Engine(models="~/ComfyUI") as engine:
 
 from __future__ import annotations
 
+import itertools
 import secrets
 import tempfile
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
+from usoflow.api.at_hand import ModelFiles, at_hand
 from usoflow.api.checking import Job, check
 from usoflow.api.official import RANDOM_SEEDS, Request, build
 from usoflow.api.workflow import Workflow
@@ -97,9 +100,11 @@ class Engine:
         vram: str | None = None,
         compiled: bool | None = None,
     ) -> None:
+        self._lock = threading.RLock()  # models are shared: of several threads one computes
+        self._numbers = itertools.count()
         self._models, self._inputs, self._output = _path(models), _path(inputs), _path(output)
         self._device, self._dtype, self._compiled = device, dtype, compiled
-        self._budget = None if vram is None else bytes_of(vram)
+        self._budget = None if vram is None else bytes_of(str(vram))
         self._custom_nodes = _path(custom_nodes)
         self._executor: Executor | None = None
         self._temp: tempfile.TemporaryDirectory[str] | None = None
@@ -131,8 +136,16 @@ class Engine:
 
         return with_custom(registry(), self._custom_nodes)
 
-    def check(self, workflow: Workflow | str | Path) -> Job:
-        """Whether a workflow (or a file with one) can be run. Imports no torch.
+    def model_files(self) -> ModelFiles:
+        """Which files `generate` uses: the tutorial's, else those that take their places. Imports no torch.
+
+        Raises:
+            UsoflowError: `file_not_found` for a models folder that is not there.
+        """
+        return at_hand(find_folders(models=self._models))
+
+    def check(self, workflow: Workflow | str | Path | Mapping[str, Any]) -> Job:
+        """Whether a workflow (or a file, or JSON, with one) can be run. Imports no torch.
 
         Raises:
             UsoflowError: what is wrong with it or missing, and what to do about it.
@@ -146,26 +159,27 @@ class Engine:
         Raises:
             UsoflowError: `device_unavailable`.
         """
-        if self._executor is not None:
-            return
-        from usoflow.execution.executor import Executor
-        from usoflow.models.library import ModelLibrary
-        from usoflow.models.placement import Placement
+        with self._lock:
+            if self._executor is not None:
+                return
+            from usoflow.execution.executor import Executor
+            from usoflow.models.library import ModelLibrary
+            from usoflow.models.placement import Placement
 
-        placement = Placement.choose(self._device, self._dtype, self._budget, compiled=self._compiled)
-        self._executor = Executor(self.nodes, ModelLibrary(placement))
+            placement = Placement.choose(self._device, self._dtype, self._budget, compiled=self._compiled)
+            self._executor = Executor(self.nodes, ModelLibrary(placement))
 
     def run(
         self,
-        workflow: Workflow | Job | str | Path,
+        workflow: Workflow | Job | str | Path | Mapping[str, Any],
         *,
         progress: Callable[[Event], None] | None = None,
         cancellation: Cancellation | None = None,
     ) -> Result:
-        """Run a workflow.
+        """Run a workflow; while one runs, another waits.
 
         Args:
-            workflow: loaded, checked, or a file.
+            workflow: loaded, checked, a file, or JSON (a UI workflow or an API prompt).
             progress: is told what happens (`NodeStarted`, `NodeProgress`, `NodeFinished`, ...).
             cancellation: its `set()`, from any thread, stops the run after the step in progress.
 
@@ -173,17 +187,18 @@ class Engine:
             UsoflowError: what is wrong, and what to do about it.
         """
         job = workflow if isinstance(workflow, Job) else self.check(workflow)
-        self.start()
-        assert self._executor is not None
-        done = self._executor.run(
-            job.workflow.prompt,
-            job.targets,
-            job.folders,
-            workflow=job.workflow.ui,
-            listen=progress or (lambda event: None),
-            cancellation=cancellation,
-        )
-        return self._result(job, done)
+        with self._lock:
+            self.start()
+            assert self._executor is not None
+            done = self._executor.run(
+                job.workflow.prompt,
+                job.targets,
+                job.folders,
+                workflow=job.workflow.ui,
+                listen=progress or (lambda event: None),
+                cancellation=cancellation,
+            )
+            return self._result(job, done)
 
     def generate(
         self,
@@ -191,37 +206,39 @@ class Engine:
         *,
         subject: Sequence[Picture] | Picture | None = None,
         style: Sequence[Picture] | Picture | None = None,
-        size: tuple[int, int] = (1024, 1024),
+        size: tuple[int, int] | None = None,
         steps: int = 20,
         guidance: float = 3.5,
         seed: int | None = None,
-        subject_size: int = 512,
+        subject_size: int | None = None,
         keep_size: bool = False,
         easycache: float | None = None,
-        loras: Sequence[tuple[str, float]] = (),
+        loras: Sequence[str | tuple[str, float]] = (),
         progress: Callable[[Event], None] | None = None,
     ) -> Result:
         """One picture by the official USO workflow; the arguments are those of `Request`.
 
         Subject and style are a picture each, or several. Without a seed one is drawn; `Result.seeds` has it.
+        Sizes that are not given are those that the transformer was trained for.
 
         Raises:
             UsoflowError: what is wrong, and what to do about it.
         """
+        files = self.model_files()
         request = Request(
             prompt,
             subjects=self._files(subject),
             styles=self._files(style),
-            size=size,
+            size=(files.side, files.side) if size is None else size,
             steps=steps,
             guidance=guidance,
             seed=secrets.randbelow(RANDOM_SEEDS) if seed is None else seed,
-            subject_size=subject_size,
+            subject_size=subject_size or files.subject_side,
             keep_size=keep_size,
             easycache=easycache,
-            loras=tuple(loras),
+            loras=tuple((item, 1.0) if isinstance(item, str) else item for item in loras),
         )
-        return self.run(build(request), progress=progress)
+        return self.run(build(request, files), progress=progress)
 
     def _files(self, pictures: Sequence[Picture] | Picture | None) -> tuple[Path, ...]:
         if pictures is None:
@@ -235,9 +252,9 @@ class Engine:
             return Path(picture).expanduser()
         from usoflow.nodes.pictures import write_upright
 
-        self._temp = self._temp or tempfile.TemporaryDirectory(prefix="usoflow-")
-        number = sum(1 for _ in Path(self._temp.name).iterdir())
-        path = Path(self._temp.name) / f"picture_{number}.png"
+        with self._lock:
+            self._temp = self._temp or tempfile.TemporaryDirectory(prefix="usoflow-")
+        path = Path(self._temp.name) / f"picture_{next(self._numbers)}.png"
         write_upright(picture, path)
         return path
 

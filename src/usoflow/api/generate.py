@@ -18,18 +18,19 @@ def generate(
     *,
     subject: Sequence[Picture] | Picture | None = None,
     style: Sequence[Picture] | Picture | None = None,
-    size: tuple[int, int] = (1024, 1024),
+    size: tuple[int, int] | None = None,
     steps: int = 20,
     guidance: float = 3.5,
     seed: int | None = None,
-    subject_size: int = 512,
+    subject_size: int | None = None,
     keep_size: bool = False,
     easycache: float | None = None,
-    loras: Sequence[tuple[str, float]] = (),
+    loras: Sequence[str | tuple[str, float]] = (),
     models: str | Path | None = None,
     output: str | Path | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    vram: str | None = None,
     progress: Callable[[Event], None] | None = None,
 ) -> Result:
     """One picture by the official USO workflow, with models that are loaded for it alone.
@@ -40,7 +41,7 @@ def generate(
     Raises:
         UsoflowError: what is wrong, and what to do about it.
     """
-    with Engine(models=models, output=output, device=device, dtype=dtype) as engine:
+    with Engine(models=models, output=output, device=device, dtype=dtype, vram=vram) as engine:
         return engine.generate(
             prompt,
             subject=subject,

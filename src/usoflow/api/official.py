@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from usoflow.api.at_hand import SIDE, SUBJECT_SIDE, TUTORIAL, ModelFiles
 from usoflow.api.graph import NODE_SIZE, Graph
-from usoflow.api.workflow import Workflow, free_name
+from usoflow.api.workflow import Workflow, check_picture, free_name
 from usoflow.errors import UsoflowError
 
 TEMPLATE: Final = "flux1_dev_uso_reference_image_gen"
@@ -49,11 +50,11 @@ class Request:
     prompt: str
     subjects: tuple[Path, ...] = ()
     styles: tuple[Path, ...] = ()
-    size: tuple[int, int] = (1024, 1024)
+    size: tuple[int, int] = (SIDE, SIDE)
     steps: int = 20
     guidance: float = DEFAULT_GUIDANCE
     seed: int = 0
-    subject_size: int = 512
+    subject_size: int = SUBJECT_SIDE
     keep_size: bool = False
     easycache: float | None = None
     loras: tuple[tuple[str, float], ...] = ()
@@ -79,6 +80,7 @@ class _Half:
     latent: int
     sampler: int
     checkpoint: int
+    lora: int
     patch: int
     vision: int
     styles: tuple[tuple[int, int], ...]
@@ -87,20 +89,21 @@ class _Half:
 
 
 _SUBJECT: Final = _Half(
-    host=112, save=9, text=6, latent=110, sampler=31, checkpoint=30, patch=39, vision=40,
+    host=112, save=9, text=6, latent=110, sampler=31, checkpoint=30, lora=43, patch=39, vision=40,
     styles=((55, 53), (56, 46)), loaders_on_top=False, free=(-700, 1400),
 )  # fmt: skip
 _STYLE: Final = _Half(
-    host=113, save=73, text=90, latent=87, sampler=78, checkpoint=72, patch=75, vision=74,
+    host=113, save=73, text=90, latent=87, sampler=78, checkpoint=72, lora=76, patch=75, vision=74,
     styles=((89, 88), (83, 91)), loaders_on_top=True, free=(-700, 2700),
 )  # fmt: skip
+_FIRST_NAME: Final = 4  # of a model file, among the values that a subgraph's node shows
 _VAE: Final = 2  # output of the checkpoint's loader
 _COLUMN, _ROW = NODE_SIZE[0] + 50, 400  # a LoadImage that shows its picture is higher than others
 _SUBJECT_LOADER, _SUBJECT_SCALE, _REFERENCE, _REFERENCE_GUIDANCE = 47, 109, 57, 35
 
 
-def build(request: Request) -> Workflow:
-    """The workflow for a request.
+def build(request: Request, files: ModelFiles = TUTORIAL) -> Workflow:
+    """The workflow for a request, its loaders given these files.
 
     Raises:
         UsoflowError: `request_invalid`, `image_missing`, `image_invalid`.
@@ -112,6 +115,8 @@ def build(request: Request) -> Workflow:
     pictures = _name_pictures(request)
     names = {path: name for name, path in pictures.items()}
     half = _SUBJECT if request.subjects else _STYLE
+    for each in (_SUBJECT, _STYLE):
+        _name_models(graph, each, files)
     _switch(graph, half, len(request.styles))
     _fill_in(graph, half, request)
     inner = graph.subgraph(half.host)
@@ -122,7 +127,7 @@ def build(request: Request) -> Workflow:
         inner.set_values(_SUBJECT_SCALE, {1: request.subject_size})
     _insert_pictures(inner, half, request, names)
     _insert(inner, half, request)
-    return _loaded(graph.data, pictures)
+    return _loaded(graph.data, pictures, files.notes)
 
 
 def output_size(request: Request) -> tuple[int, int]:
@@ -142,12 +147,18 @@ def output_size(request: Request) -> tuple[int, int]:
 
 def _refuse(request: Request) -> None:
     problem = None
-    if any(side % STEP or side < STEP for side in request.size):
+    if not _is_size(request.size):
+        problem = f"a size of {request.size!r}; it is (width, height) in pixels"
+    elif any(side % STEP or side < STEP for side in request.size):
         problem = f"a size of {request.size[0]}x{request.size[1]}; sides must be multiples of {STEP}"
     elif request.keep_size and not request.subjects:
         problem = "keep-size without a subject"
     if problem:
         raise UsoflowError("request_invalid", f"The request has {problem}.")
+
+
+def _is_size(size: object) -> bool:
+    return isinstance(size, tuple | list) and len(size) == 2 and all(isinstance(side, int) for side in size)
 
 
 def _switch(graph: Graph, half: _Half, styles: int) -> None:
@@ -161,6 +172,17 @@ def _switch(graph: Graph, half: _Half, styles: int) -> None:
         (graph if half.loaders_on_top else inner).set_active(place < styles, loader)
     if used:
         graph.set_active(False, *(loader for _, loader in _STYLE.styles))
+
+
+def _name_models(graph: Graph, half: _Half, files: ModelFiles) -> None:
+    """Of the subgraph's node, which shows the names, and of the loaders within."""
+    loaders = {
+        "checkpoints": half.checkpoint, "loras": half.lora, "model_patches": half.patch,
+        "clip_vision": half.vision,
+    }  # fmt: skip
+    for place, (folder, loader) in enumerate(loaders.items(), start=_FIRST_NAME):
+        graph.set_values(half.host, {place: files.names[folder]})
+        graph.subgraph(half.host).set_values(loader, {0: files.names[folder]})
 
 
 def _fill_in(graph: Graph, half: _Half, request: Request) -> None:
@@ -214,19 +236,19 @@ def _name_pictures(request: Request) -> dict[str, Path]:
     """Pictures by the names that the workflow will use; the same file once."""
     found: dict[str, Path] = {}
     for path in (*request.subjects, *request.styles):
-        if not path.is_file():
-            raise UsoflowError("image_missing", f"{path} does not exist.", remedy="Check the path.")
+        check_picture(path)
         if path not in found.values():
             found[free_name(path.name, found)] = path
     return found
 
 
-def _loaded(data: dict[str, Any], pictures: dict[str, Path]) -> Workflow:
+def _loaded(data: dict[str, Any], pictures: dict[str, Path], notes: tuple[str, ...]) -> Workflow:
     from usoflow.nodes import registry
     from usoflow.workflow.loading import load_json
 
     loaded = load_json(data, registry())
-    return Workflow(loaded.prompt, loaded.workflow, pictures=pictures, warnings=loaded.warnings)
+    warnings = (*notes, *loaded.warnings)
+    return Workflow(loaded.prompt, loaded.workflow, pictures=pictures, warnings=warnings)
 
 
 def _picture_size(path: Path) -> tuple[int, int]:

@@ -41,9 +41,10 @@ class Workflow:
     nodes: NodeRegistry | None = field(default=None, repr=False, compare=False)
 
     @classmethod
-    def load(cls, file: str | Path, *, nodes: NodeRegistry | None = None) -> Self:
+    def load(cls, file: str | Path | Mapping[str, Any], *, nodes: NodeRegistry | None = None) -> Self:
         """Read a workflow or prompt JSON, a picture that carries one, or "template:NAME".
 
+        JSON that is in memory already is taken as it is.
         `nodes` are the node types that there are, where there are more than usoflow's own (`Engine.nodes`).
 
         Raises:
@@ -51,10 +52,13 @@ class Workflow:
                 `prompt_invalid`, `subgraph_recursive`.
         """
         from usoflow.nodes import registry
-        from usoflow.workflow.loading import TEMPLATE, load
+        from usoflow.workflow.loading import TEMPLATE, load, load_json
 
-        loaded = load(file, nodes or registry())
-        source = None if str(file).startswith(TEMPLATE) else Path(file)
+        if isinstance(file, Mapping):
+            loaded, source = load_json(dict(file), nodes or registry()), None
+        else:
+            loaded = load(file, nodes or registry())
+            source = None if str(file).startswith(TEMPLATE) else Path(file)
         return cls(loaded.prompt, loaded.workflow, source=source, warnings=loaded.warnings, nodes=nodes)
 
     def set(self, target: str, value: object) -> Self:
@@ -68,7 +72,7 @@ class Workflow:
         node, dot, name = target.rpartition(".")
         if not dot:
             raise UsoflowError("set_invalid", f"{target!r} is not NODE.INPUT")
-        return self._with({(self.prompt.find(node), name): value})
+        return self._with({(self._find(node), name): value})
 
     def assign(self, text: str) -> Self:
         """`set` from the text "NODE.INPUT=VALUE", whose value is read as the input's kind asks for.
@@ -76,6 +80,9 @@ class Workflow:
         Raises:
             UsoflowError: `set_invalid`.
         """
+        node, dot, _ = text.partition("=")[0].rpartition(".")
+        if dot:
+            self._find(node)
         key, name, value = self.prompt.assignment(text)
         return self._with({(key, name): value})
 
@@ -86,9 +93,8 @@ class Workflow:
             UsoflowError: `set_invalid`, `image_missing`.
         """
         path = Path(file).expanduser()
-        if not path.is_file():
-            raise UsoflowError("image_missing", f"{path} does not exist.", remedy="Check the path.")
-        key = self.prompt.find(node)
+        check_picture(path)
+        key = self._find(node)
         others = [entry.inputs.get("image") for other, entry in self.prompt.nodes.items() if other != key]
         name = free_name(path.name, others)
         given = replace(self, pictures={**self.pictures, name: path})
@@ -146,6 +152,29 @@ class Workflow:
         except OSError as reason:
             raise UsoflowError("output_unwritable", f"{file}: {reason}") from None
 
+    def _find(self, node: str) -> str:
+        """The id of a node of the prompt; tells of one that the editor shows and the prompt does not have."""
+        try:
+            return self.prompt.find(node)
+        except UsoflowError:
+            if (kind := self._skipped().get(node)) is None:
+                raise
+            raise UsoflowError(
+                "set_invalid",
+                f"node {node} ({kind}) is bypassed or muted in this workflow",
+                remedy="Make it active in the editor (Ctrl+B, Ctrl+M), save, and run that.",
+            ) from None
+
+    def _skipped(self) -> Mapping[str, str]:
+        """Types of the nodes that are not executed, by id and by type."""
+        if self.ui is None:
+            return {}
+        from usoflow.workflow.document import parse
+        from usoflow.workflow.flatten import skipped_nodes
+
+        found = skipped_nodes(parse(self.ui))
+        return {kind: kind for kind in found.values()} | found
+
     def _with(self, values: Mapping[tuple[str, str], object]) -> Self:
         """With other values, by node id and input, in the prompt and in the UI graph."""
         prompt = self._set(values)
@@ -176,6 +205,17 @@ class Workflow:
         from usoflow.nodes import registry
 
         return registry() if self.nodes is None else self.nodes
+
+
+def check_picture(path: Path) -> None:
+    """Whether a picture that somebody names is there.
+
+    Raises:
+        UsoflowError: `image_missing`.
+    """
+    if not path.is_file():
+        reason = "is a folder" if path.is_dir() else "does not exist"
+        raise UsoflowError("image_missing", f"{path} {reason}.", remedy="Check the path.")
 
 
 def free_name(name: str, taken: Container[object]) -> str:

@@ -131,10 +131,11 @@ def _memory() -> Iterator[Finding]:
 
 def _folders(folders: Folders) -> Iterator[Finding]:
     from usoflow.api.download import missing
+    from usoflow.catalogue import pull_command
 
     lacking = [file.name for file in missing(folders)]
     place = folders.models["checkpoints"][0].parent
-    advice = f"Missing: {', '.join(lacking)}. `usoflow models pull` gets them." if lacking else ""
+    advice = f"Missing: {', '.join(lacking)}. `{pull_command(folders)}` gets them." if lacking else ""
     yield Finding("models", str(place), advice)
     output = folders.output.resolve()
     existing = next(path for path in (output, *output.parents) if path.exists())

@@ -20,6 +20,7 @@ from usoflow.cli.words import SeveralWords
 from usoflow.errors import UsoflowError
 
 if TYPE_CHECKING:
+    from usoflow.api.at_hand import ModelFiles
     from usoflow.api.engine import Engine, Result
     from usoflow.api.official import Request
 
@@ -56,14 +57,21 @@ def generate(
     style: Annotated[
         list[Path] | None, typer.Option(metavar="IMG ...", help="Pictures whose style is taken.")
     ] = None,
-    size: Annotated[str, typer.Option(metavar="WxH", help="Of the picture.")] = "1024x1024",
+    size: Annotated[
+        str | None, typer.Option(metavar="WxH", help="Of the picture; else what the model was trained for.")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Of the sampler.", min=1, max=10000)] = 20,
     guidance: Annotated[float, typer.Option(help="Strength of the prompt.", min=0.0, max=100.0)] = 3.5,
     seed: Annotated[int | None, typer.Option(help="Random if not given.", min=0, max=2**64 - 1)] = None,
     count: Annotated[int, typer.Option(help="Pictures, of consecutive seeds.", min=1, max=1000)] = 1,
     subject_size: Annotated[
-        int, typer.Option(help="Longer side that the subject's picture is scaled to.", min=16, max=16384)
-    ] = 512,
+        int | None,
+        typer.Option(
+            help="Longer side that the subject's picture is scaled to; 512, or less for small models.",
+            min=16,
+            max=16384,
+        ),
+    ] = None,
     keep_size: Annotated[
         bool, typer.Option("--keep-size", help="Take the proportions of the (first) subject's picture.")
     ] = False,
@@ -96,21 +104,6 @@ def generate(
     from usoflow.api.engine import Engine
     from usoflow.api.official import RANDOM_SEEDS, Request
 
-    request = Request(
-        prompt,
-        subjects=tuple(subject or ()),
-        styles=tuple(style or ()),
-        size=_size(size),
-        steps=steps,
-        guidance=guidance,
-        seed=secrets.randbelow(RANDOM_SEEDS) if seed is None else seed,
-        subject_size=subject_size,
-        keep_size=keep_size,
-        easycache=easycache,
-        loras=tuple(_lora(item) for item in lora or ()),
-    )
-    sweeps = [_sweep(item) for item in sweep or ()]
-    wanted = list(_variants(request, count, sweeps))
     engine = Engine(
         models=models,
         output=output,
@@ -119,9 +112,27 @@ def generate(
         vram=vram,
         compiled=compiled,
     )
+    files = engine.model_files()
+    request = Request(
+        prompt,
+        subjects=tuple(subject or ()),
+        styles=tuple(style or ()),
+        size=(files.side, files.side) if size is None else _size(size),
+        steps=steps,
+        guidance=guidance,
+        seed=secrets.randbelow(RANDOM_SEEDS) if seed is None else seed,
+        subject_size=subject_size or files.subject_side,
+        keep_size=keep_size,
+        easycache=easycache,
+        loras=tuple(_lora(item) for item in lora or ()),
+    )
+    sweeps = [_sweep(item) for item in sweep or ()]
+    if not subject and any(name == "subject-size" for name, _ in sweeps):
+        raise UsoflowError("request_invalid", "--sweep subject-size without a --subject changes nothing.")
+    wanted = list(_variants(request, count, sweeps))
     results: list[Result] = []
     try:
-        for result in _run(engine, wanted, assignments or [], save_workflow, quiet=as_json):
+        for result in _run(engine, wanted, files, assignments or [], save_workflow, quiet=as_json):
             results.append(result)
             if not as_json:  # at once: what is done is not lost with what fails later
                 print(report.as_text(result), flush=True)
@@ -146,6 +157,7 @@ class _Wanted:
 def _run(
     engine: Engine,
     wanted: Sequence[_Wanted],
+    files: ModelFiles,
     assignments: Sequence[str],
     save_workflow: Path | None,
     *,
@@ -154,10 +166,11 @@ def _run(
     """All of them on the same models; what can be refused is refused before the first is begun."""
     from usoflow.api.official import build
 
-    workflows = [build(item.request) for item in wanted]
+    workflows = [build(item.request, files) for item in wanted]
     for assignment in assignments:
         workflows = [workflow.assign(assignment) for workflow in workflows]
     jobs = [engine.check(workflow) for workflow in workflows]
+    report.warn(dict.fromkeys(warning for job in jobs for warning in job.warnings))
     if save_workflow is not None:
         workflows[0].save(save_workflow)
     for job in jobs:

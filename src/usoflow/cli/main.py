@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import io
 import json
 import logging
+import os
 import sys
+from typing import Annotated, Any
 
 import typer
 
@@ -27,7 +30,32 @@ Exit codes: 0 done · 2 wrong command, option or path · 3 workflow not readable
 4 model file missing or not usable · 5 input picture missing or not usable ·
 6 the run failed (memory, disk, values that are not finite) · 130 stopped."""
 
-app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    help=HELP,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+UsageError: Any = typer.BadParameter.__mro__[1]  # of the click that typer brings
+
+
+def _tell_version(asked: bool) -> None:
+    if asked:
+        print(f"usoflow {importlib.metadata.version('usoflow')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_tell_version, is_eager=True, help="Tell the version."),
+    ] = False,
+) -> None:
+    pass
+
+
 app.command()(run)
 app.command(cls=Generate)(generate)
 app.command()(convert)
@@ -47,14 +75,43 @@ def main() -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("usoflow").setLevel(logging.INFO)
     try:
-        app()
+        status = _run_command()
+        sys.stdout.flush()
+        sys.exit(status)
     except UsoflowError as error:
         _show(error)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        stopped = UsoflowError("cancelled", "Stopped.")
+        _show(stopped)
+        sys.exit(stopped.exit_code)
+    except OSError as error:
+        if error.filename is not None or isinstance(error, BrokenPipeError):
+            raise
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # what is left cannot be written either
+        unwritable = UsoflowError("output_unwritable", f"Standard output: {error.strerror}.")
+        _show(unwritable, as_json=False)
+        sys.exit(unwritable.exit_code)
 
 
-def _show(error: UsoflowError) -> None:
-    if "--json" in sys.argv:
+def _run_command() -> int:
+    """The exit code of a command; with --json its refusal by the parser is an error like others."""
+    if not _wants_json():
+        app()
+    try:
+        return int(app(standalone_mode=False) or 0)
+    except UsageError as error:
+        raise UsoflowError("command_invalid", error.format_message()) from None
+
+
+def _wants_json() -> bool:
+    return "--json" in sys.argv
+
+
+def _show(error: UsoflowError, *, as_json: bool = True) -> None:
+    if as_json and _wants_json():
         print(json.dumps({"error": error_record(error)}))
         return
     typer.secho(f"error: {error.detail}", fg="red", err=True)

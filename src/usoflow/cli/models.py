@@ -33,6 +33,7 @@ def models(
     if context.invoked_subcommand is not None:
         return
     from usoflow.api.download import missing
+    from usoflow.catalogue import pull_command
     from usoflow.models.inventory import found_files, size_in_words
     from usoflow.settings import find_folders
 
@@ -49,7 +50,7 @@ def models(
         print(f"missing: {known.folder}/{known.name}  {known.size}\n  {known.url}")
         print(f"  into {folders.models[known.folder][0]}\n  licence: {known.licence}")
     if lacking:
-        print("`usoflow models pull` gets what is missing.")
+        print(f"`{pull_command(folders)}` gets what is missing.")
 
 
 @app.command()
@@ -63,7 +64,8 @@ def pull(
     from usoflow.settings import find_folders
 
     if what != "uso":
-        raise UsoflowError("request_invalid", f"There is no set of files {what!r}, only uso.")
+        advice = "`usoflow models pull` gets the files of the tutorial."
+        raise UsoflowError("request_invalid", f"There is no set of files {what!r}, only uso.", remedy=advice)
     folders = find_folders(models=models)
     wanted = list(missing(folders))
     for file in wanted:

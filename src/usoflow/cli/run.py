@@ -78,15 +78,16 @@ def run(
     for assignment in assignments or []:
         workflow = workflow.assign(assignment)
     workflow = workflow if seed is None else workflow.with_seed(seed)
-    result = execute(engine, engine.check(workflow), quiet=as_json)
+    job = engine.check(workflow)
+    report.warn(job.warnings)
+    result = execute(engine, job, quiet=as_json)
     print(json.dumps(report.as_record(result)) if as_json else report.as_text(result))
 
 
 def execute(engine: Engine, job: Job, *, quiet: bool) -> Result:
     """Run with a progress bar on stderr (none if quiet); Ctrl+C stops after the step in progress."""
-    report.warn(job.warnings)
-    engine.start()  # imports torch: everything that can be refused has been
     with report.progress(quiet=quiet) as listen, stopped_by_interrupt() as cancellation:
+        engine.start()  # imports torch: everything that can be refused has been
         return engine.run(job, progress=listen, cancellation=cancellation)
 
 

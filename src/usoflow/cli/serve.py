@@ -74,10 +74,11 @@ def serve(
     )
     bound = _bound(listen, port)
     app = create_app(settings, device=device.value, dtype=dtype.value, budget=budget, compiled=compiled)
-    address = f"http://{_shown(listen)}:{port}/" + (f"?token={token}" if token else "")
-    print(f"usoflow: {address}", flush=True)
+    rest = f":{port}/" + (f"?token={token}" if token else "")
+    addresses = [f"http://{host}{rest}" for host in _hosts(listen)]
+    print(f"usoflow: {' or '.join(addresses)}", flush=True)
     if ui:
-        _open_browser(address)
+        _open_browser(addresses[0])
     serve_app(app, bound)
 
 
@@ -94,9 +95,21 @@ def _bound(listen: str, port: int) -> socket.socket:
     return found
 
 
-def _shown(listen: str) -> str:
-    """The address as a browser on this machine takes it."""
-    return "127.0.0.1" if listen in ("0.0.0.0", "::") else f"[{listen}]" if ":" in listen else listen
+def _hosts(listen: str) -> list[str]:
+    """Where a browser finds the server: on this machine first, then on others."""
+    if listen in ("0.0.0.0", "::"):
+        return ["127.0.0.1", *_own_address()]
+    return [f"[{listen}]" if ":" in listen else listen]
+
+
+def _own_address() -> list[str]:
+    """This machine's in its network, if it is in one."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # chooses a way there (RFC 5737: nowhere) and sends nothing
+        except OSError:
+            return []
+        return [probe.getsockname()[0]]
 
 
 def _open_browser(address: str) -> None:

@@ -9,10 +9,11 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
 
 from usoflow.errors import UsoflowError
 from usoflow.nodes import registry
-from usoflow.server import socket, ui
+from usoflow.server import docs, socket, ui
 from usoflow.server.context import STATUS, Server, ServerSettings, error_body
 from usoflow.server.guard import Guard
 from usoflow.server.hub import Hub
@@ -56,14 +57,21 @@ def assemble(settings: ServerSettings, store: JobStore, engine: Engine) -> FastA
     """The application around any engine."""
     user.prepare(settings.user_folder)
     server = _server(settings, store, engine)
-    app = FastAPI(title="usoflow", description="ComfyUI's API.", lifespan=_lifespan)
+    app = FastAPI(
+        title="usoflow", description="ComfyUI's API.", lifespan=_lifespan, docs_url=None, redoc_url=None
+    )
     app.state.server = server
-    for module in (prompt, jobs, catalogue, pictures, user, system, socket, ui):
-        app.include_router(module.router)
+    routers = [module.router for module in (prompt, jobs, catalogue, pictures, user, system, socket, ui)]
+    for router in routers:
+        app.include_router(router)
+    docs.mount_docs(app, routers)
     app.add_exception_handler(UsoflowError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
+    app.add_exception_handler(HTTPException, _answer_http)
     if settings.ui:
         ui.mount_editor(app)
+    else:
+        ui.mount_notice(app, ui.TURNED_OFF)
     app.add_middleware(Guard, settings=settings)
     return app
 
@@ -108,3 +116,13 @@ def _answer_invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     wrong = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
     return JSONResponse(error_body(UsoflowError("body_invalid", wrong)), 400)
+
+
+def _answer_http(request: Request, error: Exception) -> JSONResponse:
+    """No such route or file of the editor, a method that a route lacks, a form that cannot be read."""
+    assert isinstance(error, HTTPException)
+    absent = error.status_code in (404, 405)
+    detail = f"There is no {request.method} {request.url.path}." if absent else str(error.detail)
+    code = "file_not_found" if error.status_code == 404 else "body_invalid"
+    body = error_body(UsoflowError(code, detail, remedy="See /docs of the server."))
+    return JSONResponse(body, error.status_code, error.headers)

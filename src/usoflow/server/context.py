@@ -142,6 +142,10 @@ STATUS: Mapping[str, int] = {
 
 
 def error_body(error: UsoflowError) -> Json:
-    """An error in the form that ComfyUI's clients read."""
-    record = {"type": error.code, "message": error.detail, "details": error.remedy, "extra_info": {}}
-    return {"error": record, "node_errors": {}}
+    """An error in the form that ComfyUI's clients read.
+
+    The remedy is in `details`, which they show, and in `extra_info`, where every error has it: those of a
+    prompt have ComfyUI's own details.
+    """
+    record = {"type": error.code, "message": error.detail, "details": error.remedy}
+    return {"error": {**record, "extra_info": {"remedy": error.remedy}}, "node_errors": {}}

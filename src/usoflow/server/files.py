@@ -56,7 +56,8 @@ def find(folders: Folders, kind: str, subfolder: str, name: str) -> Path:
         path = within(root, f"{subfolder}/{name}" if subfolder else name)
         if is_file(path):
             return path
-    raise UsoflowError("image_missing", f"There is no {name!r} in {kind}.")
+    advice = f"/internal/files/{kind} lists the pictures there, without those in subfolders."
+    raise UsoflowError("image_missing", f"There is no {name!r} in {kind}.", remedy=advice)
 
 
 def content_type(path: Path) -> str | None:

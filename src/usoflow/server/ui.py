@@ -19,7 +19,10 @@ from usoflow.workflow.loading import template
 
 EDITOR: Final = "comfyui_frontend_package"
 THUMBNAIL: Final = ".webp"
-_MISSING: Final = "The editor is not installed: pip install 'usoflow[ui]'. The API is there, see /docs.\n"
+NOT_INSTALLED: Final = (
+    "The editor is not installed: pip install 'usoflow[ui]'. The API is there, see /docs.\n"
+)
+TURNED_OFF: Final = "The editor is not served because of --no-ui. The API is there, see /docs.\n"
 
 router = APIRouter(tags=["editor"])
 
@@ -58,7 +61,7 @@ def mount_editor(app: FastAPI) -> None:
     """Serve the editor's files under every path that no route has."""
     root = editor_folder()
     if root is None:
-        app.add_api_route("/", lambda: Response(_MISSING, media_type="text/plain"), include_in_schema=False)
+        mount_notice(app, NOT_INSTALLED)
         return
 
     def page() -> FileResponse:
@@ -66,3 +69,8 @@ def mount_editor(app: FastAPI) -> None:
 
     app.add_api_route("/", page, include_in_schema=False)
     app.mount("/", StaticFiles(directory=root))
+
+
+def mount_notice(app: FastAPI, text: str) -> None:
+    """Say where the editor would be why it is not there."""
+    app.add_api_route("/", lambda: Response(text, media_type="text/plain"), include_in_schema=False)

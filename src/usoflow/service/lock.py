@@ -20,10 +20,9 @@ def hold(path: Path, *, patience: float = PATIENCE) -> int:
         where there is no such lock, two servers on one file are not noticed.
 
     Raises:
-        UsoflowError: `state_in_use`.
+        UsoflowError: `state_in_use`, `state_unusable`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    descriptor = _opened(path)
     deadline = time.monotonic() + patience
     while not _taken(descriptor):
         if time.monotonic() > deadline:
@@ -31,6 +30,15 @@ def hold(path: Path, *, patience: float = PATIENCE) -> int:
             raise UsoflowError("state_in_use", f"Another usoflow server uses {path.parent}.")
         time.sleep(_PERIOD)
     return descriptor
+
+
+def _opened(path: Path) -> int:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        what = f"{path.parent} cannot be used as a folder: {error.strerror}."
+        raise UsoflowError("state_unusable", what) from None
 
 
 def _taken(descriptor: int) -> bool:

@@ -44,7 +44,7 @@ TOWER_MATRICES = re.compile(r"vision_model\.encoder\.layers\.\d+\.(self_attn|mlp
 def declaration(stage: BaseStage, vae: AutoEncoder) -> str:
     """What no shape tells, as the JSON of `usoflow.config`."""
     sections = {
-        "flux": {"axes": list(stage.flux.axes)},
+        "flux": {"axes": list(stage.flux.axes), "side": stage.large_side},
         "t5": {"min_length": stage.t5_length},
         "clip_l": {"heads": stage.clip_dim // 16},
         "vae": {"groups": vae.config.groups},

@@ -88,6 +88,23 @@ def flatten(document: Document, registry: NodeRegistry, *, now: datetime | None 
     return _Flattener(document, registry, now or datetime.now()).run()
 
 
+def skipped_nodes(document: Document) -> dict[str, str]:
+    """Types of the nodes that are muted or bypassed, or within such a subgraph, by the id of the prompt."""
+    found: dict[str, str] = {}
+    pending = [("", document.graph, False)]
+    unfolded = 0
+    while pending and unfolded <= MAX_NODES:
+        prefix, graph, within = pending.pop()
+        unfolded += 1 + len(graph.nodes)
+        for node in graph.nodes.values():
+            skipped = within or node.skipped
+            if skipped:
+                found[prefix + node.id] = node.type
+            if subgraph := document.subgraphs.get(node.type):
+                pending.append((f"{prefix}{node.id}:", subgraph.graph, skipped))
+    return found
+
+
 class _Flattener:
     def __init__(self, document: Document, registry: NodeRegistry, now: datetime) -> None:
         self._document = document

@@ -7,6 +7,7 @@ An input is a value or a link `[node id, output index]`; a list that is a value 
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -58,7 +59,14 @@ class Prompt:
                 return found[0]
             if found:
                 raise UsoflowError("set_invalid", f"{len(found)} nodes are called {name}: {', '.join(found)}")
-        raise UsoflowError("set_invalid", f"no node {name}; there are {_listing(self)}")
+        raise UsoflowError("set_invalid", f"no node {name};{self._meant(name)} there are {_listing(self)}")
+
+    def _meant(self, name: str) -> str:
+        """A node with nearly this id, title or type."""
+        names = [n for key, node in self.nodes.items() for n in (key, node.title, node.class_type) if n]
+        lowered = {n.lower(): n for n in names}
+        close = difflib.get_close_matches(name.strip().lower(), lowered, n=1, cutoff=0.8)
+        return f" did you mean {lowered[close[0]]}?" if close else ""
 
     def set(self, node: str, input: str, value: object, *, optional: Collection[str] = ()) -> Prompt:
         """A copy with another value (or link) for an input; `optional` ones need not be there yet.

@@ -17,7 +17,8 @@ async def _json(request: Request) -> Any:
     try:
         return read_json(data)
     except UsoflowError as error:
-        raise UsoflowError("body_invalid", f"The body is not JSON: {error.detail}.") from None
+        reason = error.__context__ or error.detail  # the detail is about files, which may be pictures too
+        raise UsoflowError("body_invalid", f"The body is not JSON: {reason}.") from None
 
 
 async def _object(request: Request) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter
-from fastapi.responses import JSONResponse
 
 from usoflow.errors import UsoflowError
 from usoflow.schema.object_info import render, render_all
@@ -35,11 +34,9 @@ def model_folders(server: ServerOf) -> list[str]:
 
 
 @router.get("/models/{folder}")
-def models(server: ServerOf, folder: str) -> JSONResponse:
+def models(server: ServerOf, folder: str) -> list[str]:
     """The files of a kind."""
-    if folder not in server.folders.models:
-        return JSONResponse({"error": f"There is no model folder {folder}."}, 404)
-    return JSONResponse(list(server.folders.list(folder)))
+    return _listed(server, folder)
 
 
 @router.get("/embeddings")
@@ -55,18 +52,23 @@ def model_places(server: ServerOf) -> list[Json]:
 
 
 @router.get("/experiment/models/{folder}")
-def model_files(server: ServerOf, folder: str) -> JSONResponse:
+def model_files(server: ServerOf, folder: str) -> list[Json]:
     """The files of a kind with size and times."""
-    if folder not in server.folders.models:
-        return JSONResponse({"error": f"There is no model folder {folder}."}, 404)
-    found = (_file(server, folder, name) for name in server.folders.list(folder))
-    return JSONResponse([record for record in found if record])
+    found = (_file(server, folder, name) for name in _listed(server, folder))
+    return [record for record in found if record]
 
 
 @router.get("/internal/folder_paths")
 def folder_paths(server: ServerOf) -> dict[str, list[str]]:
     """The same as an object."""
     return {kind: list(map(str, paths)) for kind, paths in server.folders.models.items()}
+
+
+def _listed(server: Server, folder: str) -> list[str]:
+    if folder not in server.folders.models:
+        what = f"There is no model folder {folder}."
+        raise UsoflowError("file_not_found", what, remedy="/models lists the folders.")
+    return list(server.folders.list(folder))
 
 
 def _file(server: Server, folder: str, name: str) -> dict[str, Any] | None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Query
 from fastapi.responses import JSONResponse
 
+from usoflow.errors import UsoflowError
 from usoflow.server.context import Json, Server, ServerOf
 from usoflow.server.messages import history_entry
 from usoflow.server.routes.body import ObjectBody, names
@@ -23,14 +24,14 @@ def jobs(
     status: str = "",
     limit: int = Query(default=MAX_PAGE, ge=1, le=MAX_PAGE),
     offset: int = Query(default=0, ge=0, le=2**31),
-    sort_order: str = "desc",
+    sort_order: Literal["asc", "desc"] = "desc",
 ) -> JSONResponse:
     """A page of jobs in some states (default: all), the newest first."""
     names_ = [name for name in status.split(",") if name]
     unknown = sorted(set(names_) - set(State))
-    if unknown or sort_order not in ("asc", "desc"):
-        wrong = f"Invalid status value(s): {', '.join(unknown)}" if unknown else "Invalid sort_order"
-        return JSONResponse({"error": f"{wrong}. Valid values: {', '.join(State)}; asc, desc"}, 400)
+    if unknown:  # a text, as ComfyUI answers it
+        wrong = f"Invalid status value(s): {', '.join(unknown)}. Valid values: {', '.join(State)}"
+        return JSONResponse({"error": wrong}, 400)
     states = [State(name) for name in names_] or [*WAITING, *FINAL]
     found = server.store.jobs(states, limit=limit, offset=offset, newest_first=sort_order == "desc")
     total = server.store.count(states)
@@ -45,7 +46,7 @@ def job_details(server: ServerOf, job_id: str) -> JSONResponse:
     job = server.store.get(job_id)
     request = server.store.request(job_id)
     if job is None or request is None:
-        return JSONResponse({"error": f"There is no job {job_id}."}, 404)
+        raise _no_job(job_id)
     details = summary(job) | {
         "outputs": job.outputs,
         "workflow": {"prompt": request.prompt, "extra_data": request.extra},
@@ -63,11 +64,15 @@ def cancel_many(server: ServerOf, body: ObjectBody) -> Json:
 
 
 @router.post("/jobs/{job_id}/cancel")
-def cancel(server: ServerOf, job_id: str) -> Response:
+def cancel(server: ServerOf, job_id: str) -> Json:
     """Stop a job, waiting or running."""
     if server.store.get(job_id) is None:
-        return JSONResponse({"error": f"There is no job {job_id}."}, 404)
-    return JSONResponse({"cancelled": _cancel(server, job_id)})
+        raise _no_job(job_id)
+    return {"cancelled": _cancel(server, job_id)}
+
+
+def _no_job(job_id: str) -> UsoflowError:
+    return UsoflowError("file_not_found", f"There is no job {job_id}.", remedy="/jobs lists them.")
 
 
 def _cancel(server: Server, job_id: str) -> bool:

@@ -6,7 +6,7 @@ import math
 import re
 import uuid
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 from fastapi import APIRouter, Query, Response
 from fastapi.responses import JSONResponse
@@ -20,11 +20,26 @@ from usoflow.server.context import Json, Server, ServerOf
 from usoflow.server.messages import history_entry
 from usoflow.server.routes.body import AnyBody, ObjectBody, names
 from usoflow.service.jobs import FINAL, WAITING, Job, Request, State
+from usoflow.workflow.document import looks_like_workflow
+from usoflow.workflow.prompt import looks_like_prompt
 
 router = APIRouter(tags=["jobs"])
 
 SECRETS = ("auth_token_comfy_org", "api_key_comfy_org")  # of the editor's maker: never stored
 MAX_PAGE = 10_000
+
+WRAP: Final = 'Send it as {"prompt": ...}.'
+CONVERT: Final = (
+    "Convert it with `usoflow convert FILE`, or by Export (API) in the editor,"
+    ' and send the result as {"prompt": ...}.'
+)
+OTHERWISE: Final = "Correct what node_errors names."
+REMEDIES: Final = {  # of what is wrong with the prompt as a whole; message and details are ComfyUI's
+    "no_prompt": 'Send {"prompt": ...}; `usoflow convert FILE` makes a prompt.',
+    "invalid_prompt": "Use the nodes that /object_info lists, each with class_type and inputs.",
+    "prompt_no_outputs": "Add or un-bypass a SaveImage or PreviewImage.",
+    "too_many_nodes": "Make several prompts of it.",
+}
 
 
 @router.get("/prompt")
@@ -35,10 +50,23 @@ def queue_length(server: ServerOf) -> Json:
 
 @router.post("/prompt")
 async def submit(server: ServerOf, body: AnyBody) -> JSONResponse:
-    """Accept a prompt: once this has answered 200, the job is not lost."""
+    """Accept a prompt, `{"prompt": {...}}`: once this has answered 200, the job is not lost."""
     if not isinstance(body, dict) or "prompt" not in body:
-        return _refusal(error("no_prompt", "No prompt provided", "No prompt provided"), {})
+        return _refusal(_no_prompt(body), {})
+    if looks_like_workflow(body["prompt"]):
+        message = "Cannot execute because this is the editor's workflow, not a prompt."
+        return _refusal(error("invalid_prompt", message, CONVERT, remedy=CONVERT), {})
     return await run_in_threadpool(_submit, server, body)
+
+
+def _no_prompt(body: Any) -> Json:
+    """What is sent instead, if that can be told."""
+    details = "No prompt provided"
+    if looks_like_workflow(body):
+        details = f"This is the editor's workflow. {CONVERT}"
+    elif looks_like_prompt(body):
+        details = f"This is the prompt alone. {WRAP}"
+    return error("no_prompt", "No prompt provided", details)
 
 
 def _submit(server: Server, body: Json) -> JSONResponse:
@@ -96,7 +124,8 @@ def _number(value: Any) -> float | None:
 
 
 def _refusal(reason: Json, node_errors: Json) -> JSONResponse:
-    return JSONResponse({"error": reason, "node_errors": node_errors}, 400)
+    extra = {"remedy": REMEDIES.get(reason["type"], OTHERWISE), **reason["extra_info"]}
+    return JSONResponse({"error": {**reason, "extra_info": extra}, "node_errors": node_errors}, 400)
 
 
 @router.get("/queue")

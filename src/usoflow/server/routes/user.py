@@ -69,8 +69,10 @@ def list_files(
 ) -> JSONResponse:
     """The files of a folder; with `full_info` as objects, with `split` as lists of path parts."""
     root = within(server.settings.user_folder, dir)
-    if not dir or not is_folder(root):
-        return JSONResponse({"error": "There is no such folder."}, 404 if dir else 400)
+    if not dir:
+        raise UsoflowError("body_invalid", "The query has no dir.")
+    if not is_folder(root):
+        raise UsoflowError("file_not_found", f"There is no folder {dir!r}.")
     found = root.rglob("*") if recurse == "true" else root.glob("*")
     paths = sorted(path for path in found if path.is_file())
     if full_info == "true":

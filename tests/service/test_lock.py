@@ -1,0 +1,30 @@
+"""The lock of the state's folder; that a worker inherits it is in `test_process`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from usoflow.errors import UsoflowError
+from usoflow.service.lock import hold
+
+
+def test_one_at_a_time(tmp_path: Path) -> None:
+    held = hold(tmp_path / "new" / "lock")
+    with pytest.raises(UsoflowError) as caught:
+        hold(tmp_path / "new" / "lock", patience=0)
+    assert caught.value.code == "state_in_use"
+    os.close(held)
+    os.close(hold(tmp_path / "new" / "lock", patience=0))
+
+
+@pytest.mark.parametrize("name", ["file", "file/below", "/proc/usoflow"])
+def test_what_can_be_no_folder_is_a_clear_error(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").touch()
+    state = tmp_path / name
+    with pytest.raises(UsoflowError) as caught:
+        hold(state / "lock")
+    assert caught.value.code == "state_unusable"
+    assert f"{state} cannot be used as a folder: " in caught.value.detail
