@@ -13,12 +13,13 @@ import pytest
 from PIL import Image
 
 from usoflow.api.at_hand import TUTORIAL, ModelFiles, at_hand
-from usoflow.api.official import LAYOUT_NOTE, Request, build, output_size
+from usoflow.api.official import LAYOUT_NOTE, Request, adapted, build, output_size
 from usoflow.api.workflow import Workflow
 from usoflow.errors import UsoflowError
 from usoflow.settings import POCKET_MODELS, find_folders
 
 PAIRS = Path(__file__).parents[1] / "pairs"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 PICTURE = "flux1_dev_uso_reference_image_gen_input_image.png"
 GIRL = (
     "A European girl with a heartfelt smile. She is immersed in a vast, endless field of blooming flowers"
@@ -76,6 +77,23 @@ def test_other_files_take_the_places_of_the_tutorials(picture: Path, subject: bo
     levels = [workflow.ui, *workflow.ui["definitions"]["subgraphs"]]
     fields = [value for level in levels for node in level["nodes"] for value in node["widgets_values"]]
     assert not set(fields) & set(TUTORIAL.names.values())
+
+
+@pytest.mark.parametrize("name", ["text", "subject", "style", "both"])
+def test_the_pocket_graphs_are_the_template_with_other_names_and_sizes(name: str) -> None:
+    """But for which nodes are active, nothing else is changed in `examples/pocket`."""
+
+    def active(level: dict[str, Any]) -> dict[str, Any]:
+        return level | {"nodes": [node | {"mode": 0} for node in level["nodes"]]}
+
+    def levels(graph: dict[str, Any]) -> list[dict[str, Any]]:
+        return [active(level) for level in (graph, *graph["definitions"]["subgraphs"])]
+
+    example = json.loads((EXAMPLES / "pocket" / f"{name}.json").read_text())
+    template = adapted(at_hand(find_folders(models=POCKET_MODELS)))
+    for found, expected in zip(levels(example), levels(template), strict=True):
+        assert found["nodes"] == expected["nodes"]
+        assert found["links"] == expected["links"]
 
 
 def test_what_is_at_hand(tmp_path: Path) -> None:

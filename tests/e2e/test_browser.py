@@ -11,6 +11,7 @@ import shutil
 import struct
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from PIL import Image
 
 from e2e.real_server import RealServer, until
 from usoflow.server.picture import THUMBNAIL
+from usoflow.settings import POCKET_MODELS
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = Path("/usr/bin/chromium")
@@ -95,7 +97,12 @@ class Editor:
         self.page.wait_for_function("window.app && app.graph && app.graph.nodes", timeout=60_000)
 
     def open_template(self) -> None:
-        """Open the USO template from the template browser, which a first visit shows by itself; small."""
+        """Open the USO template; small."""
+        self.choose_template()
+        self.small()
+
+    def choose_template(self) -> None:
+        """Open the USO template from the template browser, which a first visit shows by itself."""
         self.open()
         card = self.page.get_by_test_id(f"template-workflow-{TEMPLATE}")
         self.page.wait_for_timeout(2000)
@@ -104,7 +111,15 @@ class Editor:
         card.click()
         self.page.wait_for_function("app.graph.nodes.length >= 8", timeout=60_000)
         self.page.wait_for_timeout(1000)
-        self.small()
+
+    def upload(self, file: Path) -> None:
+        """Give the subject's LoadImage a picture by its button."""
+        with self.page.expect_file_chooser() as chooser:
+            self.click(self.page.evaluate(WIDGET, [47, "upload"]))
+        chooser.value.set_files(file)
+        self.page.wait_for_function(
+            "name => app.graph.getNodeById(47).widgets[0].value === name", arg=file.name
+        )
 
     def click(self, box: Sequence[float]) -> None:
         """Click in the middle of a part of the canvas."""
@@ -207,6 +222,13 @@ def server(small_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 @pytest.fixture
 def editor(server: RealServer) -> Iterator[Editor]:
     """A fresh browser at the editor; at the end nothing of ours was complained about."""
+    with browser_at(server) as found:
+        yield found
+
+
+@contextmanager
+def browser_at(server: RealServer) -> Iterator[Editor]:
+    """A browser for a server; at the end nothing of ours was complained about."""
     with playwright.sync_playwright() as start:
         browser = start.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         found = Editor(browser.new_page(viewport={"width": 1600, "height": 1000}), server)
@@ -232,10 +254,7 @@ def test_the_tutorial(editor: Editor, small_models: Path) -> None:
     assert editor.toasts() == []
     assert editor.page.locator("[role=dialog]").count() == 0  # nothing is missing
     editor.screenshot("1-template")
-    with editor.page.expect_file_chooser() as chooser:
-        editor.click(editor.page.evaluate(WIDGET, [47, "upload"]))
-    chooser.value.set_files(small_models.parent / "input" / "subject.png")
-    editor.page.wait_for_function("app.graph.getNodeById(47).widgets[0].value === 'subject.png'")
+    editor.upload(small_models.parent / "input" / "subject.png")
     editor.small(steps=8)
     job = editor.run()
     assert job["status"] == "completed"
@@ -251,6 +270,23 @@ def test_the_tutorial(editor: Editor, small_models: Path) -> None:
     editor.page.wait_for_selector(f"img[src*='{name}']")
     editor.page.wait_for_load_state("networkidle")
     editor.screenshot("3-history")
+
+
+def test_the_template_runs_with_the_models_that_we_ship(tmp_path: Path) -> None:
+    """Template, upload, run: who has no other models changes no name and no size."""
+    (tmp_path / "input").mkdir()
+    server = RealServer(POCKET_MODELS, tmp_path)
+    server.start()
+    try:
+        with browser_at(server) as editor:
+            editor.choose_template()
+            editor.upload(Path(__file__).parents[2] / "examples" / "robot.png")
+            job = editor.run()
+            assert (job["status"], editor.toasts()) == ("completed", [])
+            assert pixels(picture(server, job))[0] == (128, 128)
+            editor.screenshot("5-pocket")
+    finally:
+        server.stop()
 
 
 def test_the_first_visit_offers_the_templates(server: RealServer, editor: Editor) -> None:

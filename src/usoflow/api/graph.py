@@ -46,6 +46,10 @@ class Graph:
         for place, value in values.items():
             self._node(node)["widgets_values"][place] = value
 
+    def drop_property(self, node: int, name: str) -> None:
+        """Take one of a node's properties away, if it has it."""
+        self._node(node)["properties"].pop(name, None)
+
     def origin(self, node: int, name: str) -> Source:
         """Where the link into an input comes from."""
         link = self._link(self._slot(node, name)["link"])

@@ -109,14 +109,10 @@ def build(request: Request, files: ModelFiles = TUTORIAL) -> Workflow:
         UsoflowError: `request_invalid`, `image_missing`, `image_invalid`.
     """
     _refuse(request)
-    from usoflow.workflow.loading import template
-
-    graph = Graph(copy.deepcopy(template(TEMPLATE)))
+    graph = Graph(adapted(files))
     pictures = _name_pictures(request)
     names = {path: name for name, path in pictures.items()}
     half = _SUBJECT if request.subjects else _STYLE
-    for each in (_SUBJECT, _STYLE):
-        _name_models(graph, each, files)
     _switch(graph, half, len(request.styles))
     _fill_in(graph, half, request)
     inner = graph.subgraph(half.host)
@@ -128,6 +124,20 @@ def build(request: Request, files: ModelFiles = TUTORIAL) -> Workflow:
     _insert_pictures(inner, half, request, names)
     _insert(inner, half, request)
     return _loaded(graph.data, pictures, files.notes)
+
+
+def adapted(files: ModelFiles) -> dict[str, Any]:
+    """The template with the names of these files and the sizes that their transformer was trained for."""
+    from usoflow.workflow.loading import template
+
+    graph = Graph(copy.deepcopy(template(TEMPLATE)))
+    for half in (_SUBJECT, _STYLE):
+        _name_models(graph, half, files)
+        if files.side != SIDE:
+            graph.set_values(half.host, {1: files.side, 2: files.side})
+            graph.subgraph(half.host).set_values(half.latent, {0: files.side, 1: files.side})
+    graph.subgraph(_SUBJECT.host).set_values(_SUBJECT_SCALE, {1: files.subject_side})
+    return graph.data
 
 
 def output_size(request: Request) -> tuple[int, int]:
@@ -180,9 +190,13 @@ def _name_models(graph: Graph, half: _Half, files: ModelFiles) -> None:
         "checkpoints": half.checkpoint, "loras": half.lora, "model_patches": half.patch,
         "clip_vision": half.vision,
     }  # fmt: skip
+    inner = graph.subgraph(half.host)
     for place, (folder, loader) in enumerate(loaders.items(), start=_FIRST_NAME):
-        graph.set_values(half.host, {place: files.names[folder]})
-        graph.subgraph(half.host).set_values(loader, {0: files.names[folder]})
+        name = files.names[folder]
+        graph.set_values(half.host, {place: name})
+        inner.set_values(loader, {0: name})
+        if name != TUTORIAL.names[folder]:
+            inner.drop_property(loader, "models")  # the editor would ask for the tutorial's file
 
 
 def _fill_in(graph: Graph, half: _Half, request: Request) -> None:

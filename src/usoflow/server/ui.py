@@ -11,6 +11,8 @@ from fastapi import APIRouter, FastAPI
 from fastapi.responses import FileResponse, JSONResponse, Response
 from starlette.staticfiles import StaticFiles
 
+from usoflow.api.at_hand import at_hand
+from usoflow.api.official import TEMPLATE, adapted
 from usoflow.errors import UsoflowError
 from usoflow.server import picture
 from usoflow.server.context import ServerOf
@@ -40,7 +42,8 @@ def template_file(server: ServerOf, name: str) -> Response:
         return JSONResponse(read(name))
     if re.fullmatch(r"index(\.[\w-]+)?", stem):
         return JSONResponse(server.templates.index(name))
-    return JSONResponse(template(stem))
+    # The tutorial's own with the files that are there, so that it runs with our small models, too.
+    return JSONResponse(adapted(at_hand(server.folders)) if stem == TEMPLATE else template(stem))
 
 
 @router.get("/extensions")
