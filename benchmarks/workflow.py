@@ -18,6 +18,7 @@ from benchmarks.timing import seconds
 from usoflow.api.engine import Engine
 from usoflow.execution.progress import Event, NodeProgress
 
+T5_LENGTH = 256  # tokens of a short prompt, padded as for FLUX in ComfyUI
 CHECKPOINT = "checkpoints/flux1-dev-fp8.safetensors"  # the name that the official workflow asks for
 
 
@@ -25,7 +26,7 @@ def table(scratch: Path | None, *, quick: bool) -> Table:
     """Both references; what a new seed leaves known is known to both."""
     side, subject, steps = (64, 64, 2) if quick else (512, 512, 20)
     files = {CHECKPOINT: synthetic.checkpoint(synthetic.SHALLOW, "BF16", t5_layers=1)}
-    case = step.Case("both", (side, side), (subject,), style=True)
+    case = step.Case("both", (side, side), (subject,), style=True, text=T5_LENGTH)
     with synthetic.written(files | synthetic.uso_files(synthetic.SHALLOW), scratch) as models:
         peer_step, peer_decode = _peer(models / CHECKPOINT, case)
         with tempfile.TemporaryDirectory() as folder, Engine(models=models, output=folder) as engine:

@@ -122,11 +122,17 @@ def known_file(folder: str, name: str) -> KnownFile | None:
 
 
 def same_kind(wanted: KnownFile, folders: Folders) -> Iterator[str]:
-    """Files of the same folder that hold what a file of the tutorial holds."""
-    for name in folders.list(wanted.folder):
-        try:
-            held = set(TensorFile.open(folders.model(wanted.folder, name)).components())
-        except UsoflowError:  # a damaged file is no remedy
-            continue
-        if wanted.holds <= held:
-            yield name
+    """Files of the same folder that hold what a file of the tutorial holds, in order."""
+    return (name for name in folders.list(wanted.folder) if _holds(wanted, name, folders))
+
+
+def missing(folders: Folders) -> list[KnownFile]:
+    """The tutorial's files that are not there, or not as they must be: damaged, or something else."""
+    return [file for file in KNOWN_FILES if not _holds(file, file.name, folders)]
+
+
+def _holds(wanted: KnownFile, name: str, folders: Folders) -> bool:
+    try:
+        return wanted.holds <= set(TensorFile.open(folders.model(wanted.folder, name)).components())
+    except UsoflowError:
+        return False

@@ -273,7 +273,7 @@ CATALOGUE: Mapping[str, ErrorKind] = MappingProxyType(
             "Use a LoRA that was made for FLUX.1.",
             EXIT_MODEL,
         ),
-        # --- pictures -------------------------------------------------------------------------------
+        # --- training, and what is computed with pictures ----------------------------------------------
         "training_data": ErrorKind(
             "The drawings that the pocket models are trained on cannot be had.",
             "Check that npm runs and that the network is there; `usoflow train render` fetches them.",

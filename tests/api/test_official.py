@@ -246,7 +246,9 @@ def test_a_turned_photo_keeps_the_proportions_that_one_sees(tmp_path: Path) -> N
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
     Image.new("RGB", (80, 48)).save(tmp_path / "turned.jpg", exif=exif)
-    wide, high = output_size(Request("a", subjects=(tmp_path / "turned.jpg",), keep_size=True))
+    wide, high = output_size(
+        Request("a", subjects=(tmp_path / "turned.jpg",), size=(1024, 1024), keep_size=True)
+    )
     assert wide < high
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 
 from server.conftest import Serve
 from usoflow.server import picture, templates, ui
+from usoflow.workflow.flatten import EDITOR_NODES
 
 USO = "flux1_dev_uso_reference_image_gen"
 
@@ -26,7 +27,7 @@ def test_uso_comes_first_and_nothing_is_offered_that_cannot_run(client: TestClie
     offered = [entry["name"] for category in index.json() for entry in category["templates"]]
     assert offered[0] == USO
     assert "sourceRevision" not in index.text
-    known = set(client.get("/object_info").json()) | templates.EDITOR_ONLY
+    known = set(client.get("/object_info").json()) | set(EDITOR_NODES)
     for name in offered:
         assert set(templates._node_types(client.get(f"/templates/{name}.json").json())) <= known
     categories = templates.read("index.json")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from usoflow.catalogue import KNOWN_FILES, same_kind
+from usoflow.catalogue import KNOWN_FILES, missing, same_kind
+from usoflow.errors import UsoflowError
 from usoflow.models.checkpoint import TensorFile
 from usoflow.settings import Folders
 
@@ -37,9 +38,8 @@ TUTORIAL: Final = ModelFiles({file.folder: file.name for file in KNOWN_FILES})
 
 
 def at_hand(folders: Folders) -> ModelFiles:
-    """The tutorial's files; where one is not there and one other file holds the same models, that one."""
-    absent = [file for file in KNOWN_FILES if file.name not in folders.list(file.folder)]
-    twins = {file: found[0] for file in absent if len(found := list(same_kind(file, folders))) == 1}
+    """The tutorial's files; where one is missing and one other file holds the same models, that one."""
+    twins = {file: found[0] for file in missing(folders) if len(found := list(same_kind(file, folders))) == 1}
     names = TUTORIAL.names | {file.folder: name for file, name in twins.items()}
     side = _side(folders, names["checkpoints"])
     if not twins:
@@ -50,7 +50,8 @@ def at_hand(folders: Folders) -> ModelFiles:
 
 
 def _side(folders: Folders, checkpoint: str) -> int:
-    if checkpoint not in folders.list("checkpoints"):
+    try:
+        transformer = TensorFile.open(folders.model("checkpoints", checkpoint)).component("flux")
+        return transformer.setting("side", SIDE)
+    except UsoflowError:  # whoever loads it will say what is wrong
         return SIDE
-    transformer = TensorFile.open(folders.model("checkpoints", checkpoint)).components().get("flux")
-    return SIDE if transformer is None else transformer.setting("side", SIDE)

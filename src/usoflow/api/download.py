@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Final
 from urllib.parse import urlparse
 from urllib.request import Request, urlopen
 
-from usoflow.catalogue import KNOWN_FILES, KnownFile
+from usoflow.catalogue import KnownFile
 from usoflow.errors import UsoflowError
 from usoflow.models.checkpoint import TensorFile
 from usoflow.settings import Folders
@@ -25,19 +25,6 @@ PARTIAL_CONTENT: Final = 206
 TIMEOUT: Final = 60  # seconds without a byte
 
 Progress = Callable[[int, int], None]
-
-
-def missing(folders: Folders) -> Iterator[KnownFile]:
-    """The tutorial's files that are not there, or not as they must be: damaged, or something else."""
-    return (file for file in KNOWN_FILES if not _is_there(file, folders))
-
-
-def _is_there(file: KnownFile, folders: Folders) -> bool:
-    try:
-        held = TensorFile.open(folders.model(file.folder, file.name)).components()
-    except UsoflowError:
-        return False
-    return file.holds <= set(held)
 
 
 def pull(file: KnownFile, folders: Folders, progress: Progress = lambda done, total: None) -> Path:

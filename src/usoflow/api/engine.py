@@ -117,12 +117,13 @@ class Engine:
 
     def close(self) -> None:
         """Forget all models and outputs."""
-        if self._executor is not None:
-            self._executor.cache.clear()
-            self._executor.library.clear()
-        if self._temp is not None:
-            self._temp.cleanup()
-        self._executor = self._temp = None
+        with self._lock:
+            if self._executor is not None:
+                self._executor.cache.clear()
+                self._executor.library.clear()
+            if self._temp is not None:
+                self._temp.cleanup()
+            self._executor = self._temp = None
 
     @cached_property
     def nodes(self) -> NodeRegistry:
@@ -134,7 +135,8 @@ class Engine:
         from usoflow.nodes import registry
         from usoflow.nodes.custom_folder import with_custom
 
-        return with_custom(registry(), self._custom_nodes)
+        with self._lock:
+            return with_custom(registry(), self._custom_nodes)
 
     def model_files(self) -> ModelFiles:
         """Which files `generate` uses: the tutorial's, else those that take their places. Imports no torch.
@@ -224,21 +226,20 @@ class Engine:
         Raises:
             UsoflowError: what is wrong, and what to do about it.
         """
-        files = self.model_files()
         request = Request(
             prompt,
             subjects=self._files(subject),
             styles=self._files(style),
-            size=(files.side, files.side) if size is None else size,
+            size=size,
             steps=steps,
             guidance=guidance,
             seed=secrets.randbelow(RANDOM_SEEDS) if seed is None else seed,
-            subject_size=subject_size or files.subject_side,
+            subject_size=subject_size,
             keep_size=keep_size,
             easycache=easycache,
             loras=tuple((item, 1.0) if isinstance(item, str) else item for item in loras),
         )
-        return self.run(build(request, files), progress=progress)
+        return self.run(build(request, self.model_files()), progress=progress)
 
     def _files(self, pictures: Sequence[Picture] | Picture | None) -> tuple[Path, ...]:
         if pictures is None:

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from usoflow.api.at_hand import SIDE, SUBJECT_SIDE, TUTORIAL, ModelFiles
+from usoflow.api.at_hand import SIDE, TUTORIAL, ModelFiles
 from usoflow.api.graph import NODE_SIZE, Graph
 from usoflow.api.workflow import Workflow, check_picture, free_name
 from usoflow.errors import UsoflowError
@@ -31,7 +31,7 @@ LAYOUT_NOTE: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What `usoflow generate` is asked for. Defaults are the template's.
+    """What `usoflow generate` is asked for. Defaults are the template's; sizes that are None are the model's.
 
     Attributes:
         prompt: what the picture shows; may be empty with subject and style, see `LAYOUT_NOTE`.
@@ -50,11 +50,11 @@ class Request:
     prompt: str
     subjects: tuple[Path, ...] = ()
     styles: tuple[Path, ...] = ()
-    size: tuple[int, int] = (SIDE, SIDE)
+    size: tuple[int, int] | None = None
     steps: int = 20
     guidance: float = DEFAULT_GUIDANCE
     seed: int = 0
-    subject_size: int = SUBJECT_SIDE
+    subject_size: int | None = None
     keep_size: bool = False
     easycache: float | None = None
     loras: tuple[tuple[str, float], ...] = ()
@@ -108,6 +108,7 @@ def build(request: Request, files: ModelFiles = TUTORIAL) -> Workflow:
     Raises:
         UsoflowError: `request_invalid`, `image_missing`, `image_invalid`.
     """
+    request = sized(request, files)
     _refuse(request)
     graph = Graph(adapted(files))
     pictures = _name_pictures(request)
@@ -140,12 +141,22 @@ def adapted(files: ModelFiles) -> dict[str, Any]:
     return graph.data
 
 
+def sized(request: Request, files: ModelFiles) -> Request:
+    """The request with every size told."""
+    return replace(
+        request,
+        size=(files.side, files.side) if request.size is None else request.size,
+        subject_size=files.subject_side if request.subject_size is None else request.subject_size,
+    )
+
+
 def output_size(request: Request) -> tuple[int, int]:
-    """Width and height of the picture.
+    """Width and height of the picture of a request that tells its size.
 
     Raises:
         UsoflowError: `image_missing`, `image_invalid`.
     """
+    assert request.size is not None
     if not (request.keep_size and request.subjects):
         return request.size
     width, height = _picture_size(request.subjects[0])
@@ -159,7 +170,7 @@ def _refuse(request: Request) -> None:
     problem = None
     if not _is_size(request.size):
         problem = f"a size of {request.size!r}; it is (width, height) in pixels"
-    elif any(side % STEP or side < STEP for side in request.size):
+    elif request.size and any(side % STEP or side < STEP for side in request.size):
         problem = f"a size of {request.size[0]}x{request.size[1]}; sides must be multiples of {STEP}"
     elif request.keep_size and not request.subjects:
         problem = "keep-size without a subject"

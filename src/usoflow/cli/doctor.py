@@ -130,8 +130,7 @@ def _memory() -> Iterator[Finding]:
 
 
 def _folders(folders: Folders) -> Iterator[Finding]:
-    from usoflow.api.download import missing
-    from usoflow.catalogue import pull_command
+    from usoflow.catalogue import missing, pull_command
 
     lacking = [file.name for file in missing(folders)]
     place = folders.models["checkpoints"][0].parent

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from usoflow.cli.options import Device, Dtype, InDtype, Models, OnDevice
+from usoflow.cli.options import Device, Dtype, InDtype, Models, OnDevice, need_training
 
 
 def evaluate(
@@ -25,6 +25,7 @@ def evaluate(
 
     The drawings of the questions are fetched and rendered first, where the work folder has none.
     """
+    need_training()
     from usoflow.models.library import ModelLibrary
     from usoflow.models.placement import Placement
     from usoflow.settings import find_folders

@@ -20,7 +20,6 @@ from usoflow.cli.words import SeveralWords
 from usoflow.errors import UsoflowError
 
 if TYPE_CHECKING:
-    from usoflow.api.at_hand import ModelFiles
     from usoflow.api.engine import Engine, Result
     from usoflow.api.official import Request
 
@@ -112,16 +111,15 @@ def generate(
         vram=vram,
         compiled=compiled,
     )
-    files = engine.model_files()
     request = Request(
         prompt,
         subjects=tuple(subject or ()),
         styles=tuple(style or ()),
-        size=(files.side, files.side) if size is None else _size(size),
+        size=None if size is None else _size(size),
         steps=steps,
         guidance=guidance,
         seed=secrets.randbelow(RANDOM_SEEDS) if seed is None else seed,
-        subject_size=subject_size or files.subject_side,
+        subject_size=subject_size,
         keep_size=keep_size,
         easycache=easycache,
         loras=tuple(_lora(item) for item in lora or ()),
@@ -132,7 +130,7 @@ def generate(
     wanted = list(_variants(request, count, sweeps))
     results: list[Result] = []
     try:
-        for result in _run(engine, wanted, files, assignments or [], save_workflow, quiet=as_json):
+        for result in _run(engine, wanted, assignments or [], save_workflow, quiet=as_json):
             results.append(result)
             if not as_json:  # at once: what is done is not lost with what fails later
                 print(report.as_text(result), flush=True)
@@ -157,7 +155,6 @@ class _Wanted:
 def _run(
     engine: Engine,
     wanted: Sequence[_Wanted],
-    files: ModelFiles,
     assignments: Sequence[str],
     save_workflow: Path | None,
     *,
@@ -166,6 +163,7 @@ def _run(
     """All of them on the same models; what can be refused is refused before the first is begun."""
     from usoflow.api.official import build
 
+    files = engine.model_files()
     workflows = [build(item.request, files) for item in wanted]
     for assignment in assignments:
         workflows = [workflow.assign(assignment) for workflow in workflows]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import errno
 import io
 import json
 import logging
@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from usoflow import __version__
 from usoflow.cli.convert import convert
 from usoflow.cli.doctor import doctor
 from usoflow.cli.evaluate import evaluate
@@ -22,7 +23,7 @@ from usoflow.cli.report import error_record
 from usoflow.cli.run import run
 from usoflow.cli.serve import serve
 from usoflow.cli.train import train
-from usoflow.errors import UsoflowError
+from usoflow.errors import EXIT_CANCELLED, UsoflowError
 
 HELP = """USO style and subject generation on FLUX.1: runs ComfyUI's official USO workflows.
 
@@ -42,7 +43,7 @@ UsageError: Any = typer.BadParameter.__mro__[1]  # of the click that typer bring
 
 def _tell_version(asked: bool) -> None:
     if asked:
-        print(f"usoflow {importlib.metadata.version('usoflow')}")
+        print(f"usoflow {__version__}")
         raise typer.Exit
 
 
@@ -81,12 +82,8 @@ def main() -> None:
     except UsoflowError as error:
         _show(error)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        stopped = UsoflowError("cancelled", "Stopped.")
-        _show(stopped)
-        sys.exit(stopped.exit_code)
     except OSError as error:
-        if error.filename is not None or isinstance(error, BrokenPipeError):
+        if error.errno != errno.ENOSPC or error.filename is not None:
             raise
         os.dup2(
             os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
@@ -97,13 +94,16 @@ def main() -> None:
 
 
 def _run_command() -> int:
-    """The exit code of a command; with --json its refusal by the parser is an error like others."""
+    """The exit code of a command; with --json what typer itself would tell is an error like others."""
     if not _wants_json():
-        app()
+        return int(app() or 0)
     try:
-        return int(app(standalone_mode=False) or 0)
+        status = int(app(standalone_mode=False) or 0)
     except UsageError as error:
         raise UsoflowError("command_invalid", error.format_message()) from None
+    if status == EXIT_CANCELLED:  # Ctrl+C before a run could stop by itself
+        raise UsoflowError("cancelled", "Stopped.")
+    return status
 
 
 def _wants_json() -> bool:

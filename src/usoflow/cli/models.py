@@ -32,13 +32,12 @@ def models(
     """List model files: contents, size, precision; and those of the tutorial that are missing."""
     if context.invoked_subcommand is not None:
         return
-    from usoflow.api.download import missing
-    from usoflow.catalogue import pull_command
+    from usoflow.catalogue import missing, pull_command
     from usoflow.models.inventory import found_files, size_in_words
     from usoflow.settings import find_folders
 
     folders = find_folders(models=models)
-    found, lacking = list(found_files(folders)), list(missing(folders))
+    found, lacking = list(found_files(folders)), missing(folders)
     if as_json:
         files = [asdict(file) | {"path": str(file.path)} for file in found]
         print(json.dumps({"files": files, "missing": [_record(file, folders) for file in lacking]}))
@@ -60,14 +59,15 @@ def pull(
     yes: Annotated[bool, typer.Option("--yes", help="Agree to the licences without being asked.")] = False,
 ) -> None:
     """Download what is missing of the tutorial's files, continuing what broke off."""
-    from usoflow.api.download import missing, pull
+    from usoflow.api.download import pull
+    from usoflow.catalogue import missing
     from usoflow.settings import find_folders
 
     if what != "uso":
         advice = "`usoflow models pull` gets the files of the tutorial."
         raise UsoflowError("request_invalid", f"There is no set of files {what!r}, only uso.", remedy=advice)
     folders = find_folders(models=models)
-    wanted = list(missing(folders))
+    wanted = missing(folders)
     for file in wanted:
         print(f"{file.name}  {file.size}\n  {file.url}\n  licence: {file.licence}")
     if wanted and not yes:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from usoflow.errors import UsoflowError
 
 
 class Device(StrEnum):
@@ -52,4 +55,19 @@ Compiled = Annotated[
         help="Compile the transformer's blocks from the second picture of a size on; default on CUDA only.",
     ),
 ]
+
+
+def need_training() -> None:
+    """Whether the libraries of the extra `train` are there.
+
+    Raises:
+        UsoflowError: `extra_missing`.
+    """
+    lacking = [name for name in ("cv2", "resvg_py", "matplotlib") if importlib.util.find_spec(name) is None]
+    if lacking:
+        raise UsoflowError(
+            "extra_missing", f"Not installed: {', '.join(lacking)}.", remedy='pip install "usoflow[train]"'
+        )
+
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, and no progress.")]

@@ -27,7 +27,6 @@ from usoflow.cli.options import (
 from usoflow.errors import UsoflowError
 
 STATE_VARIABLE = "USOFLOW_STATE"
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def serve(
@@ -54,7 +53,7 @@ def serve(
 
     from usoflow.nodes.custom_folder import check_folder
     from usoflow.server.app import create_app
-    from usoflow.server.context import ServerSettings
+    from usoflow.server.context import LOOPBACK, ServerSettings
     from usoflow.server.serving import serve as serve_app
     from usoflow.settings import bytes_of, find_folders
 
@@ -66,7 +65,6 @@ def serve(
         folders=find_folders(models=models, inputs=inputs, output=output),
         state=Path(state),
         listen=listen,
-        port=port,
         token=token,
         ui=ui,
         preview=preview,

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from usoflow.cli.options import need_training
 from usoflow.errors import UsoflowError
 
 
@@ -20,7 +21,7 @@ def train(
     ],
     config: Annotated[Path | None, typer.Option(help="Training file; default: the shipped one.")] = None,
     work: Annotated[Path, typer.Option(help="Folder for caches, states and sheets.")] = Path("training"),
-    threads: Annotated[int, typer.Option(help="Threads of torch; 0 leaves it to torch.")] = 0,
+    threads: Annotated[int, typer.Option(help="Threads of torch; 0 leaves it to torch.", min=0)] = 0,
     compiled: Annotated[bool, typer.Option(help="Compile the transformer's steps.")] = False,
     device: Annotated[
         str, typer.Option(help="Where transformer and vision tower learn: auto, cpu, cuda.")
@@ -28,6 +29,7 @@ def train(
     full_precision: Annotated[bool, typer.Option(help="Compute in fp32 instead of bf16.")] = False,
 ) -> None:
     """Run a stage of training, or all behind the shipped weights; interrupted, it continues where it was."""
+    need_training()
     import torch
 
     from usoflow.models.placement import Placement

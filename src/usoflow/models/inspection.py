@@ -59,13 +59,15 @@ def _fit(lora: Component, transformer: Component | None) -> Iterator[str]:
         yield "  there is no transformer to match it with; name one with --with"
         return
     pairs = pairs_for(lora, "flux", linear_layers(transformer))
-    total = len(pairs.fitting) + len(pairs.absent)
     where = transformer.file.path.name
+    if not pairs.total:
+        yield "  nothing for the transformer: for text encoders only"
+        return
     if not pairs.fitting:
         raise UsoflowError(
-            "lora_mismatch", f"{lora.file.path.name}: none of its {total} layers is in {where}."
+            "lora_mismatch", f"{lora.file.path.name}: none of its {pairs.total} layers is in {where}."
         )
-    yield f"  fits {where}: {len(pairs.fitting)} of {total} layers"
+    yield f"  fits {where}: {len(pairs.fitting)} of {pairs.total} layers"
     if pairs.absent:
         yield f"  without a layer there: {some(pairs.absent)}"
 

@@ -113,7 +113,8 @@ class ModelLibrary:
     def vae_encode(self, component: Component, images: Tensor) -> Tensor:
         """Pictures [B, H, W, C] to latents [B, 16, h, w], unscaled."""
         key = ("vae", _key(component), _content(images))
-        return self._encoded(key, lambda: self.vae_encode_once(component, images)).clone()  # likewise
+        found = self._encoded(key, lambda: self.vae_encode_once(component, images))
+        return found.clone()  # custom nodes may change theirs
 
     def vae_encode_once(self, component: Component, images: Tensor) -> Tensor:
         """The same for what will not be asked for again, as parts of a picture: it is not kept."""
@@ -254,9 +255,7 @@ def _view(base: L) -> L:
         ours._forward_pre_hooks.update(theirs._forward_pre_hooks)  # by which blocks' weights come and go
         ours._forward_hooks.update(theirs._forward_hooks)
         if isinstance(ours, Linear) and isinstance(theirs, Linear):
-            ours.scale_weight, ours.quantised = theirs.scale_weight, theirs.quantised
-            ours.scratch, ours.regular = theirs.scratch, theirs.regular
-            ours.row_scales = theirs.row_scales
+            ours.share_storage(theirs)
     return view.eval()
 
 

@@ -41,20 +41,19 @@ def attach(
     """
     layers = {name: layer for name, layer in network.named_modules() if isinstance(layer, Linear)}
     pairs = pairs_for(lora, role, {name: layer.shape for name, layer in layers.items()})
-    total = len(pairs.fitting) + len(pairs.absent)
-    if role == "flux" and not total:
+    if role == "flux" and not pairs.total:
         logger.warning("%s has nothing for the transformer.", lora.file.path.name)
     elif role == "flux" and not pairs.fitting:
         raise UsoflowError(
-            "lora_mismatch", f"{lora.file.path.name}: none of its {total} layers is in this model."
+            "lora_mismatch", f"{lora.file.path.name}: none of its {pairs.total} layers is in this model."
         )
     if pairs.absent:
         logger.warning(
             "%s: %d of %d layers are for blocks that this model does not have (%s); the others are applied.",
-            lora.file.path.name, len(pairs.absent), total, some(pairs.absent, 2),
+            lora.file.path.name, len(pairs.absent), pairs.total, some(pairs.absent, 2),
         )  # fmt: skip
     names = [name for pair in pairs.fitting for name in (pair.down, pair.up, pair.alpha) if name]
-    tensors, scales = read_tensors(lora, names), PeftScales.of(lora)
+    tensors, scales = read_tensors(lora, names), PeftScales.of(lora, role)
     for pair in pairs.fitting:
         for branch in _branches(pair, tensors, strength, scales, device):
             layers[pair.layer].branches.append(branch)

@@ -40,6 +40,10 @@ _METHODS: Final = (  # endings of tensor names in LyCORIS' and PEFT's files
     ("LoCon with a Tucker core", re.compile(r"\.lora_mid\.weight$")),
 )
 PEFT_METADATA: Final = "lora_adapter_metadata"
+# diffusers' names of the networks in it
+_DECLARED: Mapping[str, str] = MappingProxyType(
+    {"flux": "transformer.", "clip_l": "text_encoder.", "t5": "text_encoder_2."}
+)
 
 # Which network a pair is for: its names begin so.
 _PREFIXES: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -135,8 +139,8 @@ class PeftScales:
     rooted: bool = False
 
     @classmethod
-    def of(cls, lora: Component) -> Self:
-        """Of the transformer's pairs.
+    def of(cls, lora: Component, role: str) -> Self:
+        """Of the pairs for one network: "flux", "clip_l" or "t5".
 
         Raises:
             UsoflowError: `model_damaged`.
@@ -145,13 +149,18 @@ class PeftScales:
         if text is None:
             return cls()
         try:
-            declared = json.loads(text)
-            alpha = declared.get("transformer.lora_alpha")
+            prefix = _DECLARED[role]
+            declared = {
+                name.removeprefix(prefix): value
+                for name, value in json.loads(text).items()
+                if name.startswith(prefix)
+            }
+            alpha = declared.get("lora_alpha")
             patterns = tuple(
                 (re.compile(rf"(?:.*\.)?(?:{ending})"), float(value))
-                for ending, value in (declared.get("transformer.alpha_pattern") or {}).items()
+                for ending, value in (declared.get("alpha_pattern") or {}).items()
             )
-            rooted = bool(declared.get("transformer.use_rslora"))
+            rooted = bool(declared.get("use_rslora"))
             return cls(None if alpha is None else float(alpha), patterns, rooted)
         except (ValueError, TypeError, AttributeError, re.error):
             raise UsoflowError(
@@ -172,6 +181,11 @@ class Pairs:
 
     fitting: tuple[Pair, ...]
     absent: tuple[str, ...]
+
+    @property
+    def total(self) -> int:
+        """How many pairs the file has for the network."""
+        return len(self.fitting) + len(self.absent)
 
 
 def pairs_for(lora: Component, role: str, layers: Shapes) -> Pairs:

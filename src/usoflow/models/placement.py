@@ -128,14 +128,14 @@ class Placement:
         """Whether a module can be borrowed beside what is on the device."""
         if self.device.type != "cuda":
             return True
-        return _bytes_of(module) <= PART_FOR_WORK * _free_on_gpu(self.device)
+        return residence.stored_bytes(module) <= PART_FOR_WORK * _free_on_gpu(self.device)
 
     @contextmanager
     def borrow(self, module: M) -> Iterator[M]:
         """The module on the device for a while; then its memory-mapped parameters are put back."""
         if self.device.type == "cpu":
             yield module
-            if _bytes_of(module) > LARGE:
+            if residence.stored_bytes(module) > LARGE:
                 pages.give_back(pages.mapped(module.parameters()))
             return
         home = {name: parameter.data for name, parameter in module.named_parameters()}
@@ -145,10 +145,6 @@ class Placement:
         finally:
             for name, parameter in module.named_parameters():
                 parameter.data = home[name]
-
-
-def _bytes_of(module: nn.Module) -> int:
-    return sum(parameter.nbytes for parameter in module.parameters())
 
 
 def _move(module: nn.Module, device: torch.device) -> None:

@@ -43,13 +43,13 @@ class Sizes:
     def of(cls, module: nn.Module, blocks: Sequence[nn.Module], dtype: torch.dtype) -> Sizes:
         """From shapes alone."""
         return cls(
-            _bytes(module),
+            stored_bytes(module),
             sum(
                 layer.shape[0] * layer.shape[1] * dtype.itemsize
                 for layer in module.modules()
                 if isinstance(layer, Linear)
             ),
-            tuple(map(_bytes, blocks)),
+            tuple(map(stored_bytes, blocks)),
         )
 
     def resident(self, budget: int) -> int:
@@ -177,5 +177,6 @@ def _but(module: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Module]:
     return [child for child in module.children() if not held & {id(part) for part in child.modules()}]
 
 
-def _bytes(module: nn.Module) -> int:
+def stored_bytes(module: nn.Module) -> int:
+    """Of all parameters, as they are stored."""
     return sum(parameter.nbytes for parameter in module.parameters())

@@ -87,6 +87,11 @@ class Linear(nn.Module):
         self.branches = nn.ModuleList()
         self.regular: bool | None = None  # an fp8 weight without NaNs; None: not looked at yet
 
+    def share_storage(self, other: Linear) -> None:
+        """Hold the weight as another layer of this shape does, whose parameters are shared already."""
+        self.scale_weight, self.quantised = other.scale_weight, other.quantised
+        self.scratch, self.regular, self.row_scales = other.scratch, other.regular, other.row_scales
+
     def forward(self, x: Tensor, *, gelu: bool = False) -> Tensor:
         """x: [..., in] -> [..., out], in the dtype of x; through GELU (tanh approximation) on request."""
         bias = None if self.bias is None else widened(self.bias, x)

@@ -54,7 +54,6 @@ class ServerSettings:
     folders: Folders
     state: Path
     listen: str = "127.0.0.1"
-    port: int = 8188
     token: str | None = None
     ui: bool = True
     preview: bool = True

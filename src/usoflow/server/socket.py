@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from anyio import CancelScope, create_task_group
 from fastapi import APIRouter, WebSocket, WebSocketDisconnect
+from starlette.concurrency import run_in_threadpool
 
 from usoflow.server.context import Server, ServerOf
 from usoflow.server.hub import Client, Outgoing, status_message
@@ -27,7 +28,8 @@ async def socket(websocket: WebSocket, server: ServerOf) -> None:
     """Send what happens until the client leaves, or reads too slowly to be of use."""
     await websocket.accept()
     client = Client(_name(websocket.query_params.get("clientId", "")))
-    _greet(server, client)
+    waiting = await run_in_threadpool(server.store.count, WAITING)
+    _greet(server, client, waiting)
     server.hub.join(client)
     try:
         async with create_task_group() as tasks:
@@ -43,9 +45,9 @@ def _name(wanted: str) -> str:
     return wanted if re.fullmatch(r"[\w.-]{1,100}", wanted) else uuid.uuid4().hex
 
 
-def _greet(server: Server, client: Client) -> None:
+def _greet(server: Server, client: Client, waiting: int) -> None:
     """The queue, and where the client's own job is if it comes back in the middle of it."""
-    client.put(status_message(server.store.count(WAITING), client.sid))
+    client.put(status_message(waiting, client.sid))
     running = server.supervisor.running
     if running and running.job.client == client.sid:
         client.put(progress_state(running))

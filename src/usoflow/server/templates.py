@@ -15,13 +15,13 @@ from typing import Any, Final
 
 from usoflow.errors import UsoflowError
 from usoflow.schema.node import NodeRegistry
+from usoflow.workflow.flatten import EDITOR_NODES
 from usoflow.workflow.loading import TEMPLATE_PACKAGE, template
 
 Json = dict[str, Any]
 
 FAMILY: Final = "FLUX"  # how the names of models begin that usoflow runs
 OURS: Final = "uso"  # part of the names of the templates that come first
-EDITOR_ONLY: Final = frozenset({"Note", "MarkdownNote", "Reroute", "PrimitiveNode"})  # no prompt has them
 
 
 class Templates:
@@ -53,7 +53,7 @@ class Templates:
             types = set(_node_types(template(entry["name"])))
         except UsoflowError:  # of a form that we do not read
             return False
-        return types <= self._registry.keys() | EDITOR_ONLY
+        return types <= self._registry.keys() | set(EDITOR_NODES)
 
 
 def read(name: str) -> Any:

@@ -8,6 +8,7 @@ after `recover`, and the files it had reserved are gone.
 from __future__ import annotations
 
 import json
+import logging
 import sqlite3
 import threading
 import time
@@ -20,6 +21,8 @@ from typing import Any
 
 from usoflow.errors import UsoflowError
 from usoflow.nodes.context import PARTIAL_SUFFIX
+
+logger = logging.getLogger(__name__)
 
 MAX_HISTORY = 10_000  # final jobs that are kept
 PATIENCE = 30.0  # seconds to wait for another process's transaction
@@ -358,8 +361,11 @@ class JobStore:
     def _drop(self, paths: Iterable[Path]) -> None:
         """Delete files, also where they are half written, and free their names."""
         for path in paths:
-            path.with_suffix(PARTIAL_SUFFIX).unlink(missing_ok=True)
-            path.unlink(missing_ok=True)
+            try:
+                path.with_suffix(PARTIAL_SUFFIX).unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
+            except OSError as error:  # no reason to hold up the queue
+                logger.warning("%s cannot be removed: %s.", path, error.strerror)
             self._connection.execute("DELETE FROM files WHERE path = ?", (str(path),))
 
     def _files(self, job_id: str) -> Sequence[Path]:

@@ -134,7 +134,10 @@ class WorkerProcess:
         if self._stopped:
             raise UsoflowError("worker_died", "The server is stopping.")
         if self._child is None or self._child.process.poll() is not None:
-            self._child = _Child(self._command, self._inherited, self._note)
+            try:
+                self._child = _Child(self._command, self._inherited, self._note)
+            except OSError as error:
+                raise UsoflowError("worker_died", f"The worker cannot be started: {error}.") from None
         return self._child
 
     def _note(self, ready: Ready) -> None:

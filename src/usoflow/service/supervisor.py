@@ -181,6 +181,9 @@ class Supervisor:
             if self.stopping:
                 return None
             return _failed(error)
+        except Exception as error:  # a defect ends a job, never the queue
+            logger.exception("Job %s failed.", run.job)
+            return _failed(UsoflowError("node_failed", f"{type(error).__name__}: {error}"))
         return _failed(unnoted[0]) if unnoted else outcome
 
     def _insist(self, ask: Callable[[], T]) -> T | None:

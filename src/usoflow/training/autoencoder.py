@@ -113,7 +113,7 @@ def new_autoencoder(stage: VaeStage) -> AutoEncoder:
 def train(
     sprites: Sprites, stage: VaeStage, folder: Path, *, dtype: torch.dtype = torch.bfloat16
 ) -> AutoEncoder:
-    """Run the stage to its end from wherever its folder is, and write `vae.pt`, sheets and PSNR."""
+    """Run the stage to its end from wherever its folder is, and write `folded.pt`, sheets and PSNR."""
     module = new_autoencoder(stage)
     training = Training(dict(module.named_parameters()), stage.recipe, folder)
     training.resume()

@@ -15,6 +15,7 @@ import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,18 @@ from PIL import Image
 from usoflow.errors import UsoflowError
 from usoflow.training.world import World
 
+# Of the packages, with which the shipped models and judges were trained.
+VERSIONS: Mapping[str, str] = MappingProxyType(
+    {
+        "emojione": "1.2.3",
+        "fluent-emoji": "1.2.7",
+        "fluent-emoji-flat": "1.2.6",
+        "fluent-emoji-high-contrast": "1.2.6",
+        "noto": "1.2.9",
+        "noto-v1": "1.2.5",
+        "twemoji": "1.2.5",
+    }
+)
 SPRITE_SIDES = (128, 64)  # finest first; the coarser one is for small pictures
 INK_ONLY = frozenset({"fluent-emoji-high-contrast"})  # black lines on nothing: lost on a dark background
 Pixels = npt.NDArray[np.uint8]
@@ -65,7 +78,7 @@ def fetch(world: World, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in world.sets:
         if _archive(folder, name, missing_ok=True) is None:
-            command = ["npm", "pack", "--silent", f"@iconify-json/{name}"]
+            command = ["npm", "pack", "--silent", f"@iconify-json/{name}@{VERSIONS[name]}"]
             try:
                 subprocess.run(command, cwd=folder, check=True, capture_output=True)
             except (OSError, subprocess.CalledProcessError) as error:

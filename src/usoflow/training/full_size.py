@@ -3,9 +3,10 @@
     accelerate launch -m usoflow.training.full_size style --models MODELS --work DIR
     accelerate launch -m usoflow.training.full_size subject --models MODELS --work DIR --fp8
 
-Lessons, losses, token order and position ids are those of the pocket (`uso`); only the base is another
-(`FullBase`): read from a model folder, never changed, in bf16 or held in fp8, its blocks recomputed in the
-backward pass (gradient checkpointing, arXiv 1604.06174), so that only one block's activations are kept.
+Lessons, flow matching, style reward, token order and position ids are those of the pocket (`uso`); guidance
+and an expert's answers are not taught. The base is another (`FullBase`): read from a model folder, never
+changed, in bf16 or held in fp8, its blocks recomputed in the backward pass (gradient checkpointing, arXiv
+1604.06174), so that only one block's activations are kept.
 """
 
 from __future__ import annotations
@@ -173,17 +174,19 @@ def run(task: Task, accelerator: Accelerator) -> list[float]:
     found = components_of(find_folders(models=task.models), NEEDED)
     parts = dict(zip(NEEDED, found, strict=True))
     workshop, plan = task.workshop, task.workshop.plan
-    workshop.render()
+    with accelerator.main_process_first():
+        workshop.render()
     stage = dataclasses.replace(
         plan.uso, style=task.recipe, subject=task.recipe, lessons=task.lessons,
         style_tokens=task.style_tokens, rank=task.rank, reward_batch=task.recipe.batch,
     )  # fmt: skip
-    teaching, encoders = _teaching(task, parts, placement, stage)
+    with accelerator.main_process_first():  # the others find what it has written
+        teaching, encoders = _teaching(task, parts, placement, stage)
+        style_encoder = train_style_encoder(
+            workshop.sprites, plan.reward, workshop.folder / "reward", side=task.side
+        )
     learned = _learned(task, teaching)
-    style_encoder = train_style_encoder(
-        workshop.sprites, plan.reward, workshop.folder / "reward", side=task.side
-    )
-    reward = StyleReward(style_encoder, encoders.vae)
+    reward = StyleReward(style_encoder.to(accelerator.device), encoders.vae)
     step = Step(learned, teaching.loss(task.name, reward))
     losses = learn(step, task.recipe, accelerator)
     if accelerator.is_main_process:
@@ -199,8 +202,8 @@ def _teaching(
     stage: UsoStage,
 ) -> tuple[Teaching, Encoders]:
     workshop = task.workshop
-    vae, tower = load_vae(parts["vae"]), load_siglip(parts["siglip"])
-    encoders = Encoders(vae, tower, workshop.sprites, task.side)
+    vae, tower = placement.settle(load_vae(parts["vae"])), placement.settle(load_siglip(parts["siglip"]))
+    encoders = Encoders(vae, tower, workshop.sprites, task.side, device=placement.device)
     sets = lesson_sets(
         encoders, workshop.folder, (use for use, _ in stage.of(task.name)[1]),
         count=stage.lessons, name=f"lessons-{task.side}",
@@ -208,8 +211,11 @@ def _teaching(
     base = FullBase.read(parts, placement, workshop.plan.base, fp8=task.fp8)
     patches = (tower.config.image_size // tower.config.patch) ** 2
     projector = new_projector(stage, patches, tower.config.dim, base.flux.config.hidden)
-    lessons = Lessons.of(sets, base.stage.tokenizer)
-    return Teaching(base, projector.requires_grad_(False), lessons, stage, placement.dtype), encoders
+    projector.to(placement.device).requires_grad_(False)
+    # The states of one picture are 5 MB: they stay in the file.
+    kept = {use: dataclasses.replace(found, resident=False) for use, found in sets.items()}
+    lessons = Lessons.of(kept, base.stage.tokenizer)
+    return Teaching(base, projector, lessons, stage, placement.dtype), encoders
 
 
 def _learned(task: Task, teaching: Teaching) -> dict[str, nn.Parameter]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -54,6 +55,11 @@ class Recipe:
     ema: int = 20_000
     seed: int = 0
     save_every: int = 10_000
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a run that would never end."""
+        if min(self.samples, self.batch, self.save_every) < 1:
+            raise ValueError("samples, batch and save_every must be at least 1")
 
     def rate_at(self, done: int) -> float:
         """Learning rate after `done` samples: linear warm-up, steady, linear decay.
@@ -197,12 +203,19 @@ class Training:
         path = self.folder / "state.pt"
         if not path.exists():
             return False
-        state = torch.load(path, weights_only=True, map_location="cpu")
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(state["parameters"][name])
-                self.average[name].copy_(state["average"][name])
-        self.optimisers.load(state["optimisers"])
+        try:
+            state = torch.load(path, weights_only=True, map_location="cpu")
+            with torch.no_grad():
+                for name, parameter in self.parameters.items():
+                    parameter.copy_(state["parameters"][name])
+                    self.average[name].copy_(state["average"][name])
+            self.optimisers.load(state["optimisers"])
+        except (RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
+            raise UsoflowError(
+                "training_config",
+                f"{path} is damaged or of other settings: {error}.",
+                remedy="Go on with the settings it was begun with, or move it away to begin anew.",
+            ) from None
         self.done, self.seconds = state["done"], state["seconds"]
         self.log = [(int(done), float(loss)) for done, loss in state["log"]]
         return True
@@ -218,6 +231,20 @@ def swap(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -
 
 
 def load_average(folder: Path, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Put the averaged weights of a stage's saved state into parameters of the same names."""
+    """Put the averaged weights of a stage's saved state into parameters of the same names.
+
+    Raises:
+        UsoflowError: "training_config" if the stage was not run.
+    """
+    if not (folder / "state.pt").exists():
+        raise stage_missing(folder.name, folder.parent)
     state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
     swap(parameters, state["average"])
+
+
+def stage_missing(name: str, folder: Path) -> UsoflowError:
+    """The error of a stage that needs another one."""
+    return UsoflowError(
+        "training_config", f"The stage {name} was not run in {folder}.",
+        remedy=f"Run `usoflow train {name} --work {folder}` first, or `all`.",
+    )  # fmt: skip

@@ -54,7 +54,7 @@ class Plan:
                 Recipe(**data["judge"]),
                 Recipe(**data["uso_judge"]),
             )
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsoflowError("training_config", f"{path}: {error}.") from None
 
 

@@ -19,7 +19,7 @@ from usoflow.training.base import GUIDANCE, Batches, Pocket, flow_loss, guided_l
 from usoflow.training.drawings import Sprites
 from usoflow.training.evaluate import Question
 from usoflow.training.latents import LatentSet, cache
-from usoflow.training.loop import CPU, LossFunction, Recipe, Training, load_average, swap
+from usoflow.training.loop import CPU, LossFunction, Recipe, Training, load_average, stage_missing, swap
 from usoflow.training.plan import Plan
 from usoflow.training.scenes import caption, compose, draw_scene, pictures_of
 from usoflow.training.sheets import contact_sheet, loss_curve
@@ -130,6 +130,8 @@ class Workshop:
     def trained_vae(self) -> AutoEncoder:
         """The trained autoencoder, folded."""
         module = autoencoder.new_autoencoder(self.plan.vae)
+        if not (self.folder / "vae" / "folded.pt").exists():
+            raise stage_missing("vae", self.folder)
         module.load_state_dict(torch.load(self.folder / "vae" / "folded.pt", weights_only=True))
         return module.to(self.device)
 
@@ -159,7 +161,8 @@ class Workshop:
         """The modules of the last stage that has been run."""
         pocket = self.pocket()
         stages = ("guided", "large", "base")
-        self.load(pocket, next(s for s in stages if (self.folder / s / "state.pt").exists()))
+        done = [stage for stage in stages if (self.folder / stage / "state.pt").exists()]
+        self.load(pocket, done[0] if done else stages[-1])
         return pocket
 
     def load(self, pocket: Pocket, stage: str) -> None:

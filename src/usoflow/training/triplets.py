@@ -201,11 +201,13 @@ class TripletSet:
         folder: of `target.npy` and, where the use has them, `content.npy` (model latents, float16
             [N, 16, h, w]), `style.npy` (pictures, uint8 [N, S, S, 3]) and `states.npy` (of these, float16
             [N, 3, patches, dim], from high to low); `prompts.json`, `styles.json`.
-        device: where rows are given; on a GPU all that is asked for is held there.
+        device: where rows are given.
+        resident: whether on a GPU all that is asked for is held there; else it stays in the file.
     """
 
     folder: Path
     device: torch.device = CPU
+    resident: bool = True
 
     @functools.cached_property
     def prompts(self) -> list[str]:
@@ -218,8 +220,9 @@ class TripletSet:
 
     def rows(self, name: str, indices: npt.NDArray[np.int64]) -> Tensor:
         """Rows of `content`, `target`, `style` or `states`, float32."""
-        rows = torch.from_numpy(indices).to(self.device)
-        return held(self.folder / f"{name}.npy", self.device)[rows].float()
+        where = self.device if self.resident else CPU
+        rows = torch.from_numpy(indices).to(where)
+        return held(self.folder / f"{name}.npy", where)[rows].to(self.device).float()
 
     def pictures(self, indices: npt.NDArray[np.int64]) -> Tensor:
         """Style pictures, float32 [B, S, S, 3] in 0..1."""

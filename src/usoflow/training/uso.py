@@ -30,6 +30,7 @@ from usoflow.training.text_to_image import STEPS, euler, levels_of
 from usoflow.training.triplets import (
     PICTURED,
     STYLED,
+    USES,
     Encoders,
     TripletSet,
     Use,
@@ -70,7 +71,7 @@ class UsoStage:
     style_tokens: int = 8
     rank: int = 32
     wide_rank: int = 0
-    style_mix: Mix = (("style", 0.9), ("text", 0.1))
+    style_mix: Mix = (("style", 1.0),)
     subject_mix: Mix = (
         ("subject", 0.45), ("both", 0.35), ("style", 0.15), ("text", 0.05),
     )  # fmt: skip
@@ -80,13 +81,20 @@ class UsoStage:
     reward_weight: float = 0.1
     reward_batch: int = 8
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for a mix of other uses than there are, or without the projector in `style`."""
+        for mix, uses in ((self.style_mix, STYLED), (self.subject_mix, USES)):
+            unknown = sorted({use for use, _ in mix} - set(uses))
+            if unknown:
+                raise ValueError(f"a mix has {', '.join(unknown)}, and not only {', '.join(uses)}")
+
     def of(self, name: StageName) -> tuple[Recipe, Mix]:
         """Length, speed and lessons of a stage."""
         return (self.style, self.style_mix) if name == "style" else (self.subject, self.subject_mix)
 
 
 def new_projector(stage: UsoStage, patches: int, vision_dim: int, hidden: int) -> StyleProjector:
-    """A projector with its first weights; its last layers begin small, so that the base begins as it was."""
+    """A projector with its first weights."""
     module = StyleProjector(StyleProjectorConfig(patches, stage.style_tokens, vision_dim, hidden))
     initialise(module, torch.Generator().manual_seed(stage.style.seed))
     return module

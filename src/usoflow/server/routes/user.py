@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse, JSONResponse
+from starlette.concurrency import run_in_threadpool
 
 from usoflow.errors import UsoflowError
 from usoflow.server.context import Json, Server, ServerOf
@@ -114,10 +115,14 @@ async def write(
     """Write a file; the body is its content."""
     path = within(server.settings.user_folder, file)
     body = await request.body()
-    with writing(repr(file)):
-        _check_free(path, overwrite)
-        write_whole(path, body)
-    return _written(server, path, full_info)
+
+    def keep() -> JSONResponse:
+        with writing(repr(file)):
+            _check_free(path, overwrite)
+            write_whole(path, body)
+        return _written(server, path, full_info)
+
+    return await run_in_threadpool(keep)  # sockets do not wait for the disk
 
 
 @router.delete("/userdata/{file:path}", status_code=204)
