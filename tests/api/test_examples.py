@@ -93,3 +93,17 @@ def test_commands_of_the_cookbook_have_options_that_there_are() -> None:
     used = {option for command in commands for option in re.findall(r"(?<!\w)(--[a-z-]+)", command)}
     assert len(used) >= 10
     assert {option for option in used if option not in offered} == set()
+
+
+def test_the_first_figures_are_those_of_the_model_card() -> None:
+    """README's of the pocket models are in the tables of docs/pocket.md."""
+    said = re.search(
+        r"is kept in ([\d.]+) %, a style taken in ([\d.]+) %, both\s+together in ([\d.]+) %",
+        (ROOT / "README.md").read_text(),
+    )
+    assert said is not None
+    card = (ROOT / "docs" / "pocket.md").read_text()
+    places = (("Subject-driven (", 0), ("Style-driven, seen styles (", 0), ("Both, seen styles (", 3))
+    for figure, (cell, column) in zip(said.groups(), places, strict=True):
+        row = card[card.index(cell) :].split("| **pocket USO** |")[1].splitlines()[0]
+        assert row.split("|")[column].strip() == figure

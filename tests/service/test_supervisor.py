@@ -133,6 +133,21 @@ def test_a_job_that_goes_well(store: JobStore, start: Start, events: list[tuple[
     ]  # fmt: skip
 
 
+def test_a_defect_ends_a_job_and_not_the_queue(store: JobStore, start: Start) -> None:
+    """What nobody foresaw, as an operating system without memory for another process."""
+
+    def unforeseen(run: Run, listen: Callable[[Report], None]) -> Outcome:
+        raise OSError(12, "Cannot allocate memory")
+
+    supervisor = start(first=unforeseen, second=good)
+    job = ended(store, "first")
+    assert job.state == State.FAILED
+    assert job.error is not None
+    assert "Cannot allocate memory" in job.error["exception_message"]
+    assert ended(store, "second").state == State.COMPLETED
+    assert supervisor.alive
+
+
 @pytest.mark.parametrize("part", [bad, deadly])
 def test_a_failure_names_its_node_and_the_next_job_runs(store: JobStore, start: Start, part: Play) -> None:
     start(first=part, second=good)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from usoflow.training.captions import Vocabulary
 from usoflow.training.latents import LatentSet
 from usoflow.training.loop import Recipe, Training
 from usoflow.training.plan import Plan
+from usoflow.training.stages import Workshop
 from usoflow.training.text_to_image import sample
 
 CAPTIONS = ["a cat on a beach", "a red apple in the snow, flat style", "an owl at sunset", "a bus"]
@@ -179,3 +181,44 @@ def test_shipped_plan_is_read_and_a_wrong_one_refused(tmp_path: Path) -> None:
     with pytest.raises(UsoflowError) as error:
         Plan.read(wrong)
     assert error.value.code == "training_config"
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ('style_mix = [["style", 1.0]]', 'style_mix = [["style", 0.9], ["text", 0.1]]'),
+        ('["both", 0.38]', '["beth", 0.38]'),
+        ("batch = 8", "batch = 0"),
+        ("save_every = 8000", "save_every = 0"),
+        ("samples = 56000", 'samples = "56000"'),
+        ("[vae]\n", "vae = 3\n[vea]\n"),
+    ],
+)
+def test_a_training_file_that_would_fail_later_is_refused(tmp_path: Path, before: str, after: str) -> None:
+    shipped = resources.files("usoflow.training").joinpath("configs", "pocket.toml").read_text("utf-8")
+    assert before in shipped
+    (tmp_path / "wrong.toml").write_text(shipped.replace(before, after, 1))
+    with pytest.raises(UsoflowError) as error:
+        Plan.read(tmp_path / "wrong.toml")
+    assert error.value.code == "training_config"
+
+
+def test_a_stage_names_the_one_that_it_needs(tmp_path: Path) -> None:
+    with pytest.raises(UsoflowError, match="The stage vae was not run") as error:
+        Workshop(tmp_path, Plan.read(None)).trained_vae  # noqa: B018
+    assert f"usoflow train vae --work {tmp_path}" in error.value.remedy
+
+
+def test_a_state_of_other_settings_is_refused(tmp_path: Path) -> None:
+    recipe = Recipe(samples=64, batch=8, rate=1e-3)
+    begun = torch.nn.Parameter(torch.zeros(2))
+    training = Training({"a": begun}, recipe, tmp_path)
+    training.step(lambda done: begun.sum())
+    training.save()
+    for other in ({"b": torch.zeros(2)}, {"a": torch.zeros(3)}):
+        parameters = {name: torch.nn.Parameter(value) for name, value in other.items()}
+        with pytest.raises(UsoflowError, match="damaged or of other settings"):
+            Training(parameters, recipe, tmp_path).resume()
+    (tmp_path / "state.pt").write_bytes(b"no state")
+    with pytest.raises(UsoflowError, match="damaged or of other settings"):
+        Training({"a": torch.nn.Parameter(torch.zeros(2))}, recipe, tmp_path).resume()
