@@ -57,6 +57,7 @@ class Bench:
         listen: Callable[[Event], None] | None = None,
         **options: Any,
     ) -> RunResult:
+        (self.root / "input").mkdir(exist_ok=True)
         folders = find_folders(
             models=self.root / "models", inputs=self.root / "input", output=self.root / "output"
         )
