@@ -58,6 +58,18 @@ def test_nodes_that_are_bypassed_are_told(target: str) -> None:
         workflow.assign(f"{target}=1")
 
 
+def test_a_type_that_active_nodes_have_is_not_bypassed(tmp_path: Path) -> None:
+    """Where two of three are active, the name stands for two."""
+    from usoflow.api.official import Request, build
+
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    styles = (tmp_path / "a.png",) * 2
+    workflow = build(Request("a", styles=styles))
+    assert sum(node.class_type == "LoadImage" for node in workflow.prompt.nodes.values()) == 2
+    with pytest.raises(UsoflowError, match="2 nodes are called LoadImage"):
+        workflow.set("LoadImage.image", "x")
+
+
 @pytest.mark.parametrize("name", ["ksampler", " KSampler", "samplr", "K-Sampler"])
 def test_a_name_that_is_nearly_one(workflow: Workflow, name: str) -> None:
     with pytest.raises(UsoflowError, match=r"did you mean K?[Ss]ampler"):

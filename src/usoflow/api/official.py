@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from usoflow.api.at_hand import SIDE, TUTORIAL, ModelFiles
+from usoflow.api.at_hand import TUTORIAL, ModelFiles
 from usoflow.api.graph import NODE_SIZE, Graph
 from usoflow.api.workflow import Workflow, check_picture, free_name
 from usoflow.errors import UsoflowError
@@ -108,7 +108,7 @@ def build(request: Request, files: ModelFiles = TUTORIAL) -> Workflow:
     Raises:
         UsoflowError: `request_invalid`, `image_missing`, `image_invalid`.
     """
-    request = sized(request, files)
+    request = _sized(request, files)
     _refuse(request)
     graph = Graph(adapted(files))
     pictures = _name_pictures(request)
@@ -134,14 +134,13 @@ def adapted(files: ModelFiles) -> dict[str, Any]:
     graph = Graph(copy.deepcopy(template(TEMPLATE)))
     for half in (_SUBJECT, _STYLE):
         _name_models(graph, half, files)
-        if files.side != SIDE:
-            graph.set_values(half.host, {1: files.side, 2: files.side})
-            graph.subgraph(half.host).set_values(half.latent, {0: files.side, 1: files.side})
+        graph.set_values(half.host, {1: files.side, 2: files.side})
+        graph.subgraph(half.host).set_values(half.latent, {0: files.side, 1: files.side})
     graph.subgraph(_SUBJECT.host).set_values(_SUBJECT_SCALE, {1: files.subject_side})
     return graph.data
 
 
-def sized(request: Request, files: ModelFiles) -> Request:
+def _sized(request: Request, files: ModelFiles) -> Request:
     """The request with every size told."""
     return replace(
         request,

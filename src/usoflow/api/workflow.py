@@ -166,14 +166,16 @@ class Workflow:
             ) from None
 
     def _skipped(self) -> Mapping[str, str]:
-        """Types of the nodes that are not executed, by id and by type."""
+        """Types of the nodes that the editor shows and the prompt does not have, by id and by type."""
         if self.ui is None:
             return {}
         from usoflow.workflow.document import parse
-        from usoflow.workflow.flatten import skipped_nodes
+        from usoflow.workflow.flatten import all_nodes
 
-        found = skipped_nodes(parse(self.ui))
-        return {kind: kind for kind in found.values()} | found
+        nodes = self.prompt.nodes
+        absent = {key: kind for key, kind in all_nodes(parse(self.ui)).items() if key not in nodes}
+        kinds = set(absent.values()) - {node.class_type for node in nodes.values()}
+        return {kind: kind for kind in kinds} | absent
 
     def _with(self, values: Mapping[tuple[str, str], object]) -> Self:
         """With other values, by node id and input, in the prompt and in the UI graph."""

@@ -103,14 +103,6 @@ def generate(
     from usoflow.api.engine import Engine
     from usoflow.api.official import RANDOM_SEEDS, Request
 
-    engine = Engine(
-        models=models,
-        output=output,
-        device=device.value,
-        dtype=dtype.value,
-        vram=vram,
-        compiled=compiled,
-    )
     request = Request(
         prompt,
         subjects=tuple(subject or ()),
@@ -128,6 +120,14 @@ def generate(
     if not subject and any(name == "subject-size" for name, _ in sweeps):
         raise UsoflowError("request_invalid", "--sweep subject-size without a --subject changes nothing.")
     wanted = list(_variants(request, count, sweeps))
+    engine = Engine(
+        models=models,
+        output=output,
+        device=device.value,
+        dtype=dtype.value,
+        vram=vram,
+        compiled=compiled,
+    )
     results: list[Result] = []
     try:
         for result in _run(engine, wanted, assignments or [], save_workflow, quiet=as_json):

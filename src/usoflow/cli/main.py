@@ -85,9 +85,8 @@ def main() -> None:
     except OSError as error:
         if error.errno != errno.ENOSPC or error.filename is not None:
             raise
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # what is left cannot be written either
+        # What is left cannot be written either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         unwritable = UsoflowError("output_unwritable", f"Standard output: {error.strerror}.")
         _show(unwritable, as_json=False)
         sys.exit(unwritable.exit_code)

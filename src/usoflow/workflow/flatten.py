@@ -88,21 +88,31 @@ def flatten(document: Document, registry: NodeRegistry, *, now: datetime | None 
     return _Flattener(document, registry, now or datetime.now()).run()
 
 
-def skipped_nodes(document: Document) -> dict[str, str]:
-    """Types of the nodes that are muted or bypassed, or within such a subgraph, by the id of the prompt."""
-    found: dict[str, str] = {}
-    pending = [("", document.graph, False)]
+def all_nodes(document: Document) -> dict[str, str]:
+    """Types of all nodes that a prompt could have, whether or not they are active, by their id there."""
+    return {
+        scope.prefix + node.id: node.type
+        for scope in _levels(document, whole=True)
+        for node in scope.graph.nodes.values()
+        if node.type not in document.subgraphs and node.type not in EDITOR_NODES
+    }
+
+
+def _levels(document: Document, *, whole: bool = False) -> Iterator[_Scope]:
+    """The top and every use of a subgraph. A muted or bypassed one is only left out at the top, and not if
+    `whole`: inside a subgraph its nodes are unfolded all the same (nothing then links to them)."""
+    pending = [_Scope(document.graph)]
     unfolded = 0
-    while pending and unfolded <= MAX_NODES:
-        prefix, graph, within = pending.pop()
-        unfolded += 1 + len(graph.nodes)
-        for node in graph.nodes.values():
-            skipped = within or node.skipped
-            if skipped:
-                found[prefix + node.id] = node.type
-            if subgraph := document.subgraphs.get(node.type):
-                pending.append((f"{prefix}{node.id}:", subgraph.graph, skipped))
-    return found
+    while pending:
+        scope = pending.pop()
+        unfolded += 1 + len(scope.graph.nodes)
+        if unfolded > MAX_NODES:
+            raise UsoflowError("workflow_invalid", f"the workflow unfolds to more than {MAX_NODES} nodes")
+        yield scope
+        for node in scope.graph.nodes.values():
+            subgraph = document.subgraphs.get(node.type)
+            if subgraph and (whole or scope.parent or not node.skipped):
+                pending.append(_inside(scope, node, subgraph))
 
 
 class _Flattener:
@@ -126,21 +136,10 @@ class _Flattener:
     # --- which nodes -----------------------------------------------------------------------------------
 
     def _executable(self) -> Iterator[tuple[_Scope, DocumentNode]]:
-        """All nodes that go into the prompt. A muted or bypassed subgraph is only left out at the top: inside
-        a subgraph its nodes are unfolded all the same (nothing then links to them)."""
-        pending = [_Scope(self._document.graph)]
-        unfolded = 0
-        while pending:
-            scope = pending.pop()
-            unfolded += 1 + len(scope.graph.nodes)
-            if unfolded > MAX_NODES:
-                raise UsoflowError("workflow_invalid", f"the workflow unfolds to more than {MAX_NODES} nodes")
+        """All nodes that go into the prompt."""
+        for scope in _levels(self._document):
             for node in scope.graph.nodes.values():
-                subgraph = self._document.subgraphs.get(node.type)
-                if subgraph:
-                    if scope.parent or not node.skipped:
-                        pending.append(_inside(scope, node, subgraph))
-                elif not node.skipped and node.type not in EDITOR_NODES:
+                if self._is_executed(node):
                     yield scope, node
 
     # --- what they get ---------------------------------------------------------------------------------
