@@ -41,12 +41,12 @@ def main() -> None:
 
 
 def _steps(options: argparse.Namespace) -> Iterator[Table]:
-    with _shallow(options) as models:
+    with _shallow(options, "F8_E4M3") as models:
         yield from step.tables(models / SHALLOW, options.rounds, quick=options.quick)
 
 
 def _growth(options: argparse.Namespace) -> Iterator[Table]:
-    with _shallow(options) as models:
+    with _shallow(options, "BF16") as models:
         yield from growth.tables(models / SHALLOW, options.rounds, quick=options.quick)
 
 
@@ -92,8 +92,8 @@ SECTIONS: Mapping[str, Callable[[argparse.Namespace], Iterable[Table]]] = {
 }
 
 
-def _shallow(options: argparse.Namespace) -> AbstractContextManager[Path]:
-    return synthetic.written({SHALLOW: synthetic.transformer(synthetic.SHALLOW, "BF16")}, options.scratch)
+def _shallow(options: argparse.Namespace, dtype: str) -> AbstractContextManager[Path]:
+    return synthetic.written({SHALLOW: synthetic.transformer(synthetic.SHALLOW, dtype)}, options.scratch)
 
 
 def _options() -> argparse.Namespace:

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks import peer
 from benchmarks.report import Plot, Table
-from benchmarks.timing import Times, in_turn
+from benchmarks.timing import Times, groups_in_turn
 from usoflow.execution.memory import kept_memory
+from usoflow.models import int8
 from usoflow.models.checkpoint import TensorFile
 from usoflow.models.flux import Flux
 from usoflow.models.library import ModelLibrary
 from usoflow.models.placement import DTYPES, Placement
+from usoflow.models.weights import Linear
 
 # Numbers that bf16 holds exactly, times 1000 too: diffusers rounds both to the dtype that it computes in.
 SIGMA, GUIDANCE = 0.5, 4.0
@@ -25,6 +29,7 @@ TEXT_TOKENS, STYLE_TOKENS = 512, 192
 QUICK_TEXT = 64  # tokens where it is only to be seen that everything runs
 BOUNDS = {"fp32": 1e-4, "bf16": 3e-2}  # relative L2 distance of the two answers
 PIXELS = 8  # per latent
+IN_INT8 = "usoflow int8"
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # of a latent and sigma
 
@@ -120,12 +125,7 @@ def their_velocity(model: nn.Module, given: Inputs) -> Velocity:
 def ours(flux: Flux, given: Inputs, dtype: torch.dtype) -> Callable[[], Tensor]:
     """One step."""
     velocity, sigma = our_velocity(flux, given, dtype), torch.tensor(SIGMA)
-
-    def step() -> Tensor:
-        with kept_memory():  # as the executor does it for a run; not for the peer, whose turn is next
-            return velocity(given.latent, sigma)
-
-    return step
+    return lambda: velocity(given.latent, sigma)
 
 
 def theirs(model: nn.Module, given: Inputs) -> Callable[[], Tensor]:
@@ -134,44 +134,46 @@ def theirs(model: nn.Module, given: Inputs) -> Callable[[], Tensor]:
     return lambda: velocity(given.latent, sigma)
 
 
-def load(path: Path, dtype: str) -> Flux:
-    """The transformer as the library holds it for a run."""
+def load(path: Path, dtype: str, *, exact: bool = False) -> Flux:
+    """The transformer as the library holds it for a run; `exact`: weights stored in fp8 are widened."""
     library = ModelLibrary(Placement.choose("cpu", dtype))
-    with torch.inference_mode():
+    widened = patch.object(int8, "multiplied_here", lambda: False) if exact else nullcontext()
+    with torch.inference_mode(), widened:
         return library.flux(TensorFile.open(path).components()["flux"], (), "default")
 
 
 class Contest:
-    """The models that compete: each dtype's ours and theirs; theirs also compiled, if wanted."""
+    """The models that compete: each dtype's ours and theirs; theirs also compiled, if wanted.
+
+    Where the CPU multiplies int8 and the file is stored in fp8, ours as that is computed by itself, too.
+    """
 
     def __init__(self, path: Path, dtypes: Sequence[str], *, compiled: bool) -> None:
         self.ours: dict[str, tuple[Flux, torch.dtype]] = {}
         self.theirs: dict[str, nn.Module] = {}
         plain = load(path, "fp32")
+        default = load(path, "bf16")
+        if any(isinstance(part, Linear) and part.in_int8 for part in default.modules()):
+            self.ours[IN_INT8] = default, torch.bfloat16
         for name in dtypes:
             dtype = DTYPES[name]
-            self.ours[f"usoflow {name}"] = load(path, name), dtype
+            self.ours[f"usoflow {name}"] = load(path, name, exact=True), dtype
             model = peer.twin(plain, dtype)
             self.theirs[f"diffusers {name}"] = model
             if compiled:
                 self.theirs[f"diffusers {name} compiled"] = torch.compile(model)  # type: ignore[assignment]
 
-    def ways(self, case: Case) -> Mapping[str, Callable[[], Tensor]]:
-        """A step of each."""
-        some = next(iter(self.ours.values()))[0]
-        given = inputs_of(case, some, torch.device("cpu"))
-        found = {name: ours(flux, given, dtype) for name, (flux, dtype) in self.ours.items()}
-        return found | {name: theirs(model, given) for name, model in self.theirs.items()}
-
     def run(self, case: Case, rounds: int) -> Times:
-        """Let each answer once, which warms it up; check the answers; measure."""
-        ways = self.ways(case)
+        """Let each answer once; check the answers; measure."""
+        given = inputs_of(case, next(iter(self.ours.values()))[0], torch.device("cpu"))
+        our_ways = {name: ours(flux, given, dtype) for name, (flux, dtype) in self.ours.items()}
+        their_ways = {name: theirs(model, given) for name, model in self.theirs.items()}
         with torch.inference_mode():
-            answers = {name: way() for name, way in ways.items()}
+            answers = {name: way() for name, way in (our_ways | their_ways).items()}
         for dtype, bound in BOUNDS.items():
-            if f"usoflow {dtype}" in ways:
+            if f"usoflow {dtype}" in our_ways:
                 require_agreement(answers, dtype, bound, case)
-        return in_turn(ways, rounds, warm=True)
+        return groups_in_turn([(our_ways, kept_memory), (their_ways, nullcontext)], rounds)
 
 
 def require_agreement(answers: Mapping[str, Tensor], dtype: str, bound: float, case: Case) -> None:
@@ -184,7 +186,7 @@ def require_agreement(answers: Mapping[str, Tensor], dtype: str, bound: float, c
 
 def tables(path: Path, rounds: int, *, quick: bool) -> Iterator[Table]:
     """A table for each size."""
-    contest = Contest(path, list(BOUNDS), compiled=not quick)
+    contest = Contest(path, ["bf16", "fp32"], compiled=not quick)
     wanted = {64: quick_cases()} if quick else {side: cases(side, 512) for side in (256, 512)}
     for side, those in wanted.items():
         found = {case: contest.run(case, rounds) for case in those}
@@ -193,21 +195,32 @@ def tables(path: Path, rounds: int, *, quick: bool) -> Iterator[Table]:
 
 def _table(side: int, found: Mapping[Case, Times], rounds: int) -> Table:
     names = list(next(iter(found.values())).seconds)
+    pairs = [("usoflow fp32", "diffusers fp32"), ("usoflow bf16", "diffusers bf16")]
+    fastest = names[0]  # what a run takes by itself
+    pairs += [(fastest, "diffusers bf16")] * (fastest == IN_INT8) + [(fastest, "diffusers fp32")]
     rows = [
-        [case.name, str(case.tokens), *(f"{times.median(name):.2f}" for name in names), *_ratios(times)]
+        [
+            case.name, str(case.tokens), *(f"{times.median(name):.2f}" for name in names),
+            *(f"{times.speedup(*pair):.2f}x" for pair in pairs),
+        ]
         for case, times in found.items()
-    ]
-    ratios = ["fp32 : fp32", "bf16 : bf16", "bf16 : diffusers fp32"]
+    ]  # fmt: skip
     raw: dict[str, Any] = {case.name: dict(times.seconds) for case, times in found.items()}
     return Table(
         f"DiT step, {side}x{side}",
-        f"Full width, 1 double and 1 single block, seconds; medians of {rounds} rounds taken in turn. The"
-        " last columns say how many times faster usoflow is (median of the ratios within a round, eager).",
-        ["", "tokens", *names, *ratios],
+        "Full width, 1 double and 1 single block, stored in fp8, the same numbers for all; seconds; medians"
+        f" of {rounds} rounds, in which all of ours and all of theirs take turns, after a step of each side that"
+        " is not measured. The last columns say how many times faster usoflow is (median of the ratios"
+        " within a round, eager).",
+        ["", "tokens", *names, *(f"{_short(a)} : {b}" for a, b in pairs)],
         rows,
         raw=raw,
         plots={f"step-{side}": _plot(found, names)},
     )
+
+
+def _short(name: str) -> str:
+    return name.removeprefix("usoflow ")
 
 
 def _plot(found: Mapping[Case, Times], names: Sequence[str]) -> Plot:
@@ -215,8 +228,3 @@ def _plot(found: Mapping[Case, Times], names: Sequence[str]) -> Plot:
     tokens = [float(case.tokens) for case in cases]
     lines = {name: (tokens, [found[case].median(name) for case in cases]) for name in names}
     return Plot("tokens", "seconds of a step", lines, logarithmic=True)
-
-
-def _ratios(times: Times) -> list[str]:
-    pairs = (("fp32", "fp32"), ("bf16", "bf16"), ("bf16", "fp32"))
-    return [f"{times.speedup(f'usoflow {a}', f'diffusers {b}'):.2f}x" for a, b in pairs]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -26,15 +27,34 @@ class Times:
         return statistics.median(theirs / ours for theirs, ours in pairs)
 
 
-def in_turn(ways: Mapping[str, Callable[[], object]], rounds: int, *, warm: bool = False) -> Times:
-    """Run every way once to warm up (unless all are warm), then all of them in turn, `rounds` times."""
+def in_turn(ways: Mapping[str, Callable[[], object]], rounds: int) -> Times:
+    """Run every way once to warm up, then all of them in turn, `rounds` times."""
     found: dict[str, list[float]] = {name: [] for name in ways}
     with torch.inference_mode():
-        for way in () if warm else ways.values():
+        for way in ways.values():
             way()
         for _ in range(rounds):
             for name, way in ways.items():
                 found[name].append(seconds(way))
+    return Times({name: tuple(times) for name, times in found.items()})
+
+
+Group = tuple[Mapping[str, Callable[[], object]], Callable[[], AbstractContextManager[object]]]
+
+
+def groups_in_turn(groups: Sequence[Group], rounds: int) -> Times:
+    """Groups of ways in turn, each within what holds for a group; its first way also runs before, unmeasured.
+
+    So a way is measured as what follows of many of its kind, and a group does not pay for the one before.
+    """
+    found: dict[str, list[float]] = {name: [] for ways, _ in groups for name in ways}
+    with torch.inference_mode():
+        for _ in range(rounds):
+            for ways, within in groups:
+                with within():
+                    next(iter(ways.values()))()
+                    for name, way in ways.items():
+                        found[name].append(seconds(way))
     return Times({name: tuple(times) for name, times in found.items()})
 
 

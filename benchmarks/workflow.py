@@ -25,7 +25,7 @@ CHECKPOINT = "checkpoints/flux1-dev-fp8.safetensors"  # the name that the offici
 def table(scratch: Path | None, *, quick: bool) -> Table:
     """Both references; what a new seed leaves known is known to both."""
     side, subject, steps = (64, 64, 2) if quick else (512, 512, 20)
-    files = {CHECKPOINT: synthetic.checkpoint(synthetic.SHALLOW, "BF16", t5_layers=1)}
+    files = {CHECKPOINT: synthetic.checkpoint(synthetic.SHALLOW, "F8_E4M3", t5_layers=1)}
     case = step.Case("both", (side, side), (subject,), style=True, text=T5_LENGTH)
     with synthetic.written(files | synthetic.uso_files(synthetic.SHALLOW), scratch) as models:
         peer_step, peer_decode = _peer(models / CHECKPOINT, case)

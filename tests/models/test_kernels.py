@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from usoflow.models import kernels
 from usoflow.models.kernels import Scratch, attention, has_nan, linear, pack, widen
@@ -46,7 +46,7 @@ def test_without_onednn_everything_is_torchs(monkeypatch: pytest.MonkeyPatch, dt
         assert pack(weight) is weight
         assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
         expected = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        assert torch.equal(attention(*(x.transpose(1, 2) for x in (q.float(), k.float(), v))), expected)
+        assert torch.equal(attention(tokens_first(q.float(), k.float(), v)), expected)
 
 
 def test_gradients_flow_where_they_are_asked_for() -> None:
@@ -56,18 +56,43 @@ def test_gradients_flow_where_they_are_asked_for() -> None:
     assert weight.grad is not None
 
 
+def tokens_first(*heads_first: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x.transpose(1, 2) for x in heads_first)
+
+
 @pytest.mark.parametrize("dtype", BOUNDS)
 @pytest.mark.parametrize("length", [5, kernels.FEW_TOKENS, kernels.ROWS + 3])
 def test_attention_is_attention(dtype: torch.dtype, length: int) -> None:
     """Below, at and beyond the sizes at which it is done otherwise."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 3, length, 16).to(dtype) for _ in range(3))
+    exact = q.float(), k.float()
     expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double()).transpose(1, 2).flatten(2)
     with torch.inference_mode():
-        found = attention(*(x.transpose(1, 2) for x in (q, k, v)))
+        found = attention(tokens_first(*exact, v))
     assert found.dtype == dtype
     assert found.shape == (2, length, 48)
     assert relative(found, expected) < BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("lengths", [(3, 5), (100, kernels.ROWS)])
+@torch.inference_mode()
+def test_streams_attend_to_each_other(dtype: torch.dtype, lengths: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    whole = tuple(torch.randn(2, sum(lengths), 3, 16).to(dtype) for _ in range(3))
+    streams = zip(*(x.split(lengths, dim=1) for x in whole), strict=True)
+    assert torch.equal(attention(*streams), attention(whole))
+
+
+@torch.inference_mode()
+def test_scores_that_are_rounded_cost_little() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 300, 64).bfloat16() for _ in range(3))
+    exact = attention(tokens_first(q.float(), k.float(), v))
+    found = attention(tokens_first(q, k, v))
+    assert found.dtype == torch.bfloat16
+    assert relative(found, exact) < 1e-2
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import platform
 import threading
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -82,35 +83,46 @@ def pack(weight: Tensor) -> Tensor:
     return packed
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax(q k^T / sqrt(D)) v.
+def attention(*streams: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """Softmax(q k^T / sqrt(D)) v, where the tokens of all streams attend to each other.
 
     Args:
-        q, k: [B, L, heads, D] in the dtype of v or in fp32.
-        v: [B, L, heads, D].
+        streams: for each q, k and v: [B, L, heads, D], of v's dtype. On a CPU, q and k in fp32 have their
+            scores in fp32 too, in which the softmax is computed anyway; others have them in v's dtype.
 
     Returns:
-        [B, L, heads * D] in the dtype of v.
+        [B, sum of L, heads * D] in the dtype of v.
     """
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, heads, L, D]
-    if not fast(v) or q.shape[2] < FEW_TOKENS:
-        out = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
-        return out.transpose(1, 2).flatten(2)
-    return _attention_by_heads(q.float() * q.shape[-1] ** -0.5, k.float(), v)
+    v = streams[0][2]
+    if fast(v) and sum(len(q[0]) for q, _, _ in streams) >= FEW_TOKENS:
+        return _attention_by_heads(streams)
+    q, k, v = (
+        _joined([x.to(v.dtype) for x in parts], 1).transpose(1, 2) for parts in zip(*streams, strict=True)
+    )
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
-def _attention_by_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Scores and softmax in fp32, head by head and some rows at a time: they never leave the cache."""
-    batch, heads, length, dim = v.shape
-    q, k, turned = q.contiguous(), k.contiguous(), v.transpose(2, 3).contiguous()  # turned: [B, heads, D, L]
+def _attention_by_heads(streams: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    """Scores and softmax head by head and some rows at a time: they never leave the cache."""
+    qs, ks, vs = zip(*streams, strict=True)
+    q, k = (_joined([x.transpose(1, 2) for x in parts], 2).contiguous() for parts in (qs, ks))
+    v = _joined([x.permute(0, 2, 3, 1) for x in vs], 3).contiguous()  # [B, heads, D, L]
+    batch, heads, length, dim = q.shape
     out = v.new_empty(batch, length, heads, dim)
     for b in range(batch):
         for h in range(heads):
+            keys, values = k[b, h], v[b, h]
+            if keys.dtype == values.dtype:
+                keys, values = pack(keys), pack(values)
             for first in range(0, length, ROWS):
                 rows = slice(first, first + ROWS)
-                weights = torch.softmax(_product(q[b, h, rows], k[b, h]), dim=-1)  # [rows, L]
-                out[b, rows, h] = _product(weights.to(v.dtype), turned[b, h])
+                weights = torch.softmax(_product(q[b, h, rows] * dim**-0.5, keys), dim=-1)  # [rows, L]
+                out[b, rows, h] = _product(weights.to(v.dtype), values)
     return out.flatten(2)
+
+
+def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), dim=dim)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None, then: str = "none") -> Tensor:

@@ -31,7 +31,8 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
 
 
 LARGE = 1 << 30  # bytes of an encoder that are worth giving back
-PART_OF_CPU, PART_OF_GPU = 0.5, 0.8  # of what is free, for the transformer's weights
+PART_OF_CPU, PART_OF_GPU = 0.6, 0.8  # of what is free, for the transformer's weights
+PART_PINNED = 0.5  # of the host's free memory, for weights on their way to a GPU
 PART_FOR_WORK = 0.9  # of what is free, for one computation
 SMALLER = 0.5  # the next plan's budget, after memory ran out
 
@@ -118,7 +119,7 @@ class Placement:
                 module, blocks, self.dtype, self.weight_bytes, as_stored=as_stored, packed=not self.compiled
             )
         elif budgeted and self.device.type == "cuda":
-            pinned = int(PART_OF_CPU * _free_memory())
+            pinned = int(PART_PINNED * _free_memory())
             residence.settle_on_gpu(module, blocks, self.device, self.weight_bytes, pinned=pinned)
         elif self.device.type != "cpu":
             _move(module, self.device)

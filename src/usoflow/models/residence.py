@@ -6,6 +6,9 @@ On a CPU, from fast and large to slow and small:
 - stored: as the file has them, mapped, read in by threads; each is widened when it is used, into one buffer
 - passing: the same, and a block's pages are given back when it is done, while the next one's are read
 
+Where it multiplies int8, the blocks' fp8 weights are never widened but turned into whole numbers (`int8`),
+which take as many bytes: once, but when they are passing.
+
 On a GPU, blocks are resident as stored, as many as fit; the others pass through (`passage`). Where it
 multiplies fp8, the blocks' fp8 weights are not widened (`fp8`).
 `Placement` says how much memory there is.
@@ -14,13 +17,13 @@ multiplies fp8, the blocks' fp8 weights are not widened (`fp8`).
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from usoflow.models import fp8, pages
+from usoflow.models import fp8, int8, pages
 from usoflow.models.flux import Modulation
 from usoflow.models.kernels import Scratch, pack
 from usoflow.models.passage import Passage
@@ -45,7 +48,7 @@ class Sizes:
         return cls(
             stored_bytes(module),
             sum(
-                layer.shape[0] * layer.shape[1] * dtype.itemsize
+                layer.shape[0] * layer.shape[1] * (1 if layer.in_int8 else dtype.itemsize)
                 for layer in module.modules()
                 if isinstance(layer, Linear)
             ),
@@ -78,14 +81,17 @@ def settle_on_cpu(
 
     What is to be compiled must not be packed: a compiler cannot look inside.
     """
+    scratch = Scratch()
+    if dtype == fp8.WIDE and int8.multiplied_here():
+        multiply_in_int8(blocks, scratch)
     sizes = Sizes.of(module, blocks, dtype)
     if sizes.ready <= budget and not as_stored:
-        _make_all_ready(module, blocks, dtype, packed=packed)
+        _make_ready(module, blocks, lambda layer: _widen_or_narrow(layer, dtype, packed=packed))
         return "ready"
-    scratch = Scratch()
     for layer in _linear_layers(module):
         layer.scratch = scratch
     if sizes.stored <= budget:
+        _make_ready(module, blocks, _narrow)
         pages.bring(pages.mapped(module.parameters()))
         return "stored"
     _let_pages_pass(blocks)
@@ -121,40 +127,60 @@ def settle_on_gpu(
 
 
 def multiply_in_fp8(blocks: Sequence[nn.Module], device: torch.device) -> None:
-    """Let the blocks' fp8 weights be multiplied as they are, but for those of the modulation.
+    """Let the blocks' fp8 weights be multiplied as they are, but for those of the modulation."""
+    for layer in _matrices(blocks):
+        layer.multiply_in_fp8(device)
 
-    What that gives shifts and scales every token alike; its products, a row for each picture, cost nothing.
+
+def multiply_in_int8(blocks: Sequence[nn.Module], scratch: Scratch) -> None:
+    """Let the blocks' fp8 weights be multiplied in whole numbers, but for those of the modulation."""
+    for layer in _matrices(blocks):
+        layer.multiply_in_int8(scratch)
+
+
+def _matrices(blocks: Sequence[nn.Module]) -> Iterator[Linear]:
+    """The blocks' layers, but for those of the modulation.
+
+    What these give shifts and scales every token alike; their products, a row for each picture, cost nothing.
     """
     for block in blocks:
         exact = {
             layer for part in block.children() if isinstance(part, Modulation) for layer in part.modules()
         }
-        for layer in _linear_layers(block):
-            if layer not in exact:
-                layer.multiply_in_fp8(device)
+        yield from (layer for layer in _linear_layers(block) if layer not in exact)
 
 
-def _make_all_ready(
-    module: nn.Module, blocks: Sequence[nn.Module], dtype: torch.dtype, *, packed: bool
-) -> None:
-    """Part by part; while one is widened, the system reads the next."""
+def _make_ready(module: nn.Module, blocks: Sequence[nn.Module], lay: Callable[[Linear], None]) -> None:
+    """Part by part; while the layers of one are laid, the system reads the next.
+
+    The file's pages of a weight that was laid elsewhere are given back.
+    """
     parts = [*_but(module, blocks), *blocks]
     held = [pages.mapped(part.parameters()) for part in parts]
     for part, following in zip(parts, [*held[1:], []], strict=True):
         pages.read_ahead(following)
         for layer in _linear_layers(part):
-            _make_ready(layer, dtype, packed=packed)
+            before = layer.weight.data
+            lay(layer)
+            moved = layer.weight.is_mkldnn or layer.weight.data_ptr() != before.data_ptr()
+            if moved and before.nbytes >= WORTH_GIVING_BACK:
+                pages.give_back(pages.mapped([before]))
 
 
-def _make_ready(layer: Linear, dtype: torch.dtype, *, packed: bool) -> None:
-    """The weight as it is multiplied: wide, scaled, packed; the file's pages are given back."""
-    before = layer.weight.data
+def _widen_or_narrow(layer: Linear, dtype: torch.dtype, *, packed: bool) -> None:
+    """The weight as it is multiplied: in whole numbers, or wide, scaled, packed."""
+    if layer.in_int8:
+        layer.narrow()
+        return
     wide: Tensor = layer.plain_weight(dtype)
     layer.weight = nn.Parameter(pack(wide) if packed else wide, requires_grad=False)
     layer.quantised = layer.scale_weight = None
-    moved = layer.weight.is_mkldnn or layer.weight.data_ptr() != before.data_ptr()
-    if moved and before.nbytes >= WORTH_GIVING_BACK:
-        pages.give_back(pages.mapped([before]))
+
+
+def _narrow(layer: Linear) -> None:
+    """The weight as it is stored or, where it is so multiplied, in whole numbers."""
+    if layer.in_int8:
+        layer.narrow()
 
 
 def _let_pages_pass(blocks: Sequence[nn.Module]) -> None:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from usoflow.errors import UsoflowError
-from usoflow.models import fp8
+from usoflow.models import fp8, int8
 from usoflow.models.checkpoint import QUANTISED, Component, matches_any, some
 from usoflow.models.gguf_file import arrays, is_gguf
 from usoflow.models.kernels import Scratch, fast, has_nan, linear, widen
@@ -72,7 +72,8 @@ class Linear(nn.Module):
 
     A weight of a GGUF file is held as bytes [out, bytes of a row]; `quantised` then names its format.
     `scratch`, which the layers of a network share, is where weights are widened on a CPU. With `row_scales`
-    an fp8 weight is not widened at all, where the input is bf16 and no gradient is asked for (`fp8`).
+    an fp8 weight is not widened at all, where the input is bf16 and no gradient is asked for (`fp8`); nor is
+    one `in_int8`, whose numbers become whole ones at each use, unless it was made `narrow` before (`int8`).
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
@@ -84,6 +85,7 @@ class Linear(nn.Module):
         self.scale_weight: Tensor | None = None
         self.scratch: Scratch | None = None
         self.row_scales: Tensor | None = None
+        self.in_int8: Scratch | None = None
         self.branches = nn.ModuleList()
         self.regular: bool | None = None  # an fp8 weight without NaNs; None: not looked at yet
 
@@ -91,13 +93,16 @@ class Linear(nn.Module):
         """Hold the weight as another layer of this shape does, whose parameters are shared already."""
         self.scale_weight, self.quantised = other.scale_weight, other.quantised
         self.scratch, self.regular, self.row_scales = other.scratch, other.regular, other.row_scales
+        self.in_int8 = other.in_int8
 
     def forward(self, x: Tensor, *, gelu: bool = False) -> Tensor:
         """x: [..., in] -> [..., out], in the dtype of x; through GELU (tanh approximation) on request."""
         bias = None if self.bias is None else widened(self.bias, x)
-        scales = self.row_scales if x.dtype == fp8.WIDE and not torch.is_grad_enabled() else None
-        if scales is not None:
-            y = fp8.product(x, self.weight, scales, bias)
+        narrow = x.dtype == fp8.WIDE and not torch.is_grad_enabled()
+        if narrow and self.row_scales is not None:
+            y = fp8.product(x, self.weight, self.row_scales, bias)
+        elif narrow and self.in_int8 is not None:
+            y = int8.product(x, *self._whole_numbers(), bias, self.in_int8)
         elif self.branches:
             y = linear(x, self._weight(x), bias)
         else:
@@ -110,6 +115,20 @@ class Linear(nn.Module):
         """Multiply in fp8 on this device from now on, if the weight is stored so and its sides allow it."""
         if self.quantised is None and fp8.fits(self.weight):
             self.row_scales = fp8.row_scales(self.scale_weight, self.shape[0]).to(device)
+
+    def multiply_in_int8(self, scratch: Scratch) -> None:
+        """Multiply in int8 from now on, if the weight is stored so that it can be, and is large enough."""
+        self.in_int8 = scratch if self.quantised is None and int8.fits(self.weight) else None
+
+    def narrow(self) -> None:
+        """Hold the weight in whole numbers, as one `in_int8` is multiplied."""
+        weight, self.scale_weight = self._whole_numbers()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def _whole_numbers(self) -> tuple[Tensor, Tensor]:
+        if self.weight.dtype == torch.int8 and self.scale_weight is not None:
+            return self.weight, self.scale_weight
+        return int8.narrowed(self.weight, self.scale_weight)
 
     def plain_weight(self, dtype: torch.dtype) -> Tensor:
         """The weight [out, in] in a dtype, its scale applied; the stored one if that is the same."""
