@@ -209,8 +209,8 @@ def _table(side: int, found: Mapping[Case, Times], rounds: int) -> Table:
     return Table(
         f"DiT step, {side}x{side}",
         "Full width, 1 double and 1 single block, stored in fp8, the same numbers for all; seconds; medians"
-        f" of {rounds} rounds, in which all of ours and all of theirs take turns, after a step of each side that"
-        " is not measured. The last columns say how many times faster usoflow is (median of the ratios"
+        f" of {rounds} rounds, in which all of ours and all of theirs take turns, after a step of each that is"
+        " not measured. The last columns say how many times faster usoflow is (median of the ratios"
         " within a round, eager).",
         ["", "tokens", *names, *(f"{_short(a)} : {b}" for a, b in pairs)],
         rows,

@@ -49,7 +49,7 @@ def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @given(st.binary(min_size=24, max_size=24))
 def test_what_three_bits_hold_stays_in_the_upper_octaves(numbers: bytes) -> None:
-    """Any bytes: a row's unit is 1/128 of the power of two above its largest; none is off by more than half."""
+    """Any bytes: a row's unit is 1/128 of the power of two above its largest; none is off by half of it."""
     weight = torch.frombuffer(bytearray(numbers), dtype=torch.uint8).view(int8.STORED).view(3, 8)
     with torch.inference_mode():
         whole, scale = int8.narrowed(weight, None)
