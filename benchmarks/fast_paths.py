@@ -27,7 +27,7 @@ from benchmarks.quality import psnr, ssim
 from benchmarks.report import Table
 from usoflow.api.engine import Engine
 from usoflow.api.workflow import Workflow
-from usoflow.models import int8, kernels, residence
+from usoflow.models import int8, kernels, placement, residence
 from usoflow.models.placement import Placement
 from usoflow.settings import POCKET_MODELS
 
@@ -66,8 +66,12 @@ def _torch_alone() -> AbstractContextManager[object]:
 
 @contextmanager
 def _products_in_int8() -> Iterator[None]:
-    """As where a CPU is fast at it, with models of any size."""
-    with patch.object(int8, "multiplied_here", lambda: True), patch.object(int8, "LEAST_SIDE", 1):
+    """As on a CPU that is fast at it, with models of any size."""
+    with (
+        patch.object(placement, "_best_dtype", lambda _: torch.bfloat16),
+        patch.object(int8, "multiplied_here", lambda: True),
+        patch.object(int8, "LEAST_SIDE", 1),
+    ):
         yield
 
 
@@ -97,7 +101,7 @@ WAYS: Mapping[str, Way] = MappingProxyType(
         "bf16, compiled": Way("bf16", compiled=True),
         "fp32, blocks rounded to fp8": Way("fp32", fp8=True),
         "bf16, blocks stored in fp8": Way("bf16", fp8=True),
-        "bf16, blocks stored in fp8, multiplied in int8": Way("bf16", fp8=True, within=_products_in_int8),
+        "bf16, blocks stored in fp8, multiplied in int8": Way("auto", fp8=True, within=_products_in_int8),
         "bf16, blocks stored and multiplied in fp8": Way("bf16", fp8=True, within=_products_in_fp8),
     }
 )

@@ -12,7 +12,7 @@ import gc
 import statistics
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -202,7 +202,7 @@ def _loop(velocity: step.Velocity, latent: Tensor, steps: int) -> Tensor:
 
 def _usoflow(component: Component, device: str, weight_dtype: str, *, compiled: bool) -> Iterator[Answering]:
     """Eagerly, then compiled: what a run asks for that one before it had asked for."""
-    library = ModelLibrary(Placement.choose(device, "bf16", compiled=compiled))
+    library = ModelLibrary(_placement(device, compiled=compiled))
     with torch.inference_mode():
         flux = library.flux(component, (), weight_dtype)
 
@@ -212,6 +212,12 @@ def _usoflow(component: Component, device: str, weight_dtype: str, *, compiled: 
 
     yield answering
     yield answering
+
+
+def _placement(device: str, *, compiled: bool, budget: int | None = None) -> Placement:
+    """As a GPU has it by itself; on a CPU, whichever it is, in bf16 too."""
+    chosen = Placement.choose(device, "bf16", budget, compiled=compiled)
+    return replace(chosen, eight_bits=device == "cuda")
 
 
 def _diffusers(component: Component, device: str) -> Iterator[Answering]:
@@ -305,7 +311,7 @@ def _budgets(models: Path, extent: Extent, rounds: int) -> Table:
 
 def _within(component: Component, extent: Extent, budget: int, rounds: int) -> list[str]:
     device = torch.device(extent.device)
-    library = ModelLibrary(Placement.choose(extent.device, "bf16", budget=budget, compiled=False))
+    library = ModelLibrary(_placement(extent.device, budget=budget, compiled=False))
     with torch.inference_mode():
         flux = library.flux(component, (), "default")
         given = step.inputs_of(extent.cases[0], flux, device)

@@ -19,7 +19,7 @@ from usoflow.models.flux import Modulation
 from usoflow.models.kernels import Scratch
 from usoflow.models.library import LoraUse, ModelLibrary, load_flux
 from usoflow.models.placement import Placement
-from usoflow.models.residence import settle_on_cpu
+from usoflow.models.residence import Sizes, settle_on_cpu
 from usoflow.models.weights import Linear, LowRank
 
 CPU = torch.device("cpu")
@@ -124,25 +124,25 @@ def test_low_rank_branches_take_what_was_not_rounded(everywhere: None) -> None:
 def test_a_weight_that_does_not_allow_it_or_is_small_is_widened() -> None:
     side = int8.LEAST_SIDE
     fitting = torch.zeros(side, side).to(int8.STORED)
-    assert layer_of(fitting).in_int8 is not None
-    assert layer_of(fitting[1:]).in_int8 is None
-    assert layer_of(fitting.float()).in_int8 is None
+    assert layer_of(fitting).in_int8
+    assert not layer_of(fitting[1:]).in_int8
+    assert not layer_of(fitting.float()).in_int8
     layer = Linear(side, side)
     layer.weight, layer.quantised = nn.Parameter(fitting, False), "Q8_0"
     layer.multiply_in_int8(Scratch())
-    assert layer.in_int8 is None
+    assert not layer.in_int8
 
 
-@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("held", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @torch.inference_mode()
-def test_only_bf16_is_rounded(everywhere: None, dtype: torch.dtype, narrow: bool) -> None:
+def test_only_bf16_is_rounded(everywhere: None, dtype: torch.dtype, held: bool) -> None:
     torch.manual_seed(0)
     layer, x = layer_of(torch.randn(32, 64).to(int8.STORED)), torch.randn(5, 64).to(dtype)
     expected = x.double() @ layer.weight.double().T
-    if narrow:
-        layer.narrow()
-    assert relative(layer(x), expected) < (1e-2 if narrow else 1e-3)  # the weight's whole numbers, no more
+    if held:
+        layer.hold_in_int8()
+    assert relative(layer(x), expected) < (1e-2 if held else 1e-3)  # the weight's whole numbers, no more
 
 
 def test_gradients_are_those_of_the_widened_weight(everywhere: None) -> None:
@@ -168,15 +168,17 @@ def test_every_plan_gives_the_same_numbers(everywhere: None, small_models: Path)
     """Narrowed once, or at each use."""
     found = {}
     for budget, as_stored in ((10**9, False), (10**9, True), (1, False)):
-        flux = load_flux(
-            transformer_of(small_models),
-        )
+        flux = load_flux(transformer_of(small_models))
         for layer in flux.modules():
             if isinstance(layer, Linear):
                 layer.weight = nn.Parameter(layer.weight.to(int8.STORED), requires_grad=False)
-        plan = settle_on_cpu(flux, flux.blocks, torch.bfloat16, budget, as_stored=as_stored)
+        wide = Sizes.of(flux, flux.blocks, torch.bfloat16).ready
+        plan = settle_on_cpu(flux, flux.blocks, torch.bfloat16, budget, as_stored=as_stored, eight_bits=True)
         found[plan] = velocity(flux, torch.bfloat16)
-        whole = sum(layer.weight.dtype == torch.int8 for layer in flux.modules() if isinstance(layer, Linear))
+        layers = [layer for layer in flux.modules() if isinstance(layer, Linear)]
+        saved = sum(layer.shape[0] * layer.shape[1] for layer in layers if layer.in_int8)
+        assert Sizes.of(flux, flux.blocks, torch.bfloat16).ready == wide - saved > 0
+        whole = sum(layer.weight.dtype == torch.int8 for layer in layers)
         assert (whole == 0) == (plan == "passing")
     assert set(found) == {"ready", "stored", "passing"}
     assert torch.equal(found["ready"], found["stored"])
@@ -189,7 +191,7 @@ def test_a_transformer_in_int8_is_near_the_exact_one(everywhere: None, small_mod
 
     def flux(dtype: torch.dtype, *uses: LoraUse) -> nn.Module:
         with torch.inference_mode():
-            return ModelLibrary(Placement(CPU, dtype)).flux(file, uses, "fp8_e4m3fn")
+            return ModelLibrary(Placement(CPU, dtype, eight_bits=True)).flux(file, uses, "fp8_e4m3fn")
 
     exact, base = flux(torch.float32), flux(torch.bfloat16)
     layers = {name: layer for name, layer in base.named_modules() if isinstance(layer, Linear)}
@@ -198,9 +200,21 @@ def test_a_transformer_in_int8_is_near_the_exact_one(everywhere: None, small_mod
     }
     for name, layer in layers.items():
         in_int8 = name.startswith(("double_blocks", "single_blocks")) and layer not in modulation
-        assert (layer.in_int8 is not None) == in_int8, name
+        assert layer.in_int8 == in_int8, name
     expected = velocity(exact, torch.float32)
     assert 1e-3 < relative(velocity(base, torch.bfloat16), expected) < 0.03
     use = LoraUse(lora, 1.0)
     changed, expected = flux(torch.bfloat16, use), velocity(flux(torch.float32, use), torch.float32)
     assert 1e-3 < relative(velocity(changed, torch.bfloat16), expected) < 0.03
+
+
+def test_who_asks_for_a_dtype_gets_it() -> None:
+    assert Placement.choose("cpu").eight_bits
+    assert not Placement.choose("cpu", "bf16").eight_bits
+    assert not Placement.choose("cpu", "fp32").eight_bits
+
+
+@torch.inference_mode()
+def test_without_eight_bits_fp8_is_widened(everywhere: None, small_models: Path) -> None:
+    flux = ModelLibrary(Placement(CPU, torch.bfloat16)).flux(transformer_of(small_models), (), "fp8_e4m3fn")
+    assert not any(layer.in_int8 for layer in flux.modules() if isinstance(layer, Linear))

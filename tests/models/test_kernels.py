@@ -85,14 +85,17 @@ def test_streams_attend_to_each_other(dtype: torch.dtype, lengths: tuple[int, in
     assert torch.equal(attention(*streams), attention(whole))
 
 
+@pytest.mark.parametrize(("spread", "bound"), [(1.0, 1e-2), (8.0, 5e-2)])
 @torch.inference_mode()
-def test_scores_that_are_rounded_cost_little() -> None:
+def test_scores_that_are_rounded_cost_little(spread: float, bound: float) -> None:
+    """FLUX.1's head dim; scores of this deviation."""
     torch.manual_seed(0)
-    q, k, v = (torch.randn(1, 2, 300, 64).bfloat16() for _ in range(3))
-    exact = attention(tokens_first(q.float(), k.float(), v))
+    q, k, v = (torch.randn(1, 2, 300, 128).bfloat16() for _ in range(3))
+    q *= spread
+    expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double()).transpose(1, 2).flatten(2)
     found = attention(tokens_first(q, k, v))
     assert found.dtype == torch.bfloat16
-    assert relative(found, exact) < 1e-2
+    assert relative(found, expected) < bound
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)

@@ -46,6 +46,20 @@ def test_both_stages_learn_beside_a_frozen_base(small_models: Path, workshop: Wo
     attach(flux, TensorFile.open(workshop.folder / OUTPUT["subject"]).component("uso_lora"), 1.0)
 
 
+def test_a_stage_continues_where_it_was(small_models: Path, workshop: Workshop) -> None:
+    """As if it had not been interrupted; and not with other settings."""
+    accelerator = Accelerator(cpu=True)
+    first = run(task("style", small_models, workshop, fp8=False, samples=4), accelerator)
+    second = run(task("style", small_models, workshop, fp8=False, samples=8), accelerator)
+    (workshop.folder / "style.pt").unlink()
+    whole = run(task("style", small_models, workshop, fp8=False, samples=8), accelerator)
+    assert [*first, *second] == pytest.approx(whole, rel=1e-5)
+    assert run(task("style", small_models, workshop, fp8=False, samples=8), accelerator) == []
+    wider = dataclasses.replace(task("style", small_models, workshop, fp8=True), style_tokens=8)
+    with pytest.raises(UsoflowError, match="other settings: fp8, style_tokens"):
+        run(wider, accelerator)
+
+
 def test_subject_needs_style(small_models: Path, workshop: Workshop) -> None:
     with pytest.raises(UsoflowError, match="run the stage style first"):
         run(task("subject", small_models, workshop, fp8=False), Accelerator(cpu=True))

@@ -40,7 +40,12 @@ CustomNodes = Annotated[
     Path | None, typer.Option(help="Folder of your own nodes, as ComfyUI's custom_nodes.")
 ]
 OnDevice = Annotated[Device, typer.Option(help="Where to compute.")]
-InDtype = Annotated[Dtype, typer.Option(help="Number format of the transformer.")]
+InDtype = Annotated[
+    Dtype,
+    typer.Option(
+        help="Number format of the transformer; auto multiplies fp8 weights in 8 bits where that is faster."
+    ),
+]
 Vram = Annotated[
     str | None,
     typer.Option(

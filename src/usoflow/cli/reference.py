@@ -11,6 +11,7 @@ import typer
 from typer.models import ArgumentInfo, OptionInfo
 
 from usoflow.cli.main import HELP, app
+from usoflow.errors import CATALOGUE
 
 HEAD = """# Command line
 
@@ -19,8 +20,8 @@ Made by `python -m usoflow.cli.reference > docs/cli.md`; `usoflow COMMAND --help
 
 
 def reference() -> str:
-    """Every command with its arguments and options, as Markdown."""
-    return "\n".join([HEAD, HELP, *_commands("usoflow", app)]) + "\n"
+    """Every command with its arguments and options, and every error, as Markdown."""
+    return "\n".join([HEAD, HELP, *_commands("usoflow", app), *_errors()]) + "\n"
 
 
 def _commands(name: str, group: typer.Typer) -> Iterator[str]:
@@ -45,6 +46,14 @@ def _command(name: str, function: Callable[..., Any]) -> Iterator[str]:
     yield "| | | default |\n|---|---|---|"
     for parameter, type_, info in rows:
         yield f"| {_label(parameter, type_, info)} | {_cell(info.help or '')} | {_default(parameter)} |"
+
+
+def _errors() -> Iterator[str]:
+    """All that can go wrong, as `--json` and the server name it."""
+    yield "\n## Errors\n\nAs `--json` and the server name them; messages also tell which file, node, value.\n"
+    yield "| code | what it means | what to do | exit status |\n|---|---|---|---|"
+    for code, kind in CATALOGUE.items():
+        yield f"| `{code}` | {_cell(kind.meaning)} | {_cell(kind.remedy)} | {kind.exit_code} |"
 
 
 def _info(hint: Any) -> tuple[Any, ArgumentInfo | OptionInfo | None]:

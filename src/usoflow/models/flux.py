@@ -26,7 +26,7 @@ PATCH = 2  # latent pixels per token side
 NORM_EPS = 1e-6
 FP16_MAX = torch.finfo(torch.float16).max
 TIME_DIM = 256  # sinusoidal features of timestep and guidance
-TOKENS = 64  # whose queries and keys are normalised and turned at once: 1.5 MB in fp32 at full width
+TOKENS = 64  # of a batch, whose queries and keys are turned at once: 1.5 MB in fp32 at full width
 OFFICIAL_DEPTH = (19, 38)  # double, single blocks of FLUX.1
 
 IGNORED: tuple[str, ...] = ()
@@ -251,7 +251,7 @@ class QKNorm(nn.Module):
         """
         scales = torch.stack([scale.float() for scale in self.parameters()])[:, None]  # [2, 1, D]
         batch, length, _, heads, dim = x.shape
-        at_once = length if torch.is_grad_enabled() else TOKENS
+        at_once = length if torch.is_grad_enabled() else max(1, TOKENS // batch)
         out = x.new_empty(2, batch, heads, length, dim, dtype=dtype)
         for first in range(0, length, at_once):
             some = slice(first, first + at_once)
@@ -275,7 +275,7 @@ class StreamAttention(nn.Module):
 
     def forward(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         """x: [B, L, hidden] -> normalised and turned q and k, and v: each [B, L, heads, head_dim]."""
-        return self.norm(self.qkv(x), self.heads, rope, exact=self.qkv.in_int8 is None)
+        return self.norm(self.qkv(x), self.heads, rope, exact=not self.qkv.in_int8)
 
 
 class Block(nn.Module):
@@ -351,8 +351,7 @@ class SingleBlock(Block):
         shift, scale, gate = self.modulation(vector)
         projected = self.linear1(modulate(self.norm_in(x), shift, scale))
         qkv, mlp = projected.split([3 * self.hidden, projected.shape[-1] - 3 * self.hidden], dim=-1)
-        exact = self.linear1.in_int8 is None
-        attended = attention(self.norm(qkv, self.heads, rope, exact=exact))
+        attended = attention(self.norm(qkv, self.heads, rope, exact=not self.linear1.in_int8))
         joined = torch.cat([attended, F.gelu(mlp, approximate="tanh")], dim=-1)
         return _bounded(torch.addcmul(x, gate, self.linear2(joined)))
 

@@ -17,7 +17,7 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 STORED = torch.float8_e4m3fn
-WIDE = torch.bfloat16  # the only result that CUDA gives of row-wise scales
+WIDE = torch.bfloat16  # what is multiplied with; CUDA gives no other result of row-wise scales
 CAPABILITY = (8, 9)  # compute capability of the first GPUs with fp8 products
 LARGEST = 448.0  # of e4m3
 MULTIPLE = 16  # of which rows and columns of a weight must be

@@ -133,7 +133,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None, then: str = 
 
 
 class Scratch(threading.local):
-    """Memory that weights are widened into, one after another: as large as the largest of them.
+    """Memory for what a layer needs for a moment, one after another: as large as the largest of it.
 
     Each thread has its own.
     """

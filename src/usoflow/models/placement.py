@@ -1,8 +1,8 @@
 """Where weights live while they are needed: which device computes, in which dtype, within how much memory.
 
 The transformer stays on the device between runs, as far as the budget goes (`residence`); encoders and VAE
-are borrowed for one computation and give their device memory back. On a CPU nothing moves: weights are
-memory-mapped pages of the file, and those of large encoders are given back after use.
+are borrowed for one computation and give their device memory back. On a CPU nothing moves: the weights of
+encoders and VAE are memory-mapped pages of the file, and those of large ones are given back after use.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Self, TypeVar
 
+import psutil
 import torch
 from torch import nn
 
@@ -44,12 +45,15 @@ class Placement:
     Attributes:
         budget: bytes for the transformer's weights; None is a part of what is free when they are loaded.
         compiled: whether the transformer's blocks are compiled, from the second picture of a size on.
+        eight_bits: whether blocks' weights that are stored in fp8 are multiplied in 8 bits, where the device
+            is faster at it (`fp8`, `int8`); else all is computed in the dtype.
     """
 
     device: torch.device
     dtype: torch.dtype
     budget: int | None = None
     compiled: bool = False
+    eight_bits: bool = False
 
     @classmethod
     def choose(
@@ -62,7 +66,7 @@ class Placement:
     ) -> Self:
         """From what a user asks for: `auto`, `cpu`, `cuda`, `mps`; `auto`, `bf16`, `fp16`, `fp32`; bytes.
 
-        `compiled` is by default so on CUDA only.
+        `compiled` is by default so on CUDA only; `eight_bits` are for who leaves the dtype to us.
 
         Raises:
             UsoflowError: `device_unavailable`.
@@ -76,7 +80,8 @@ class Placement:
         if dtype not in ("auto", *DTYPES):
             raise UsoflowError("device_unavailable", f"{dtype!r} is none of auto, {', '.join(DTYPES)}.")
         dtype_ = _best_dtype(chosen) if dtype == "auto" else DTYPES[dtype]
-        return cls(chosen, dtype_, budget, chosen.type == "cuda" if compiled is None else compiled)
+        compiled = chosen.type == "cuda" if compiled is None else compiled
+        return cls(chosen, dtype_, budget, compiled, eight_bits=dtype == "auto")
 
     @property
     def vae_dtype(self) -> torch.dtype:
@@ -116,11 +121,14 @@ class Placement:
         budgeted = bool(blocks) and not torch.is_grad_enabled()
         if budgeted and self.device.type == "cpu":
             residence.settle_on_cpu(
-                module, blocks, self.dtype, self.weight_bytes, as_stored=as_stored, packed=not self.compiled
-            )
+                module, blocks, self.dtype, self.weight_bytes,
+                as_stored=as_stored, packed=not self.compiled, eight_bits=self.eight_bits,
+            )  # fmt: skip
         elif budgeted and self.device.type == "cuda":
             pinned = int(PART_PINNED * _free_memory())
-            residence.settle_on_gpu(module, blocks, self.device, self.weight_bytes, pinned=pinned)
+            residence.settle_on_gpu(
+                module, blocks, self.device, self.weight_bytes, pinned=pinned, eight_bits=self.eight_bits
+            )
         elif self.device.type != "cpu":
             _move(module, self.device)
         return module
@@ -170,10 +178,7 @@ def _free_on_gpu(device: torch.device) -> int:
 
 def _free_memory() -> int:
     """Bytes that could be had without swapping, here and in the container that the process is in."""
-    info = Path("/proc/meminfo")
-    if info.exists() and (match := re.search(r"^MemAvailable:\s+(\d+) kB", info.read_text(), re.MULTILINE)):
-        return min(int(match[1]) * 1024, _free_in_container(Path("/sys/fs/cgroup")))
-    return 8 * 10**9  # where the system does not tell: half of what is usual
+    return min(psutil.virtual_memory().available, _free_in_container(Path("/sys/fs/cgroup")))
 
 
 def _free_in_container(group: Path) -> int:

@@ -6,8 +6,8 @@ On a CPU, from fast and large to slow and small:
 - stored: as the file has them, mapped, read in by threads; each is widened when it is used, into one buffer
 - passing: the same, and a block's pages are given back when it is done, while the next one's are read
 
-Where it multiplies int8, the blocks' fp8 weights are never widened but turned into whole numbers (`int8`),
-which take as many bytes: once, but when they are passing.
+Where it multiplies int8, the blocks' fp8 weights are not widened but turned into whole numbers, which take as
+many bytes (`int8`): once, or each time, if they are passing.
 
 On a GPU, blocks are resident as stored, as many as fit; the others pass through (`passage`). Where it
 multiplies fp8, the blocks' fp8 weights are not widened (`fp8`).
@@ -76,22 +76,25 @@ def settle_on_cpu(
     *,
     as_stored: bool = False,
     packed: bool = True,
+    eight_bits: bool = False,
 ) -> str:
     """Lay the weights of a network; says how: "ready", "stored" or "passing".
 
-    What is to be compiled must not be packed: a compiler cannot look inside.
+    What is to be compiled must not be packed: a compiler cannot look inside. With `eight_bits` the blocks'
+    fp8 weights are multiplied in int8, where the CPU is fast at it.
     """
     scratch = Scratch()
-    if dtype == fp8.WIDE and int8.multiplied_here():
+    if eight_bits and dtype == fp8.WIDE and int8.multiplied_here():
+        logger.info("Blocks' weights that are stored in fp8 are multiplied in int8.")
         multiply_in_int8(blocks, scratch)
     sizes = Sizes.of(module, blocks, dtype)
     if sizes.ready <= budget and not as_stored:
-        _make_ready(module, blocks, lambda layer: _widen_or_narrow(layer, dtype, packed=packed))
+        _make_ready(module, blocks, lambda layer: _hold_ready(layer, dtype, packed=packed))
         return "ready"
     for layer in _linear_layers(module):
         layer.scratch = scratch
     if sizes.stored <= budget:
-        _make_ready(module, blocks, _narrow)
+        _make_ready(module, blocks, _hold_in_int8)
         pages.bring(pages.mapped(module.parameters()))
         return "stored"
     _let_pages_pass(blocks)
@@ -102,7 +105,13 @@ def settle_on_cpu(
 
 
 def settle_on_gpu(
-    module: nn.Module, blocks: Sequence[nn.Module], device: torch.device, budget: int, *, pinned: int
+    module: nn.Module,
+    blocks: Sequence[nn.Module],
+    device: torch.device,
+    budget: int,
+    *,
+    pinned: int,
+    eight_bits: bool = False,
 ) -> int:
     """Move a network to a GPU, but for the blocks that do not fit; how many blocks are resident.
 
@@ -112,13 +121,14 @@ def settle_on_gpu(
         device: the GPU; a CPU can stand in for it.
         budget: bytes on the device.
         pinned: bytes of the host's memory that the other blocks may take (`passage`).
+        eight_bits: multiply the blocks' fp8 weights in fp8, where the device does.
     """
     resident = Sizes.of(module, blocks, torch.bfloat16).resident(budget)
     for part in (*blocks[:resident], *_but(module, blocks)):
         part.to(device)
     for layer in _linear_layers(module):  # scales are small
         layer.scale_weight = None if layer.scale_weight is None else layer.scale_weight.to(device)
-    if fp8.multiplied_on(device):
+    if eight_bits and fp8.multiplied_on(device):
         multiply_in_fp8(blocks, device)
     if resident < len(blocks):
         Passage(blocks[resident:], device, pinned=pinned)
@@ -133,7 +143,7 @@ def multiply_in_fp8(blocks: Sequence[nn.Module], device: torch.device) -> None:
 
 
 def multiply_in_int8(blocks: Sequence[nn.Module], scratch: Scratch) -> None:
-    """Let the blocks' fp8 weights be multiplied in whole numbers, but for those of the modulation."""
+    """Let the blocks' fp8 weights be multiplied in int8, but for those of the modulation."""
     for layer in _matrices(blocks):
         layer.multiply_in_int8(scratch)
 
@@ -167,20 +177,20 @@ def _make_ready(module: nn.Module, blocks: Sequence[nn.Module], lay: Callable[[L
                 pages.give_back(pages.mapped([before]))
 
 
-def _widen_or_narrow(layer: Linear, dtype: torch.dtype, *, packed: bool) -> None:
+def _hold_ready(layer: Linear, dtype: torch.dtype, *, packed: bool) -> None:
     """The weight as it is multiplied: in whole numbers, or wide, scaled, packed."""
     if layer.in_int8:
-        layer.narrow()
+        layer.hold_in_int8()
         return
     wide: Tensor = layer.plain_weight(dtype)
     layer.weight = nn.Parameter(pack(wide) if packed else wide, requires_grad=False)
     layer.quantised = layer.scale_weight = None
 
 
-def _narrow(layer: Linear) -> None:
-    """The weight as it is stored or, where it is so multiplied, in whole numbers."""
+def _hold_in_int8(layer: Linear) -> None:
+    """The weight in whole numbers, if it is so multiplied; they take as many bytes as it has."""
     if layer.in_int8:
-        layer.narrow()
+        layer.hold_in_int8()
 
 
 def _let_pages_pass(blocks: Sequence[nn.Module]) -> None:

@@ -1,8 +1,9 @@
 """How a weight is stored, and the layers that every network here is built from.
 
-A module holds its weights as the file stores them (fp32, bf16, fp16, fp8) and computes in the dtype of its
-input: each layer widens its weight when it is used. `assemble` fills a module from a `checkpoint.Component`
-by assignment of memory-mapped tensors; nothing is copied until it is needed.
+A module holds its weights as the file stores them (fp32, bf16, fp16, fp8), until `residence` lays them
+otherwise, and computes in the dtype of its input: each layer widens its weight when it is used. `assemble`
+fills a module from a `checkpoint.Component` by assignment of memory-mapped tensors; nothing is copied until
+it is needed.
 
 fp8 with `scale_weight`: the stored value times the scale is the weight (layout of ComfyUI's "scaled fp8"
 files, one fp32 scalar or one per row beside each weight).
@@ -73,7 +74,7 @@ class Linear(nn.Module):
     A weight of a GGUF file is held as bytes [out, bytes of a row]; `quantised` then names its format.
     `scratch`, which the layers of a network share, is where weights are widened on a CPU. With `row_scales`
     an fp8 weight is not widened at all, where the input is bf16 and no gradient is asked for (`fp8`); nor is
-    one `in_int8`, whose numbers become whole ones at each use, unless it was made `narrow` before (`int8`).
+    one `in_int8`, whose numbers become whole ones at each use, unless it is held so (`int8`).
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
@@ -85,7 +86,7 @@ class Linear(nn.Module):
         self.scale_weight: Tensor | None = None
         self.scratch: Scratch | None = None
         self.row_scales: Tensor | None = None
-        self.in_int8: Scratch | None = None
+        self.in_int8 = False
         self.branches = nn.ModuleList()
         self.regular: bool | None = None  # an fp8 weight without NaNs; None: not looked at yet
 
@@ -98,11 +99,11 @@ class Linear(nn.Module):
     def forward(self, x: Tensor, *, gelu: bool = False) -> Tensor:
         """x: [..., in] -> [..., out], in the dtype of x; through GELU (tanh approximation) on request."""
         bias = None if self.bias is None else widened(self.bias, x)
-        narrow = x.dtype == fp8.WIDE and not torch.is_grad_enabled()
-        if narrow and self.row_scales is not None:
+        may_be_rounded = x.dtype == fp8.WIDE and not torch.is_grad_enabled()
+        if may_be_rounded and self.row_scales is not None:
             y = fp8.product(x, self.weight, self.row_scales, bias)
-        elif narrow and self.in_int8 is not None:
-            y = int8.product(x, *self._whole_numbers(), bias, self.in_int8)
+        elif may_be_rounded and self.in_int8:
+            y = int8.product(x, *self._whole_numbers(), bias, self.scratch or Scratch())
         elif self.branches:
             y = linear(x, self._weight(x), bias)
         else:
@@ -118,10 +119,11 @@ class Linear(nn.Module):
 
     def multiply_in_int8(self, scratch: Scratch) -> None:
         """Multiply in int8 from now on, if the weight is stored so that it can be, and is large enough."""
-        self.in_int8 = scratch if self.quantised is None and int8.fits(self.weight) else None
+        if self.quantised is None and int8.fits(self.weight):
+            self.in_int8, self.scratch = True, scratch
 
-    def narrow(self) -> None:
-        """Hold the weight in whole numbers, as one `in_int8` is multiplied."""
+    def hold_in_int8(self) -> None:
+        """Hold the weight as one `in_int8` is multiplied."""
         weight, self.scale_weight = self._whole_numbers()
         self.weight = nn.Parameter(weight, requires_grad=False)
 

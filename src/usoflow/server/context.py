@@ -13,6 +13,7 @@ from starlette.requests import HTTPConnection
 
 from usoflow.errors import UsoflowError
 from usoflow.schema.node import Node, NodeRegistry
+from usoflow.server.files import Uploads
 from usoflow.server.hub import Hub
 from usoflow.server.log import LogBuffer
 from usoflow.service.engine import Engine
@@ -92,6 +93,7 @@ class Server:
     supervisor: Supervisor
     templates: Templates
     log: LogBuffer
+    uploads: Uploads = field(default_factory=Uploads, init=False)
     _counting: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     @property

@@ -14,10 +14,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import hashlib
+import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
 
 NEEDED = ("flux", "clip_l", "t5", "vae", "siglip")
 OUTPUT = {"style": "projector.safetensors", "subject": "uso-lora.safetensors"}
+SAVED_EVERY = 500  # steps
 
 
 @dataclass(frozen=True)
@@ -116,17 +119,33 @@ class Step(nn.Module):
         return self.loss_of(done)
 
 
-def learn(step: Step, recipe: Recipe, accelerator: Accelerator) -> list[float]:
-    """Run the recipe with AdamW, on as many processes as `accelerate` was launched with; the losses.
+def learn(
+    step: Step, recipe: Recipe, accelerator: Accelerator, state: Path, settings: Mapping[str, Any]
+) -> list[float]:
+    """Run the recipe with AdamW, on as many processes as `accelerate` was launched with.
+
+    Args:
+        step: what is learned, and its loss.
+        recipe: length and speed.
+        accelerator: the processes.
+        state: the file from which an interrupted run continues; written every `SAVED_EVERY` steps and at the
+            end.
+        settings: what must not have changed since then.
+
+    Returns:
+        The losses of the steps done now.
 
     Raises:
-        UsoflowError: "non_finite" if a loss is no number.
+        UsoflowError: "non_finite" if a loss is no number, "training_config" if the file is not of this run.
     """
     optimiser = torch.optim.AdamW(step.parameters(), lr=recipe.rate, weight_decay=recipe.decay)
     parameters = list(step.parameters())
+    begun = _continue(state, step, optimiser, settings) if state.exists() else 0
+    save = functools.partial(_save, state, step, optimiser, settings)
     step, optimiser = accelerator.prepare(step, optimiser)
     losses: list[float] = []
-    for first in range(0, recipe.samples, recipe.batch * accelerator.num_processes):
+    at_once = recipe.batch * accelerator.num_processes
+    for first in range(begun, recipe.samples, at_once):
         for group in optimiser.param_groups:
             group["lr"] = recipe.rate_at(first)
         loss = step(first + recipe.batch * accelerator.process_index)
@@ -137,10 +156,40 @@ def learn(step: Step, recipe: Recipe, accelerator: Accelerator) -> list[float]:
         accelerator.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
         optimiser.zero_grad()
-        accelerator.print(
-            f"{first + recipe.batch * accelerator.num_processes} samples, loss {losses[-1]:.4f}"
-        )
+        done = first + at_once
+        accelerator.print(f"{done} samples, loss {losses[-1]:.4f}")
+        if accelerator.is_main_process and (len(losses) % SAVED_EVERY == 0 or done >= recipe.samples):
+            save(done)
     return losses
+
+
+def _save(
+    state: Path, step: Step, optimiser: torch.optim.Optimizer, settings: Mapping[str, Any], done: int
+) -> None:
+    """Whole or not at all."""
+    partial, states = state.with_suffix(".part"), {"step": step, "optimiser": optimiser}
+    saved = {name: holder.state_dict() for name, holder in states.items()}
+    torch.save({"done": done, "settings": dict(settings), **saved}, partial)
+    partial.replace(state)
+
+
+def _continue(state: Path, step: Step, optimiser: torch.optim.Optimizer, settings: Mapping[str, Any]) -> int:
+    """After how many samples it was saved."""
+    try:
+        saved = torch.load(state, map_location="cpu", weights_only=True)
+        changed = {name for name, value in settings.items() if saved["settings"][name] != value}
+        if changed:
+            raise ValueError(", ".join(sorted(changed)))
+        step.load_state_dict(saved["step"])
+        optimiser.load_state_dict(saved["optimiser"])
+        done: int = saved["done"]
+    except (RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise UsoflowError(
+            "training_config",
+            f"{state} is damaged or of other settings: {error}.",
+            remedy="Go on with the settings it was begun with, or move it away to begin anew.",
+        ) from None
+    return done
 
 
 @dataclass(frozen=True)
@@ -169,7 +218,10 @@ class Task:
 
 
 def run(task: Task, accelerator: Accelerator) -> list[float]:
-    """One stage: encode its lessons, learn, write the projector or the LoRA in the official layout."""
+    """One stage: encode its lessons, learn, write the projector or the LoRA in the official layout.
+
+    An interrupted one continues.
+    """
     placement = Placement(accelerator.device, torch.bfloat16)
     found = components_of(find_folders(models=task.models), NEEDED)
     parts = dict(zip(NEEDED, found, strict=True))
@@ -188,11 +240,23 @@ def run(task: Task, accelerator: Accelerator) -> list[float]:
     learned = _learned(task, teaching)
     reward = StyleReward(style_encoder.to(accelerator.device), encoders.vae)
     step = Step(learned, teaching.loss(task.name, reward))
-    losses = learn(step, task.recipe, accelerator)
+    state = workshop.folder / f"{task.name}.pt"
+    losses = learn(step, task.recipe, accelerator, state, _settings(task))
     if accelerator.is_main_process:
         written = {name: p.detach().to("cpu", torch.bfloat16).contiguous() for name, p in learned.items()}
         save_file(written, workshop.folder / OUTPUT[task.name])
     return losses
+
+
+def _settings(task: Task) -> dict[str, Any]:
+    """What a run that continues must have as before; it may be longer."""
+    aligned = task.workshop.folder / OUTPUT["style"]
+    projector = aligned.read_bytes() if task.name == "subject" and aligned.exists() else b""
+    return {
+        "side": task.side, "fp8": task.fp8, "lessons": task.lessons, "rank": task.rank,
+        "style_tokens": task.style_tokens, "batch": task.recipe.batch, "rate": task.recipe.rate,
+        "projector": hashlib.sha256(projector).hexdigest(),
+    }  # fmt: skip
 
 
 def _teaching(

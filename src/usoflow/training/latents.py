@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from usoflow.errors import UsoflowError
 from usoflow.models.vae import AutoEncoder, LatentFormat
 from usoflow.training.autoencoder import encode
 from usoflow.training.captions import CaptionTokenizer, Ids
@@ -124,11 +125,32 @@ def cache(
     dtype: torch.dtype = torch.float32,
     device: torch.device = CPU,
 ) -> LatentSet:
-    """Encode scenes 0 to `count` of `seed` at `side` pixels, unless they are there."""
+    """Encode scenes 0 to `count` of `seed` at `side` pixels, unless they are there.
+
+    Raises:
+        UsoflowError: "training_config" if there are more or fewer.
+    """
     if not (folder / "captions.json").exists():  # it is written last
         folder.mkdir(parents=True, exist_ok=True)
         scenes = [draw_taught_scene(sprites.world, seed, i) for i in range(count)]
         encoded_scenes(module, sprites, scenes, side, folder / "latents.npy", dtype=dtype, device=device)
         texts = [caption(sprites.world, scene) for scene in scenes]
         (folder / "captions.json").write_text(json.dumps(texts), "utf-8")
-    return LatentSet(folder, seed, device)
+    found = LatentSet(folder, seed, device)
+    require_count(folder, count)
+    return found
+
+
+def require_count(folder: Path, wanted: int) -> None:
+    """What was encoded before must be as many as are asked for now.
+
+    Raises:
+        UsoflowError: "training_config".
+    """
+    lengths = {len(np.load(path, mmap_mode="r")) for path in folder.glob("*.npy")}
+    if lengths != {wanted}:
+        raise UsoflowError(
+            "training_config",
+            f"{folder} has {' and '.join(map(str, sorted(lengths)))} encoded pictures, not {wanted}.",
+            remedy="Go on with as many as it was begun with, or move it away to have them encoded anew.",
+        )

@@ -27,7 +27,7 @@ from usoflow.models.vae import AutoEncoder
 from usoflow.models.vision import SiglipVision, preprocess
 from usoflow.training.backgrounds import BACKGROUNDS
 from usoflow.training.drawings import Sprites
-from usoflow.training.latents import encoded, encoded_scenes, held
+from usoflow.training.latents import encoded, encoded_scenes, held, require_count
 from usoflow.training.loop import CPU
 from usoflow.training.painting import paint
 from usoflow.training.scenes import (
@@ -271,7 +271,11 @@ class Encoders:
 def cache_triplets(
     encoders: Encoders, folder: Path, *, cast: Cast, use: Use, seed: int, count: int
 ) -> TripletSet:
-    """Encode lessons 0 to `count` of a use, unless they are there."""
+    """Encode lessons 0 to `count` of a use, unless they are there.
+
+    Raises:
+        UsoflowError: "training_config" if there are more or fewer.
+    """
     if not (folder / "styles.json").exists():  # it is written last
         folder.mkdir(parents=True, exist_ok=True)
         triplets = [draw_triplet(cast, seed, i, use) for i in range(count)]
@@ -284,7 +288,9 @@ def cache_triplets(
         styles = [style_words(world, t.target) if t.target.look is None else "" for t in triplets]
         (folder / "prompts.json").write_text(json.dumps([t.prompt for t in triplets]), "utf-8")
         (folder / "styles.json").write_text(json.dumps(styles), "utf-8")
-    return TripletSet(folder, encoders.device)
+    found = TripletSet(folder, encoders.device)
+    require_count(folder, count)
+    return found
 
 
 @torch.no_grad()

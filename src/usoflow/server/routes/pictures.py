@@ -19,7 +19,6 @@ from usoflow.settings import IMAGE_SUFFIXES
 
 router = APIRouter(tags=["pictures"])
 
-UPLOADS = files.Uploads()
 # A file is data: a browser neither runs nor frames it, whatever is in it.
 HARMLESS = {"Content-Security-Policy": "default-src 'none'; sandbox", "Cache-Control": "no-cache"}
 
@@ -100,7 +99,7 @@ def _stored(server: Server, name: str, data: bytes, type: str, subfolder: str, o
     root = files.roots(server.folders, type)[0]
     root.mkdir(parents=True, exist_ok=True)
     replace = overwrite.lower() in ("true", "1")
-    path = UPLOADS.put(root, subfolder, name, data, overwrite=replace)
+    path = server.uploads.put(root, subfolder, name, data, overwrite=replace)
     folder = path.parent.relative_to(root.resolve()).as_posix()
     return {"name": path.name, "subfolder": "" if folder == "." else folder, "type": type}
 

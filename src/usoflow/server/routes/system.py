@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import sys
 from typing import Any
 
+import psutil
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, generate_latest
@@ -35,7 +35,8 @@ def get_features(server: ServerOf) -> Json:
 def system_stats(server: ServerOf) -> Json:
     """The machine and the device that computes."""
     device = server.engine.system()
-    total, free = _memory()
+    memory = psutil.virtual_memory()
+    total, free = memory.total, memory.available
     return {
         "system": {
             "os": sys.platform,
@@ -56,15 +57,6 @@ def _device(device: Any, total: int, free: int) -> Json:
     torch = {f"torch_{name}": value for name, value in memory.items()}
     name, kind = device.get("name", platform.machine()), device.get("type", "cpu")
     return {"name": name, "type": kind, "index": device.get("index"), **memory, **torch}
-
-
-def _memory() -> tuple[int, int]:
-    """Bytes of memory, and of it free; zeros where the system does not tell."""
-    try:
-        page = os.sysconf("SC_PAGE_SIZE")
-        return page * os.sysconf("SC_PHYS_PAGES"), page * os.sysconf("SC_AVPHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return 0, 0
 
 
 @router.get("/health/live")
