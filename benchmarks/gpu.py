@@ -217,7 +217,7 @@ def _usoflow(component: Component, device: str, weight_dtype: str, *, compiled: 
 def _placement(device: str, *, compiled: bool, budget: int | None = None) -> Placement:
     """As a GPU has it by itself; on a CPU, whichever it is, in bf16 too."""
     chosen = Placement.choose(device, "bf16", budget, compiled=compiled)
-    return replace(chosen, eight_bits=device == "cuda")
+    return replace(chosen, fastest=device == "cuda")
 
 
 def _diffusers(component: Component, device: str) -> Iterator[Answering]:

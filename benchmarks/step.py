@@ -134,7 +134,7 @@ def theirs(model: nn.Module, given: Inputs) -> Callable[[], Tensor]:
 
 def load(path: Path, dtype: str, *, eight_bits: bool = False) -> Flux:
     """The transformer as the library holds it for a run."""
-    library = ModelLibrary(replace(Placement.choose("cpu", dtype), eight_bits=eight_bits))
+    library = ModelLibrary(replace(Placement.choose("cpu", dtype), fastest=eight_bits))
     with torch.inference_mode():
         return library.flux(TensorFile.open(path).components()["flux"], (), "default")
 

@@ -17,6 +17,7 @@ from benchmarks.report import Table
 from benchmarks.timing import seconds
 from usoflow.api.engine import Engine
 from usoflow.execution.progress import Event, NodeProgress
+from usoflow.models import int8
 
 T5_LENGTH = 256  # tokens of a short prompt, padded as for FLUX in ComfyUI
 CHECKPOINT = "checkpoints/flux1-dev-fp8.safetensors"  # the name that the official workflow asks for
@@ -42,13 +43,14 @@ def table(scratch: Path | None, *, quick: bool) -> Table:
             turns = InTurn(peer_step)
             generate(1, steps, turns)
             whole, theirs = turns.whole(), sum(turns.theirs) + seconds(peer_decode)
+    stored = "stored in fp8 and multiplied in int8" if int8.multiplied_here() else "stored in fp8"
     pairs = [b / a for a, b in zip(turns.ours[1:], turns.theirs[1:], strict=True)]  # the first prepares
     return Table(
         "The official workflow, warm",
-        f"{side}x{side}, {steps} steps, subject {subject} and style, full width, 1 double and 1 single block."
-        " Ours is a whole `generate` with a new seed and USO's LoRA, file written; after each of its steps"
-        " diffusers does one of its own on as many tokens (without LoRA), at the end its VAE decodes. What a"
-        " new seed leaves known (prompt and pictures encoded) is known to both.",
+        f"{side}x{side}, {steps} steps, subject {subject} and style, full width, 1 double and 1 single block,"
+        f" {stored}. Ours is a whole `generate` with a new seed and USO's LoRA, file written; after each of"
+        " its steps diffusers does one of its own on as many tokens (without LoRA), at the end its VAE decodes."
+        " What a new seed leaves known (prompt and pictures encoded) is known to both.",
         ["", "usoflow, default", "diffusers fp32", "faster"],
         [
             ["a step, s (median)", f"{median(turns.ours):.2f}", f"{median(turns.theirs):.2f}",

@@ -191,7 +191,7 @@ def test_a_transformer_in_int8_is_near_the_exact_one(everywhere: None, small_mod
 
     def flux(dtype: torch.dtype, *uses: LoraUse) -> nn.Module:
         with torch.inference_mode():
-            return ModelLibrary(Placement(CPU, dtype, eight_bits=True)).flux(file, uses, "fp8_e4m3fn")
+            return ModelLibrary(Placement(CPU, dtype, fastest=True)).flux(file, uses, "fp8_e4m3fn")
 
     exact, base = flux(torch.float32), flux(torch.bfloat16)
     layers = {name: layer for name, layer in base.named_modules() if isinstance(layer, Linear)}
@@ -209,9 +209,10 @@ def test_a_transformer_in_int8_is_near_the_exact_one(everywhere: None, small_mod
 
 
 def test_who_asks_for_a_dtype_gets_it() -> None:
-    assert Placement.choose("cpu").eight_bits
-    assert not Placement.choose("cpu", "bf16").eight_bits
-    assert not Placement.choose("cpu", "fp32").eight_bits
+    assert Placement.choose("cpu").fastest
+    assert Placement.choose("cpu", "bf16").vae_dtype == torch.float32
+    assert not Placement.choose("cpu", "bf16").fastest
+    assert not Placement.choose("cpu", "fp32").fastest
 
 
 @torch.inference_mode()

@@ -45,15 +45,15 @@ class Placement:
     Attributes:
         budget: bytes for the transformer's weights; None is a part of what is free when they are loaded.
         compiled: whether the transformer's blocks are compiled, from the second picture of a size on.
-        eight_bits: whether blocks' weights that are stored in fp8 are multiplied in 8 bits, where the device
-            is faster at it (`fp8`, `int8`); else all is computed in the dtype.
+        fastest: whether blocks' weights that are stored in fp8 are multiplied in 8 bits, where the device is
+            faster at it (`fp8`, `int8`), and the VAE computes in bf16 on a CPU, too.
     """
 
     device: torch.device
     dtype: torch.dtype
     budget: int | None = None
     compiled: bool = False
-    eight_bits: bool = False
+    fastest: bool = False
 
     @classmethod
     def choose(
@@ -66,7 +66,7 @@ class Placement:
     ) -> Self:
         """From what a user asks for: `auto`, `cpu`, `cuda`, `mps`; `auto`, `bf16`, `fp16`, `fp32`; bytes.
 
-        `compiled` is by default so on CUDA only; `eight_bits` are for who leaves the dtype to us.
+        `compiled` is by default so on CUDA only; `fastest` if the dtype is left to us.
 
         Raises:
             UsoflowError: `device_unavailable`.
@@ -81,13 +81,16 @@ class Placement:
             raise UsoflowError("device_unavailable", f"{dtype!r} is none of auto, {', '.join(DTYPES)}.")
         dtype_ = _best_dtype(chosen) if dtype == "auto" else DTYPES[dtype]
         compiled = chosen.type == "cuda" if compiled is None else compiled
-        return cls(chosen, dtype_, budget, compiled, eight_bits=dtype == "auto")
+        return cls(chosen, dtype_, budget, compiled, fastest=dtype == "auto")
 
     @property
     def vae_dtype(self) -> torch.dtype:
-        """bf16 where the transformer has it, as the reference does; fp32 elsewhere, and on a CPU."""
-        wide = self.device.type == "cpu" or self.dtype != torch.bfloat16
-        return torch.float32 if wide else torch.bfloat16
+        """bf16 where the transformer has it, as the reference does; fp32 elsewhere.
+
+        On a CPU, who asks for bf16 asks for the transformer's.
+        """
+        narrow = self.dtype == torch.bfloat16 and (self.fastest or self.device.type != "cpu")
+        return torch.bfloat16 if narrow else torch.float32
 
     @property
     def weight_bytes(self) -> int:
@@ -122,12 +125,12 @@ class Placement:
         if budgeted and self.device.type == "cpu":
             residence.settle_on_cpu(
                 module, blocks, self.dtype, self.weight_bytes,
-                as_stored=as_stored, packed=not self.compiled, eight_bits=self.eight_bits,
+                as_stored=as_stored, packed=not self.compiled, eight_bits=self.fastest,
             )  # fmt: skip
         elif budgeted and self.device.type == "cuda":
             pinned = int(PART_PINNED * _free_memory())
             residence.settle_on_gpu(
-                module, blocks, self.device, self.weight_bytes, pinned=pinned, eight_bits=self.eight_bits
+                module, blocks, self.device, self.weight_bytes, pinned=pinned, eight_bits=self.fastest
             )
         elif self.device.type != "cpu":
             _move(module, self.device)

@@ -167,9 +167,9 @@ def _save(
     state: Path, step: Step, optimiser: torch.optim.Optimizer, settings: Mapping[str, Any], done: int
 ) -> None:
     """Whole or not at all."""
-    partial, states = state.with_suffix(".part"), {"step": step, "optimiser": optimiser}
-    saved = {name: holder.state_dict() for name, holder in states.items()}
-    torch.save({"done": done, "settings": dict(settings), **saved}, partial)
+    partial = state.with_suffix(".part")
+    states = {"step": step.state_dict(), "optimiser": optimiser.state_dict()}
+    torch.save({"done": done, "settings": dict(settings), **states}, partial)
     partial.replace(state)
 
 
