@@ -49,7 +49,8 @@ def table(scratch: Path | None, *, quick: bool) -> Table:
         "The official workflow, warm",
         f"{side}x{side}, {steps} steps, subject {subject} and style, full width, 1 double and 1 single block,"
         f" {stored}. Ours is a whole `generate` with a new seed and USO's LoRA, file written; after each of"
-        " its steps diffusers does one of its own on as many tokens (without LoRA), at the end its VAE decodes."
+        " its steps diffusers does one of its own on as many tokens (without LoRA), at the end its VAE"
+        " decodes."
         " What a new seed leaves known (prompt and pictures encoded) is known to both.",
         ["", "usoflow, default", "diffusers fp32", "faster"],
         [

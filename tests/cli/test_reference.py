@@ -19,7 +19,7 @@ def test_the_page_is_up_to_date() -> None:
 
 def test_every_command_is_there() -> None:
     listed = usoflow("--help").out
-    commands = {line.split("`")[1].split()[1] for line in reference().splitlines() if line.startswith("## ")}
+    commands = {line.split("`")[1].split()[1] for line in reference().splitlines() if line.startswith("## `")}
     assert {"run", "generate", "convert", "nodes", "models", "doctor"} <= commands
     assert {command for command in commands if command not in listed} == set()
 

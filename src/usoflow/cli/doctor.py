@@ -95,9 +95,10 @@ def _matrix_units(device: torch.device) -> Iterator[str]:
         yield f"{capability} vectors"
         checks = {
             "AVX-512 bf16": "_is_avx512_bf16_supported",
+            "VNNI (int8)": "_is_vnni_supported",
             "AMX tiles (bf16, int8)": "_is_amx_tile_supported",
         }
-        yield from (name for name, check in checks.items() if getattr(torch.cpu, check)())
+        yield from (name for name, check in checks.items() if getattr(torch.cpu, check, bool)())
 
 
 def _speed(device: torch.device, dtype: torch.dtype) -> Finding:

@@ -85,7 +85,6 @@ def settle_on_cpu(
     """
     scratch = Scratch()
     if eight_bits and dtype == fp8.WIDE and int8.multiplied_here():
-        logger.info("Blocks' weights that are stored in fp8 are multiplied in int8.")
         multiply_in_int8(blocks, scratch)
     sizes = Sizes.of(module, blocks, dtype)
     if sizes.ready <= budget and not as_stored:
