@@ -9,6 +9,7 @@ from torch import Tensor
 
 from usoflow.models.checkpoint import Component, TensorFile
 from usoflow.models.flux import Flux
+from usoflow.models.weights import Linear, LowRank
 
 
 def transformer_of(models: Path) -> Component:
@@ -39,3 +40,19 @@ def velocity(
     inputs = flux.prepare(text, pooled, (height, 8), references=references, dtype=dtype)
     answer: Tensor = flux(latent, torch.tensor(0.5, device=device), inputs)
     return answer
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    """L2 distance."""
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+def require_exact_branches(layer: Linear) -> None:
+    """A low-rank branch takes what the layer [32, 64] is given before it is rounded to 8 bits."""
+    x = torch.randn(5, 64).bfloat16()
+    plain = layer(x)
+    down, up = torch.randn(4, 64).bfloat16() * 8, torch.randn(32, 4).bfloat16() * 8
+    layer.branches.append(LowRank(down, up, strength=1.0))
+    branch = x.double() @ down.double().T @ up.double().T
+    assert relative(layer(x).double() - plain.double(), branch) < 5e-3  # bf16's rounding, not that of 8 bits
+    assert relative(layer(x, gelu=True), torch.nn.functional.gelu(layer(x), approximate="tanh")) < 5e-3

@@ -11,21 +11,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from networks import lora_of, transformer_of, velocity
+from networks import lora_of, relative, require_exact_branches, transformer_of, velocity
 from usoflow.models import fp8
 from usoflow.models.flux import Modulation
 from usoflow.models.library import LoraUse, ModelLibrary
 from usoflow.models.placement import Placement
 from usoflow.models.residence import multiply_in_fp8
-from usoflow.models.weights import Linear, LowRank
+from usoflow.models.weights import Linear
 
 CPU = torch.device("cpu")
 # Half of the last of 3 bits of mantissa is 2^-4 of a number at most; root mean square that makes 2.6%.
 ROUNDED = 0.035
-
-
-def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
 @pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
@@ -68,14 +64,8 @@ def test_low_rank_branches_take_what_was_not_rounded() -> None:
     layer = Linear(64, 32)
     layer.weight = nn.Parameter(torch.randn(32, 64).to(fp8.STORED), requires_grad=False)
     layer.bias.zero_()
-    x = torch.randn(5, 64).bfloat16()
     layer.multiply_in_fp8(CPU)
-    plain = layer(x)
-    down, up = torch.randn(4, 64).bfloat16() * 8, torch.randn(32, 4).bfloat16() * 8
-    layer.branches.append(LowRank(down, up, strength=1.0))
-    branch = x.double() @ down.double().T @ up.double().T
-    assert relative(layer(x).double() - plain.double(), branch) < 5e-3  # bf16's rounding, not fp8's
-    assert relative(layer(x, gelu=True), torch.nn.functional.gelu(layer(x), approximate="tanh")) < 5e-3
+    require_exact_branches(layer)
 
 
 def test_a_weight_that_does_not_allow_it_is_widened() -> None:

@@ -13,23 +13,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from networks import lora_of, transformer_of, velocity
+from networks import lora_of, relative, require_exact_branches, transformer_of, velocity
 from usoflow.models import int8
 from usoflow.models.flux import Modulation
 from usoflow.models.kernels import Scratch
 from usoflow.models.library import LoraUse, ModelLibrary, load_flux
 from usoflow.models.placement import Placement
 from usoflow.models.residence import Sizes, settle_on_cpu
-from usoflow.models.weights import Linear, LowRank
+from usoflow.models.weights import Linear
 
 CPU = torch.device("cpu")
 # Whole numbers up to 126, of normal numbers whose largest is four deviations: half a unit is a 64th of one,
 # root mean square that makes 0.9%; the weight's rounding comes to it.
 ROUNDED = 0.02
-
-
-def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
 def layer_of(weight: Tensor, scratch: Scratch | None = None) -> Linear:
@@ -111,14 +107,7 @@ def test_rows_of_zeros_stay_zeros_and_what_is_not_finite_stays_so() -> None:
 @torch.inference_mode()
 def test_low_rank_branches_take_what_was_not_rounded(everywhere: None) -> None:
     torch.manual_seed(0)
-    layer = layer_of(torch.randn(32, 64).to(int8.STORED))
-    x = torch.randn(5, 64).bfloat16()
-    plain = layer(x)
-    down, up = torch.randn(4, 64).bfloat16() * 8, torch.randn(32, 4).bfloat16() * 8
-    layer.branches.append(LowRank(down, up, strength=1.0))
-    branch = x.double() @ down.double().T @ up.double().T
-    assert relative(layer(x).double() - plain.double(), branch) < 5e-3  # bf16's rounding, not int8's
-    assert relative(layer(x, gelu=True), torch.nn.functional.gelu(layer(x), approximate="tanh")) < 5e-3
+    require_exact_branches(layer_of(torch.randn(32, 64).to(int8.STORED)))
 
 
 def test_a_weight_that_does_not_allow_it_or_is_small_is_widened() -> None:

@@ -93,7 +93,7 @@ def settle_on_cpu(
     for layer in _linear_layers(module):
         layer.scratch = scratch
     if sizes.stored <= budget:
-        _make_ready(module, blocks, _hold_in_int8)
+        _make_ready(module, blocks, Linear.hold_in_int8)
         pages.bring(pages.mapped(module.parameters()))
         return "stored"
     _let_pages_pass(blocks)
@@ -184,12 +184,6 @@ def _hold_ready(layer: Linear, dtype: torch.dtype, *, packed: bool) -> None:
     wide: Tensor = layer.plain_weight(dtype)
     layer.weight = nn.Parameter(pack(wide) if packed else wide, requires_grad=False)
     layer.quantised = layer.scale_weight = None
-
-
-def _hold_in_int8(layer: Linear) -> None:
-    """The weight in whole numbers, if it is so multiplied; they take as many bytes as it has."""
-    if layer.in_int8:
-        layer.hold_in_int8()
 
 
 def _let_pages_pass(blocks: Sequence[nn.Module]) -> None:

@@ -123,9 +123,10 @@ class Linear(nn.Module):
             self.in_int8, self.scratch = True, scratch
 
     def hold_in_int8(self) -> None:
-        """Hold the weight as one `in_int8` is multiplied."""
-        weight, self.scale_weight = self._whole_numbers()
-        self.weight = nn.Parameter(weight, requires_grad=False)
+        """Hold the weight in whole numbers, if it is multiplied so; they take as many bytes."""
+        if self.in_int8:
+            weight, self.scale_weight = self._whole_numbers()
+            self.weight = nn.Parameter(weight, requires_grad=False)
 
     def _whole_numbers(self) -> tuple[Tensor, Tensor]:
         if self.weight.dtype == torch.int8 and self.scale_weight is not None:

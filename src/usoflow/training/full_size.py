@@ -15,7 +15,6 @@ import argparse
 import dataclasses
 import functools
 import hashlib
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +35,7 @@ from usoflow.models.text import ClipText, T5Encoder
 from usoflow.settings import find_folders
 from usoflow.training.base import Base, BaseStage
 from usoflow.training.captions import Ids, end_positions
-from usoflow.training.loop import LossFunction, Recipe
+from usoflow.training.loop import LossFunction, Recipe, read_state, write_state
 from usoflow.training.lora import add_lora, lora_parameters
 from usoflow.training.plan import Plan
 from usoflow.training.reward import StyleReward, train_style_encoder
@@ -166,29 +165,19 @@ def learn(
 def _save(
     state: Path, step: Step, optimiser: torch.optim.Optimizer, settings: Mapping[str, Any], done: int
 ) -> None:
-    """Whole or not at all."""
-    partial = state.with_suffix(".part")
     states = {"step": step.state_dict(), "optimiser": optimiser.state_dict()}
-    torch.save({"done": done, "settings": dict(settings), **states}, partial)
-    partial.replace(state)
+    write_state(state, {"done": done, "settings": dict(settings), **states})
 
 
 def _continue(state: Path, step: Step, optimiser: torch.optim.Optimizer, settings: Mapping[str, Any]) -> int:
     """After how many samples it was saved."""
-    try:
-        saved = torch.load(state, map_location="cpu", weights_only=True)
+    with read_state(state) as saved:
         changed = {name for name, value in settings.items() if saved["settings"][name] != value}
         if changed:
             raise ValueError(", ".join(sorted(changed)))
         step.load_state_dict(saved["step"])
         optimiser.load_state_dict(saved["optimiser"])
         done: int = saved["done"]
-    except (RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise UsoflowError(
-            "training_config",
-            f"{state} is damaged or of other settings: {error}.",
-            remedy="Go on with the settings it was begun with, or move it away to begin anew.",
-        ) from None
     return done
 
 

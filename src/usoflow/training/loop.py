@@ -11,7 +11,8 @@ import math
 import os
 import pickle
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -190,8 +191,7 @@ class Training:
             "average": self.average,
             "optimisers": self.optimisers.state(),
         }
-        torch.save(state, self.folder / "state.part")
-        os.replace(self.folder / "state.part", self.folder / "state.pt")
+        write_state(self.folder / "state.pt", state)
         speed = self.done / max(self.seconds, 1e-9)
         recent = [loss for _, loss in self.log[-200:]]
         line = {"done": self.done, "seconds": round(self.seconds), "per_second": round(speed, 1)}
@@ -203,22 +203,35 @@ class Training:
         path = self.folder / "state.pt"
         if not path.exists():
             return False
-        try:
-            state = torch.load(path, weights_only=True, map_location="cpu")
+        with read_state(path) as state:
             with torch.no_grad():
                 for name, parameter in self.parameters.items():
                     parameter.copy_(state["parameters"][name])
                     self.average[name].copy_(state["average"][name])
             self.optimisers.load(state["optimisers"])
-        except (RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
-            raise UsoflowError(
-                "training_config",
-                f"{path} is damaged or of other settings: {error}.",
-                remedy="Go on with the settings it was begun with, or move it away to begin anew.",
-            ) from None
         self.done, self.seconds = state["done"], state["seconds"]
         self.log = [(int(done), float(loss)) for done, loss in state["log"]]
         return True
+
+
+def write_state(path: Path, state: Mapping[str, Any]) -> None:
+    """An old state is replaced only by a complete new one."""
+    partial = path.with_suffix(".part")
+    torch.save(dict(state), partial)
+    os.replace(partial, path)
+
+
+@contextmanager
+def read_state(path: Path) -> Iterator[dict[str, Any]]:
+    """A state to put back, on the CPU; what cannot be read or does not fit is `training_config`."""
+    try:
+        yield torch.load(path, weights_only=True, map_location="cpu")
+    except (RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise UsoflowError(
+            "training_config",
+            f"{path} is damaged or of other settings: {error}.",
+            remedy="Go on with the settings it was begun with, or move it away to begin anew.",
+        ) from None
 
 
 @torch.no_grad()
