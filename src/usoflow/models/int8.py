@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from usoflow.models.fp8 import STORED, WIDE
-from usoflow.models.kernels import WIDENED_AT_ONCE, Scratch, widen
+from usoflow.models.kernels import Scratch, widen
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +26,7 @@ BITS = 7  # of a number's size
 LARGEST = 126
 LEAST_SIDE = 512  # of a weight; below, rounding takes as long as is won
 ROWS = 512  # of x at once: their int32 results are twice as large as what is wanted
+NARROWED_AT_ONCE = 1 << 20  # values of a weight: what lies between stays in the cache
 SCALED_AT_ONCE = 32  # rows of the result: what lies between stays in the cache
 TRIED = 64  # rows and columns of the product that is tried
 _LEAST = 1e-12  # rows that are smaller are zeros
@@ -69,7 +70,7 @@ def narrowed(weight: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     """
     whole = torch.empty(weight.shape, dtype=torch.int8)
     units = torch.empty(len(weight), 1)
-    at_once = max(1, WIDENED_AT_ONCE // weight.shape[1])
+    at_once = max(1, NARROWED_AT_ONCE // weight.shape[1])
     if torch.compiler.is_compiling():  # a loop would be unrolled
         at_once = len(weight)
     parts = (part.split(at_once) for part in (weight, whole, units))
@@ -77,7 +78,7 @@ def narrowed(weight: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
         largest = stored.view(torch.int8).bitwise_and(_SIZE).amax(-1, keepdim=True).view(STORED).float()
         unit.copy_(torch.exp2(torch.frexp(largest).exponent - float(BITS)))
         unit.add_(0 * largest)  # which is NaN where that is
-        out.copy_(widen(stored, WIDE).mul_(unit.reciprocal().to(WIDE)).round_())
+        out.copy_(widen(stored, torch.float32).mul_(unit.reciprocal()).round_())  # bf16 takes longer
     factors = units.flatten()
     return whole, factors if scale is None else factors * scale.float().flatten()
 
