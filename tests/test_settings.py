@@ -110,6 +110,15 @@ class TestModelFolders:
         assert find_folders().list("vae") == ["a.safetensors", "b.safetensors"]
         assert find_folders(models=tmp_path / "c").list("vae") == ["c.safetensors"]
 
+    def test_the_home_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in ("HOME", "USERPROFILE"):
+            monkeypatch.setenv(name, str(tmp_path))
+        monkeypatch.setenv("USOFLOW_OUTPUT", "~/made")
+        (tmp_path / "models/loras").mkdir(parents=True)
+        found = find_folders(models=Path("~/models"), inputs=Path("~"))
+        assert found.models["loras"][0] == tmp_path / "models/loras"
+        assert (found.inputs, found.output) == ((tmp_path,), tmp_path / "made")
+
     def test_folder_that_is_not_there(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(UsoflowError) as error:
             find_folders(models=tmp_path / "none")

@@ -132,6 +132,7 @@ def find_folders(
     Raises:
         UsoflowError: `file_not_found` for a folder of models or inputs that is not there, `settings_invalid`.
     """
+    models, inputs = (folder and folder.expanduser() for folder in (models, inputs))
     roots = [models] if models else _from_variable(MODELS_VARIABLE)
     for root in roots:
         _check_folder(root, "models")
@@ -143,7 +144,7 @@ def find_folders(
     return Folders(
         models=_model_directories(roots),
         inputs=tuple([inputs] if inputs else _from_variable(INPUT_VARIABLE) or default_inputs),
-        output=output or Path(os.environ.get(OUTPUT_VARIABLE, "output")),
+        output=(output or Path(os.environ.get(OUTPUT_VARIABLE) or "output")).expanduser(),
         temp=platformdirs.user_cache_path("usoflow") / "temp",
         given_images=given_images or {},
     )

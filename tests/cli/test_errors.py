@@ -86,6 +86,12 @@ def check(done: Done, code: int, *words: str) -> None:
         assert word in done.err
 
 
+@pytest.mark.parametrize("option", ["--models", "--subject", "--output"])
+def test_what_the_system_does_not_open(desk: Desk, option: str) -> None:
+    """Too long a name stands for all that the system refuses: it lets whoever runs tests read any folder."""
+    check(usoflow("generate", "a cat", option, "x" * 300), 2, "x" * 300, "Check the path.")
+
+
 class TestWorkflow:
     @pytest.mark.parametrize(
         ("content", "words"),

@@ -73,6 +73,10 @@ class TestList:
         done = usoflow("models", "--models", tree)
         assert f"`usoflow models pull --models {tree}` gets what is missing." in done.out
 
+    def test_the_folder_may_be_named_before_what_is_to_be_done(self, tree: Path) -> None:
+        done = usoflow("models", "--models", tree, "pull")
+        assert done.out == "All files of the tutorial are there.\n"
+
     def test_for_programs(self, tree: Path) -> None:
         (tree / LORA).unlink()
         record = json.loads(usoflow("models", "--models", tree, "--json").out)

@@ -165,6 +165,14 @@ class TestOrder:
         plain.run({"show": entry("Show", text="a", speed=3)}, "show")
         assert calls == ["show a"]
 
+    @pytest.mark.parametrize("link", [["nobody", 0], ["self", 0], ["lost", 0]])
+    def test_links_that_the_node_does_not_have_lead_nowhere(
+        self, plain: Bench, calls: list[str], link: list[Any]
+    ) -> None:
+        prompt = {"self": entry("Show", text="a", other=link), "lost": entry("Fail", how="bug")}
+        plain.run(prompt, "self")
+        assert calls == ["show a"]
+
     def test_only_the_targets(self, plain: Bench, calls: list[str]) -> None:
         prompt = {name: entry("Show", text=name) for name in "abc"}
         result = plain.run(prompt, "c", "a")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -196,6 +197,21 @@ def test_workflows_are_kept(client: TestClient) -> None:
     assert client.delete("/api/userdata/workflows%2Fdeep%2Fb.json").status_code == 404
     assert client.get("/api/userdata?dir=nonsense").status_code == 404
     assert client.get("/api/userdata").status_code == 400
+
+
+def test_a_folder_may_be_called_move(client: TestClient) -> None:
+    assert client.post("/api/userdata/workflows%2Fmove%2Fa.json", content=b"{}").status_code == 200
+    assert client.get("/api/userdata/workflows%2Fmove%2Fa.json").content == b"{}"
+    moved = client.post("/api/userdata/workflows%2Fmove%2Fa.json/move/workflows%2Fmove%2Fb.json")
+    assert moved.json() == "workflows/move/b.json"
+
+
+def test_where_the_input_folder_cannot_be_made(client: TestClient, place: Path) -> None:
+    shutil.rmtree(place / "input")
+    (place / "input").write_text("no folder")
+    status, answer = upload(client, picture(), name="a.png")
+    assert 400 <= status < 600
+    assert "cannot be written" in answer["error"]["details"] + answer["error"]["message"]
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "猫" * 100 + ".json", "a.json/b.json"])

@@ -72,6 +72,13 @@ def test_token(serve: Serve) -> None:
         assert socket.receive_json()["type"] == "status"
 
 
+@pytest.mark.parametrize("others", ['x={"a":1}; ', "a/b=1; ", "usoflow; "])
+def test_cookies_of_other_programs_lock_nobody_out(serve: Serve, others: str) -> None:
+    client = serve(token="t", listen="0.0.0.0")
+    assert client.get("/api/queue", headers={"cookie": f"{others}usoflow_token=t"}).status_code == 200
+    assert client.get("/api/queue", headers={"cookie": others}).status_code == 401
+
+
 def test_every_response_says_what_it_is(client: TestClient) -> None:
     for path in ("/api/queue", "/no/such/path", "/view?filename=x"):
         headers = client.get(path).headers

@@ -36,7 +36,9 @@ def test_a_job_from_prompt_to_history(client: TestClient, prefix: str) -> None:
     assert names == ["execution_start", "execution_cached", "execution_success"]
     assert entry["prompt"][1] == job
     assert entry["prompt"][4] == ["save"]
-    assert entry["meta"]["save"]["real_node_id"] == "save"
+    assert entry["meta"] == {
+        "save": {"node_id": "save", "display_node": "save", "parent_node": None, "real_node_id": "save"}
+    }
     assert list(client.get(f"{prefix}/history").json()) == [job]
 
     listed = client.get(f"{prefix}/jobs?status=completed,failed,cancelled&limit=64&offset=0").json()
@@ -53,6 +55,22 @@ def test_a_failed_job_names_node_and_remedy(client: TestClient) -> None:
     assert (error["exception_type"], error["exception_message"]) == ("out_of_memory", "what\nremedy\n")
     status = client.get(f"/history/{job}").json()[job]["status"]
     assert (status["status_str"], status["messages"][-1][0]) == ("error", "execution_error")
+
+
+def test_half_an_emoji_is_taken_and_given_back(client: TestClient) -> None:
+    half = "\ud83d"
+    changed = prompt()
+    changed["text"]["inputs"]["text"] = f"a cat {half}"
+    body = {
+        "prompt": changed, "client_id": f"me{half}",
+        "extra_data": {"extra_pnginfo": {"workflow": {"id": half, "nodes": [], half: f"\U0001f408 {half}"}}},
+    }  # fmt: skip
+    answer = client.post("/prompt", content=json.dumps(body).encode())
+    assert answer.status_code == 200
+    ended(client, answer.json()["prompt_id"])
+    for path in ("/queue", "/history", f"/jobs/{answer.json()['prompt_id']}"):
+        assert client.get(path).status_code == 200
+    assert "\U0001f408 \ufffd" in client.get("/history").text
 
 
 @pytest.mark.parametrize("way", ["/interrupt", "/interrupt by id", "/jobs/cancel", "/jobs/ID/cancel"])
@@ -227,6 +245,8 @@ def test_limits_are_clear(serve: Serve) -> None:
         ({"number": 5}, 200),
         ({"number": "5"}, 400),
         ({"number": True}, 400),
+        ({"number": 10**400}, 400),
+        ({"number": [5]}, 400),
         ({"client_id": 5, "extra_data": 5, "partial_execution_targets": 5}, 200),
     ],
 )

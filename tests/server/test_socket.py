@@ -7,7 +7,9 @@ import json
 import logging
 import struct
 from typing import Any
+from urllib.parse import urlencode
 
+import pytest
 from fastapi.testclient import TestClient
 from starlette.testclient import WebSocketTestSession
 
@@ -103,6 +105,13 @@ def test_who_comes_back_learns_where_the_job_is(client: TestClient) -> None:
         kinds = [m["type"] for m in received(socket, ("executing", None)) if isinstance(m, dict)]
         assert "execution_interrupted" in kinds
     assert until(client, job, ("cancelled",))
+
+
+@pytest.mark.parametrize("name", ["bot@host", "my app", "{7c1e}"])
+def test_a_client_is_called_as_it_likes(client: TestClient, name: str) -> None:
+    with client.websocket_connect(f"{SOCKET}?{urlencode({'clientId': name})}") as socket:
+        submit(client, "good", client_id=name)
+        received(socket, ("executing", None))
 
 
 def test_what_clients_say_is_taken_or_left(client: TestClient) -> None:

@@ -83,7 +83,11 @@ def main() -> None:
         _show(error)
         sys.exit(error.exit_code)
     except OSError as error:
-        if error.errno != errno.ENOSPC or error.filename is not None:
+        if error.filename is not None:  # most likely one that this user may not read
+            missing = UsoflowError("file_not_found", f"{error.filename}: {error.strerror}.")
+            _show(missing)
+            sys.exit(missing.exit_code)
+        if error.errno != errno.ENOSPC:
             raise
         # What is left cannot be written either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -30,6 +30,7 @@ def models(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """List model files: contents, size, precision; and those of the tutorial that are missing."""
+    context.obj = models  # for a subcommand that comes after the option
     if context.invoked_subcommand is not None:
         return
     from usoflow.catalogue import missing, pull_command
@@ -54,6 +55,7 @@ def models(
 
 @app.command()
 def pull(
+    context: typer.Context,
     what: Annotated[str, typer.Argument(help="uso: the files of the tutorial.")] = "uso",
     models: Models = None,
     yes: Annotated[bool, typer.Option("--yes", help="Agree to the licences without being asked.")] = False,
@@ -66,10 +68,13 @@ def pull(
     if what != "uso":
         advice = "`usoflow models pull` gets the files of the tutorial."
         raise UsoflowError("request_invalid", f"There is no set of files {what!r}, only uso.", remedy=advice)
-    folders = find_folders(models=models)
+    folders = find_folders(models=models or context.obj)
     wanted = missing(folders)
     for file in wanted:
         print(f"{file.name}  {file.size}\n  {file.url}\n  licence: {file.licence}")
+        target = folders.models[file.folder][0] / file.name
+        if target.exists():
+            print(f"  replaces {target}, which is damaged or holds something else")
     if wanted and not yes:
         _confirm()
     for file in wanted:
@@ -82,6 +87,7 @@ def pull(
 
 @app.command()
 def check(
+    context: typer.Context,
     file: Annotated[Path, typer.Argument(help="A safetensors file.")],
     transformer: Annotated[
         Path | None, typer.Option("--with", help="The transformer that a LoRA is to fit.")
@@ -98,7 +104,11 @@ def check(
     header = TensorFile.open(file)  # what it tells is told before torch is imported
     for name, info in header.tensors.items() if tensors else ():
         print(f"{name}  {list(info.shape)}  {info.dtype}")
-    fitting = _transformer(find_folders(models=models)) if transformer is None else _flux(transformer)
+    fitting = (
+        _transformer(find_folders(models=models or context.obj))
+        if transformer is None
+        else _flux(transformer)
+    )
     from usoflow.models.inspection import inspect
 
     for line in inspect(file, fitting):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import secrets
 import socket
+import sys
 import threading
 import webbrowser
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import quote
 
 import typer
 
@@ -58,21 +60,22 @@ def serve(
     from usoflow.settings import bytes_of, find_folders
 
     budget = None if vram is None else bytes_of(vram)
+    token = token or None  # of an empty variable, say
     if listen not in LOOPBACK and token is None:
         token = secrets.token_urlsafe(16)
     state = os.environ.get(STATE_VARIABLE) or platformdirs.user_data_path("usoflow") / "server"
     settings = ServerSettings(
         folders=find_folders(models=models, inputs=inputs, output=output),
-        state=Path(state),
+        state=Path(state).expanduser(),
         listen=listen,
         token=token,
         ui=ui,
         preview=preview,
-        custom_nodes=check_folder(custom_nodes) if custom_nodes else None,
+        custom_nodes=check_folder(custom_nodes.expanduser()) if custom_nodes else None,
     )
     bound = _bound(listen, port)
     app = create_app(settings, device=device.value, dtype=dtype.value, budget=budget, compiled=compiled)
-    rest = f":{port}/" + (f"?token={token}" if token else "")
+    rest = f":{port}/" + (f"?token={quote(token, safe='')}" if token else "")
     addresses = [f"http://{host}{rest}" for host in _hosts(listen)]
     print(f"usoflow: {' or '.join(addresses)}", flush=True)
     if ui:
@@ -85,7 +88,8 @@ def _bound(listen: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in listen else socket.AF_INET
     found = socket.socket(family)
     try:
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if os.name == "posix":  # elsewhere it lets two programs have one port
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind((listen, port))
     except OSError as error:
         found.close()
@@ -112,5 +116,6 @@ def _own_address() -> list[str]:
 
 def _open_browser(address: str) -> None:
     """Where there is a screen; a browser that does not start delays nothing."""
-    if os.name != "posix" or "DISPLAY" in os.environ or "WAYLAND_DISPLAY" in os.environ:
+    has_desktop = os.name != "posix" or sys.platform == "darwin"
+    if has_desktop or "DISPLAY" in os.environ or "WAYLAND_DISPLAY" in os.environ:
         threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()

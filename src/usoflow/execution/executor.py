@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -109,7 +109,8 @@ class _Run:
         cancellation: Cancellation,
         reserve: Reserve,
     ) -> None:
-        self.executor, self.prompt, self.folders = executor, prompt, folders
+        self.executor, self.given, self.folders = executor, prompt, folders
+        self.prompt = _of_known_inputs(prompt, executor.registry)
         self.workflow, self.listen, self.cancellation, self.reserve = workflow, listen, cancellation, reserve
         self.outputs: dict[str, Outputs] = {}
         self.finished: list[NodeFinished] = []
@@ -225,7 +226,7 @@ class _Run:
             folders=self.folders,
             library=self.executor.library,
             report=report,
-            prompt=self.prompt.to_json(),
+            prompt=self.given.to_json(),
             workflow=self.workflow,
             node=node_id,
             reserve=self.reserve,
@@ -234,6 +235,17 @@ class _Run:
     def _at(self, node_id: str, code: str, detail: str, remedy: str | None = None) -> NodeError:
         class_type = self.prompt.nodes[node_id].class_type
         return NodeError(code, detail, remedy=remedy, node_id=node_id, class_type=class_type)
+
+
+def _of_known_inputs(prompt: Prompt, registry: NodeRegistry) -> Prompt:
+    """The prompt without what its nodes do not take, whose links nobody has checked."""
+    schemas = {key: registry[node.class_type].schema for key, node in prompt.nodes.items()}
+    return Prompt(
+        {
+            key: replace(node, inputs={n: v for n, v in node.inputs.items() if schemas[key].input(n)})
+            for key, node in prompt.nodes.items()
+        }
+    )
 
 
 def in_order(

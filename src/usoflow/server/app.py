@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -49,7 +50,8 @@ def create_app(
     worker = WorkerSettings(
         settings.folders, settings.jobs_file, device, dtype, budget, settings.custom_nodes, compiled
     )
-    engine = WorkerProcess(worker, inherited=[lock])
+    inherited = [lock] if os.name == "posix" else []  # elsewhere Popen takes none
+    engine = WorkerProcess(worker, inherited=inherited)
     return assemble(settings, JobStore(settings.jobs_file), engine)
 
 

@@ -7,11 +7,11 @@ Host (against DNS rebinding), Origin and Sec-Fetch-Site. Beyond loopback a token
 from __future__ import annotations
 
 import hmac
-from http.cookies import SimpleCookie
 from typing import Final
 from urllib.parse import parse_qs, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import cookie_parser
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -69,9 +69,9 @@ class Guard:
             answer = RedirectResponse("/", 303)
             answer.set_cookie(COOKIE, token, httponly=True, samesite="strict", path="/")
             return answer
-        cookie = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
+        cookie = cookie_parser(headers.get("cookie", "")).get(COOKIE, "")
         bearer = headers.get("authorization", "").removeprefix("Bearer ")
-        if _same(bearer, token) or (cookie and _same(cookie.value, token)):
+        if _same(bearer, token) or _same(cookie, token):
             return None
         return _refused(401, UsoflowError("token_needed", "The request has no token, or a wrong one."))
 

@@ -63,8 +63,13 @@ def history_entry(job: Job, prompt: list[Any]) -> dict[str, Any]:
     ]
     completed = job.state == State.COMPLETED
     status = {"status_str": "success" if completed else "error", "completed": completed, "messages": messages}
-    meta = {node: _identity(node) for node in job.outputs}
+    meta = {node: _place(node) for node in job.outputs}
     return {"prompt": prompt, "outputs": job.outputs, "status": status, "meta": meta}
+
+
+def _place(node: str) -> dict[str, Any]:
+    """`_identity`, as the history calls it."""
+    return {"node_id": node, "display_node": node, "parent_node": None, "real_node_id": node}
 
 
 def _end(job: Job) -> tuple[str, dict[str, Any]]:

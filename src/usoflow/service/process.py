@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 WORKER: Sequence[str] = (sys.executable, "-m", "usoflow.service.worker")
 ATTEMPTS = 2  # a worker that died while it was idle is noticed when the next job is given to it
 _KERNEL_COUNTERS = Path("/proc/vmstat")
+_KILLED = getattr(signal, "SIGKILL", 9)  # which Windows does not have
 _SIGNALS: Mapping[int, str] = {
     signal.SIGSEGV: "it crashed with a segmentation fault",
     signal.SIGABRT: "it was aborted by one of its libraries",
@@ -177,9 +178,9 @@ class _Child:
     def cause_of_death(self) -> UsoflowError:
         """Why the process ended."""
         code = self.process.wait()
-        if code == -signal.SIGKILL and _memory_kills() > self._kills_before:
+        if code == -_KILLED and _memory_kills() > self._kills_before:
             return UsoflowError("out_of_memory", "The system ended the worker for want of memory.")
-        if code == -signal.SIGKILL:
+        if code == -_KILLED:
             reason = "it was killed, from outside or by the system for want of memory"
         else:
             reason = _SIGNALS.get(-code, f"its exit status was {code}")

@@ -97,7 +97,6 @@ def _stored(server: Server, name: str, data: bytes, type: str, subfolder: str, o
     if PurePosixPath(name).suffix.lower() not in IMAGE_SUFFIXES:
         raise UsoflowError("image_invalid", f"{name!r} does not have the name of a picture.")
     root = files.roots(server.folders, type)[0]
-    root.mkdir(parents=True, exist_ok=True)
     replace = overwrite.lower() in ("true", "1")
     path = server.uploads.put(root, subfolder, name, data, overwrite=replace)
     folder = path.parent.relative_to(root.resolve()).as_posix()

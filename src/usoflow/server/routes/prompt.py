@@ -118,9 +118,13 @@ def _request(body: Json, checked: ValidationResult) -> Request:
 def _number(value: Any) -> float | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(float(value)):
+    try:
+        number = math.nan if isinstance(value, bool | str) else float(value)
+    except (TypeError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
         raise UsoflowError("body_invalid", "number is not a number.")
-    return float(value)
+    return number
 
 
 def _refusal(reason: Json, node_errors: Json) -> JSONResponse:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse, JSONResponse
@@ -83,16 +84,25 @@ def list_files(
 
 
 @router.post("/userdata/{file:path}/move/{target:path}")
-def move(
-    server: ServerOf, file: str, target: str, overwrite: str = "true", full_info: str = ""
+async def move(
+    server: ServerOf, request: Request, file: str, target: str, overwrite: str = "true", full_info: str = ""
 ) -> JSONResponse:
     """Give a file another name."""
-    source, path = _existing(server, file), within(server.settings.user_folder, target)
-    with writing(repr(target)):
-        _check_free(path, overwrite)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        source.replace(path)
-    return _written(server, path, full_info)
+    # Slashes of a name may be escaped, those of the route are not: a folder can be called "move".
+    given, moves, wanted = request.scope["raw_path"].decode("latin-1").rpartition("/move/")
+    if not moves:
+        return await write(server, request, f"{file}/move/{target}", overwrite, full_info)
+    file, target = unquote(given.partition("/userdata/")[2]), unquote(wanted)
+
+    def give() -> JSONResponse:
+        source, path = _existing(server, file), within(server.settings.user_folder, target)
+        with writing(repr(target)):
+            _check_free(path, overwrite)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            source.replace(path)
+        return _written(server, path, full_info)
+
+    return await run_in_threadpool(give)
 
 
 @router.get("/userdata/{file:path}")
