@@ -92,6 +92,8 @@ def test_generating_from_files_and_memory_is_the_same(engine: Engine, small_mode
     from_memory = engine.generate("a cat", subject=memory["subject"], style=memory["style"], **options)
     assert np.array_equal(np.asarray(from_files.images[0]), np.asarray(from_memory.images[0]))
     assert "workflow" in from_files.images[0].info
+    again = engine.generate("a cat", subject=memory["subject"], style=memory["style"], **options)
+    assert again.workflow.pictures == from_memory.workflow.pictures  # which are written once
     assert Workflow.load(from_files.paths[0]).to_prompt() == from_files.workflow.to_prompt()
 
 

@@ -109,6 +109,15 @@ def test_a_batch_is_its_members() -> None:
     assert relative_error(together, torch.cat(alone)) < 1e-5
 
 
+def test_style_tokens_may_come_from_elsewhere() -> None:
+    """They are kept on the CPU; a device without values stands for a GPU."""
+    with torch.device("meta"):
+        model, text, pooled = small_flux(), torch.randn(1, 5, 24), torch.randn(1, 20)
+    inputs = model.prepare(text, pooled, (4, 4), style=torch.randn(1, 3, 64), dtype=torch.bfloat16)
+    assert (inputs.text.device.type, inputs.text.dtype) == ("meta", torch.bfloat16)
+    assert inputs.text.shape == (1, 8, 64)
+
+
 def test_fp16_holds_what_leaves_its_range() -> None:
     """The residual streams of FLUX.1 do; bf16 and fp32 have room for them."""
     model = small_flux()

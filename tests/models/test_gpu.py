@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from networks import lora_of, transformer_of, velocity
+from usoflow.api.engine import Engine
 from usoflow.models import kernels
 from usoflow.models.flux import Flux
 from usoflow.models.library import LoraUse, ModelLibrary
@@ -85,3 +87,17 @@ def test_few_rows_are_summed_by_the_compiler(stored: torch.dtype) -> None:
     compiled = torch.compile(lambda: kernels.linear(x, weight.to(BF16), bias), fullgraph=True)
     expected = x.double() @ weight.double().t() + bias.double()
     assert relative(compiled(), expected) < 1e-2
+
+
+def test_the_whole_workflow(small_models: Path, tmp_path: Path) -> None:
+    """With all that passes between its nodes: a subject, two styles, a prompt."""
+    pictures = small_models.parent / "input"
+    options = {"size": (64, 64), "steps": 2, "seed": 3, "subject_size": 32}
+    made = {}
+    for device in ("cpu", "cuda"):
+        with Engine(models=small_models, output=tmp_path, device=device, dtype="fp32") as engine:
+            result = engine.generate(
+                "a cat", subject=pictures / "subject.png", style=[pictures / "style.png"] * 2, **options
+            )
+            made[device] = torch.from_numpy(np.asarray(result.images[0]).astype(np.float32))
+    assert (made["cuda"] - made["cpu"]).abs().mean() < 1.0

@@ -165,6 +165,24 @@ def test_an_encoder_that_does_not_fit_takes_the_transformers_place(
     assert library.placement == CPU32
 
 
+@torch.inference_mode()
+def test_an_encoder_that_fits_nowhere_is_computed_by_the_cpu(
+    models: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As one is that is asked for there; a device without values stands for a GPU."""
+    whole, _ = components(models)
+    expected = ModelLibrary(CPU32).encode_text(whole["clip_l"], whole["t5"], "a cat")
+    library = ModelLibrary(Placement(torch.device("meta"), torch.float32))
+    there = library.encode_text(whole["clip_l"], whole["t5"], "a cat", on_cpu=True)
+    assert torch.equal(there.context, expected.context)
+    assert not caplog.records
+    caplog.set_level("INFO")
+    monkeypatch.setattr(Placement, "fits", lambda self, module: False)
+    there = library.encode_text(whole["clip_l"], whole["t5"], "a cat on a mat")
+    assert there.context.device.type == "cpu"
+    assert "T5Encoder does not fit" in caplog.text
+
+
 def test_forgetting_everything_also_forgets_that_memory_ran_out() -> None:
     asked = Placement(torch.device("cpu"), torch.float32, budget=1000)
     library = ModelLibrary(asked)

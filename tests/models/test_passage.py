@@ -156,6 +156,24 @@ def test_what_stays_in_two_buffers_is_copied_once() -> None:
     assert [use.block for use in watched.uses if use.kind == "copy"] == [0, 1]
 
 
+def test_a_copy_that_was_interrupted_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks, x = blocks_of(6), torch.randn(2, 8)
+    expected = through(blocks, x)
+    passage = Passage(blocks, CPU, pinned=0)
+    for stopped in range(6):
+
+        def stop(number: int, buffer: Buffer, stopped: int = stopped) -> None:
+            if number == stopped:
+                raise KeyboardInterrupt
+            Passage._copy(passage, number, buffer)
+
+        monkeypatch.setattr(passage, "_copy", stop)
+        with pytest.raises(KeyboardInterrupt):
+            through(blocks * 2, x)
+        monkeypatch.undo()
+        assert torch.equal(through(blocks, x), expected)
+
+
 def test_after_a_block_that_failed_all_is_as_before() -> None:
     blocks, x = blocks_of(6), torch.randn(2, 8)
     expected = through(blocks, x)

@@ -20,8 +20,8 @@ from usoflow.training import autoencoder, package
 from usoflow.training.autoencoder import VaeStage
 from usoflow.training.base import BaseStage, Batches, Pocket, flow_loss, guided_loss
 from usoflow.training.captions import Vocabulary
-from usoflow.training.latents import LatentSet
-from usoflow.training.loop import Recipe, Training
+from usoflow.training.latents import LatentSet, fingerprint, require_same
+from usoflow.training.loop import Recipe, Training, load_average
 from usoflow.training.plan import Plan
 from usoflow.training.stages import Workshop
 from usoflow.training.text_to_image import sample
@@ -207,6 +207,33 @@ def test_a_stage_names_the_one_that_it_needs(tmp_path: Path) -> None:
     with pytest.raises(UsoflowError, match="The stage vae was not run") as error:
         Workshop(tmp_path, Plan.read(None)).trained_vae  # noqa: B018
     assert f"usoflow train vae --work {tmp_path}" in error.value.remedy
+
+
+def test_a_stage_that_was_interrupted_is_not_built_on(tmp_path: Path) -> None:
+    recipe, parameters = Recipe(samples=64, batch=8, rate=1e-3), {"a": torch.nn.Parameter(torch.zeros(2))}
+    training = Training(parameters, recipe, tmp_path / "large")
+    for until in (32, 64):
+        training.run(lambda done: parameters["a"].sum(), after_save=lambda: None, until=until)
+        if until < recipe.samples:
+            with pytest.raises(UsoflowError, match="large is at 32 of 64 samples"):
+                load_average(tmp_path / "large", parameters, recipe)
+    load_average(tmp_path / "large", parameters, recipe)
+    assert torch.equal(parameters["a"].detach(), training.average["a"])
+
+
+def test_what_other_networks_encoded_is_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "latents.npy", np.zeros((3, 2)))
+    torch.manual_seed(0)
+    one, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    for _ in range(2):
+        require_same(tmp_path, 3, fingerprint(one, 64))
+    for count, made_by, words in (
+        (3, fingerprint(other, 64), "other networks"),
+        (3, fingerprint(one, 128), "other networks"),
+        (4, fingerprint(one, 64), "3 encoded pictures"),
+    ):
+        with pytest.raises(UsoflowError, match=words):
+            require_same(tmp_path, count, made_by)
 
 
 def test_a_state_of_other_settings_is_refused(tmp_path: Path) -> None:

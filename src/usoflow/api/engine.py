@@ -7,6 +7,7 @@ with Engine(models="~/ComfyUI") as engine:
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import secrets
 import tempfile
@@ -255,8 +256,11 @@ class Engine:
 
         with self._lock:
             self._temp = self._temp or tempfile.TemporaryDirectory(prefix="usoflow-")
-        path = Path(self._temp.name) / f"picture_{next(self._numbers)}.png"
-        write_upright(picture, path)
+            written = Path(self._temp.name) / f"picture_{next(self._numbers)}.png"
+        write_upright(picture, written)
+        # One file for a picture that comes again, which then has the same name as well.
+        path = written.with_stem(hashlib.sha256(written.read_bytes()).hexdigest())
+        written.replace(path)
         return path
 
     def _folders(self, workflow: Workflow) -> Folders:

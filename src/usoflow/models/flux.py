@@ -153,7 +153,8 @@ class Flux(nn.Module):
         """
         tokens = self.txt_in(text.to(dtype))  # [B, T, hidden]
         if style is not None:
-            tokens = torch.cat([_repeat(style.to(dtype), len(tokens)), _repeat(tokens, len(style))], dim=1)
+            style = _repeat(style.to(tokens), len(tokens))  # it may come from elsewhere
+            tokens = torch.cat([style, _repeat(tokens, len(style))], dim=1)
         vector = self.vector_in(pooled.to(dtype))
         if self.guidance_in is not None and guidance is not None:
             strength = torch.tensor([guidance], device=pooled.device)

@@ -11,7 +11,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
 
 import torch
@@ -74,15 +74,16 @@ class ModelLibrary:
         *,
         clip_prompt: str | None = None,
         loras: tuple[LoraUse, ...] = (),
+        on_cpu: bool = False,
     ) -> TextEncoding:
         """A prompt (another one for CLIP, if given) through both text encoders, in fp32.
 
         Of the LoRAs, what is for text encoders is applied. What was encoded before is known: the encoders'
-        files are then not even opened.
+        files are then not even opened. With `on_cpu` the CPU computes, whatever else there is.
         """
         used = tuple((_key(use.lora), use.strength) for use in loras)
         key = ("text", _key(clip_l), _key(t5), prompt, clip_prompt, used)
-        found = self._encoded(key, lambda: self._encode_text(clip_l, t5, prompt, clip_prompt, loras))
+        found = self._encoded(key, lambda: self._encode_text(clip_l, t5, prompt, clip_prompt, loras, on_cpu))
         return TextEncoding(found.context.clone(), found.pooled.clone())  # custom nodes may change theirs
 
     def _encode_text(
@@ -92,11 +93,12 @@ class ModelLibrary:
         prompt: str,
         clip_prompt: str | None,
         loras: tuple[LoraUse, ...],
+        on_cpu: bool,
     ) -> TextEncoding:
         clip_module = self._with_loras("clip_l", self._module(clip_l, load_clip), loras)
         t5_module = self._with_loras("t5", self._module(t5, load_t5), loras)
         tokenizers = tokenizers_of(clip_module, t5_module)
-        with self._borrowed(clip_module), self._borrowed(t5_module):
+        with self._borrowed(clip_module, on_cpu=on_cpu), self._borrowed(t5_module, on_cpu=on_cpu):
             return encode_prompt(prompt, clip_module, t5_module, tokenizers, clip_text=clip_prompt)
 
     def encode_vision(self, siglip: Component, images: Tensor, crop: str) -> VisionOutput:
@@ -105,7 +107,7 @@ class ModelLibrary:
         def encode() -> VisionOutput:
             with self._borrowed(self._module(siglip, load_siglip)) as module:
                 pixels = preprocess(images, module.config.image_size, crop)
-                seen = module(pixels.to(self.placement.device), tuple(LEVELS.values()))
+                seen = module(pixels.to(_device_of(module)), tuple(LEVELS.values()))
                 return VisionOutput({layer: state.cpu() for layer, state in seen.hidden.items()})
 
         return self._encoded(("vision", _key(siglip), crop, _content(images)), encode)
@@ -131,7 +133,7 @@ class ModelLibrary:
 
         def project() -> Tensor:
             with self._borrowed(self._module(projector, load_projector)) as module:
-                on_device = {layer: state.to(self.placement.device) for layer, state in states.items()}
+                on_device = {layer: state.to(_device_of(module)) for layer, state in states.items()}
                 return cast(Tensor, module(on_device).cpu())
 
         seen = tuple((layer, _content(state)) for layer, state in states.items())
@@ -193,11 +195,17 @@ class ModelLibrary:
         self._give_back()
 
     @contextmanager
-    def _borrowed(self, module: M) -> Iterator[M]:
-        """On the device for a while. What does not fit beside the transformer comes in its place."""
-        if not self.placement.fits(module):
+    def _borrowed(self, module: M, *, on_cpu: bool = False) -> Iterator[M]:
+        """On the device for a while. What does not fit beside the transformer comes in its place.
+
+        What does not fit there either is computed by the CPU.
+        """
+        if not (on_cpu or self.placement.fits(module)):
             self._forget_transformers()
-        with self.placement.borrow(module) as there:
+            if on_cpu := not self.placement.fits(module):
+                logger.info("%s does not fit on the device: the CPU computes it.", type(module).__name__)
+        placement = replace(self.placement, device=torch.device("cpu")) if on_cpu else self.placement
+        with placement.borrow(module) as there:
             yield there
 
     def _encoded(self, key: Key, encode: Callable[[], E]) -> E:
@@ -240,7 +248,9 @@ class ModelLibrary:
         if role not in self._views or self._views[role][0] != key:
             view = _view(base)
             for use in loras:
-                attach(view, use.lora, use.strength, role=role, device=self.placement.device)
+                # Those of text encoders come and go with them.
+                device = self.placement.device if role == "flux" else None
+                attach(view, use.lora, use.strength, role=role, device=device)
             self._views[role] = key, view
         return cast(L, self._views[role][1])
 
@@ -312,6 +322,10 @@ def _content(values: Tensor) -> Key:
     """What tells pictures, or what was seen in them, apart: shape, and a digest of every value."""
     data = values.detach().cpu().contiguous()
     return tuple(data.shape), hashlib.sha256(data.view(torch.uint8).numpy().data).hexdigest()
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
 
 
 def _key(component: Component) -> Key:

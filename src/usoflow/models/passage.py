@@ -174,11 +174,12 @@ class Passage:
         """Begin the copy into the buffer that was filled longest ago."""
         buffer = self._buffers[self._turn]
         self._turn = (self._turn + 1) % len(self._buffers)
-        buffer.holds = number
+        buffer.holds = None  # while it is neither: a copy may be interrupted
         with self._streams.stream(self._copies):
             buffer.done.wait()
             self._copy(number, buffer)
             buffer.arrived.record()
+        buffer.holds = number
         return buffer
 
     def _copy(self, number: int, buffer: Buffer) -> None:

@@ -47,13 +47,13 @@ def tiled(function: Callable[[Tensor], Tensor], x: Tensor, grid: Grid) -> Tensor
     """
     rows, columns = (side // grid.before for side in x.shape[-2:])
     total: Tensor | None = None
-    weights = x.new_zeros(rows * grid.after, columns * grid.after)
     for (top, bottom), (left, right) in product(grid.spans(rows), grid.spans(columns)):
         b, a = grid.before, grid.after
         result = function(x[..., top * b : bottom * b, left * b : right * b])
         if total is None:
+            weights = result.new_zeros(rows * grid.after, columns * grid.after)
             total = result.new_zeros(*result.shape[:2], *weights.shape)
-        weight = _ramp(bottom - top, grid)[:, None] * _ramp(right - left, grid)
+        weight = (_ramp(bottom - top, grid)[:, None] * _ramp(right - left, grid)).to(weights)
         place = (..., slice(top * a, bottom * a), slice(left * a, right * a))
         total[place] += result * weight
         weights[place] += weight

@@ -28,7 +28,7 @@ def encode_text(
     context: NodeContext,
 ) -> Conditioning:
     """Encodes a prompt with both text encoders."""
-    encoding = context.library.encode_text(clip.clip_l, clip.t5, text, loras=clip.loras)
+    encoding = context.library.encode_text(clip.clip_l, clip.t5, text, loras=clip.loras, on_cpu=clip.on_cpu)
     return [(encoding.context, {"pooled_output": encoding.pooled})]
 
 
@@ -42,7 +42,9 @@ def encode_text_flux(
     context: NodeContext,
 ) -> Conditioning:
     """Encodes a prompt for each text encoder, with the strength of the built-in guidance."""
-    encoding = context.library.encode_text(clip.clip_l, clip.t5, t5xxl, clip_prompt=clip_l, loras=clip.loras)
+    encoding = context.library.encode_text(
+        clip.clip_l, clip.t5, t5xxl, clip_prompt=clip_l, loras=clip.loras, on_cpu=clip.on_cpu
+    )
     return [(encoding.context, {"pooled_output": encoding.pooled, "guidance": guidance})]
 
 

@@ -54,6 +54,7 @@ class ClipHandle:
     clip_l: Component
     t5: Component
     loras: tuple[LoraUse, ...] = ()
+    on_cpu: bool = False  # whatever else there is
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -68,7 +68,7 @@ def load_text_encoders(
 ) -> Clip:
     """Loads the two text encoders of FLUX from their files, in either order."""
     files = [_open(context, "text_encoders", name) for name in (clip_name1, clip_name2)]
-    return ClipHandle(_either(files, "clip_l"), _either(files, "t5"))
+    return ClipHandle(_either(files, "clip_l"), _either(files, "t5"), on_cpu=device == "cpu")
 
 
 @node("CLIPLoader", category="advanced/loaders", display_name="Load CLIP")
@@ -88,7 +88,7 @@ def load_text_encoders_of_one_file(
             f"{clip_name} holds only {file.describe()}.",
             remedy="FLUX needs two text encoders: load them with DualCLIPLoader.",
         )
-    return ClipHandle(file.component("clip_l"), file.component("t5"))
+    return ClipHandle(file.component("clip_l"), file.component("t5"), on_cpu=device == "cpu")
 
 
 @node("VAELoader", category="loaders", display_name="Load VAE")

@@ -139,7 +139,10 @@ def render_sprites(world: World, packages: Path, folder: Path) -> None:
     for side in SPRITE_SIDES:
         n = large // side
         means = sprites.reshape(*sprites.shape[:2], side, n, side, n, 4).mean(axis=(3, 5), dtype=np.float32)
-        np.save(_sprite_file(folder, side), means.round().astype(np.uint8))
+        path = _sprite_file(folder, side)
+        part = path.with_suffix(".part.npy")
+        np.save(part, means.round().astype(np.uint8))
+        part.replace(path)
 
 
 def _sprite_file(folder: Path, side: int) -> Path:

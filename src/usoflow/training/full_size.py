@@ -17,6 +17,7 @@ import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -230,21 +231,21 @@ def run(task: Task, accelerator: Accelerator) -> list[float]:
     reward = StyleReward(style_encoder.to(accelerator.device), encoders.vae)
     step = Step(learned, teaching.loss(task.name, reward))
     state = workshop.folder / f"{task.name}.pt"
-    losses = learn(step, task.recipe, accelerator, state, _settings(task))
+    losses = learn(step, task.recipe, accelerator, state, _settings(task, parts["flux"]))
     if accelerator.is_main_process:
         written = {name: p.detach().to("cpu", torch.bfloat16).contiguous() for name, p in learned.items()}
         save_file(written, workshop.folder / OUTPUT[task.name])
     return losses
 
 
-def _settings(task: Task) -> dict[str, Any]:
+def _settings(task: Task, flux: Component) -> dict[str, Any]:
     """What a run that continues must have as before; it may be longer."""
     aligned = task.workshop.folder / OUTPUT["style"]
     projector = aligned.read_bytes() if task.name == "subject" and aligned.exists() else b""
     return {
         "side": task.side, "fp8": task.fp8, "lessons": task.lessons, "rank": task.rank,
         "style_tokens": task.style_tokens, "batch": task.recipe.batch, "rate": task.recipe.rate,
-        "projector": hashlib.sha256(projector).hexdigest(),
+        "projector": hashlib.sha256(projector).hexdigest(), "flux": list(flux.file.fingerprint),
     }  # fmt: skip
 
 
@@ -286,6 +287,7 @@ def _learned(task: Task, teaching: Teaching) -> dict[str, nn.Parameter]:
 def main(arguments: Sequence[str] | None = None) -> list[float]:
     """The command line; returns the losses."""
     from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
 
     parser = argparse.ArgumentParser(description="Train USO's projector or LoRA on FLUX.1.")
     parser.add_argument("stage", choices=tuple(OUTPUT))
@@ -306,7 +308,9 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
         said.stage, said.models, workshop, said.side, said.fp8, said.lessons, said.style_tokens, said.rank,
         recipe,
     )  # fmt: skip
-    return run(task, Accelerator())
+    # The others wait while one process reads, draws and encodes: longer than they would by default.
+    patient = InitProcessGroupKwargs(timeout=timedelta(days=1))
+    return run(task, Accelerator(kwargs_handlers=[patient]))
 
 
 if __name__ == "__main__":

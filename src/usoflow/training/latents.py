@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from usoflow.errors import UsoflowError
 from usoflow.models.vae import AutoEncoder, LatentFormat
@@ -27,6 +28,7 @@ from usoflow.training.painting import Pictures, paint
 from usoflow.training.scenes import Scene, caption, draw_taught_scene
 
 PIXELS = 1 << 22  # that are encoded at once
+MADE_BY = "made-by.txt"  # in a cache's folder: the `fingerprint` of what encoded it
 
 
 @dataclass(frozen=True)
@@ -137,16 +139,44 @@ def cache(
         texts = [caption(sprites.world, scene) for scene in scenes]
         (folder / "captions.json").write_text(json.dumps(texts), "utf-8")
     found = LatentSet(folder, seed, device)
-    require_count(folder, count)
+    require_same(folder, count, fingerprint(module, seed, side))
     return found
 
 
-def require_count(folder: Path, wanted: int) -> None:
-    """What was encoded before must be as many as are asked for now.
+def fingerprint(*made_by: nn.Module | str | int) -> str:
+    """What tells caches apart: the weights of what encoded them, and settings."""
+    digest = hashlib.sha256()
+    for part in made_by:
+        if isinstance(part, nn.Module):
+            for name, parameter in part.named_parameters():
+                data = parameter.detach().cpu().contiguous().flatten().view(torch.uint8)
+                digest.update(name.encode())
+                digest.update(data.numpy().data)
+        else:
+            digest.update(repr(part).encode())
+    return digest.hexdigest()
+
+
+def require_same(folder: Path, wanted: int, made_by: str) -> None:
+    """What was encoded before must be as many as are asked for now, and of the same networks.
+
+    Args:
+        folder: of a cache; what it does not say yet of where it comes from is noted.
+        wanted: how many.
+        made_by: their `fingerprint`.
 
     Raises:
         UsoflowError: "training_config".
     """
+    note = folder / MADE_BY
+    if not note.exists():
+        note.write_text(made_by, "utf-8")
+    if note.read_text("utf-8") != made_by:
+        raise UsoflowError(
+            "training_config",
+            f"{folder} was encoded by other networks, or with other settings.",
+            remedy="Move it away to have its pictures encoded anew, and what was learnt from it too.",
+        )
     lengths = {len(np.load(path, mmap_mode="r")) for path in folder.glob("*.npy")}
     if lengths != {wanted}:
         raise UsoflowError(

@@ -243,21 +243,23 @@ def swap(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -
     return before
 
 
-def load_average(folder: Path, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Put the averaged weights of a stage's saved state into parameters of the same names.
+def load_average(folder: Path, parameters: Mapping[str, nn.Parameter], recipe: Recipe) -> None:
+    """Put the averaged weights of a finished stage into parameters of the same names.
 
     Raises:
-        UsoflowError: "training_config" if the stage was not run.
+        UsoflowError: "training_config" if the stage was not run, or not to the recipe's end.
     """
     if not (folder / "state.pt").exists():
         raise stage_missing(folder.name, folder.parent)
     state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
+    if state["done"] < recipe.samples:
+        raise stage_missing(folder.name, folder.parent, f"is at {state['done']} of {recipe.samples} samples")
     swap(parameters, state["average"])
 
 
-def stage_missing(name: str, folder: Path) -> UsoflowError:
+def stage_missing(name: str, folder: Path, reason: str = "was not run") -> UsoflowError:
     """The error of a stage that needs another one."""
     return UsoflowError(
-        "training_config", f"The stage {name} was not run in {folder}.",
+        "training_config", f"The stage {name} {reason} in {folder}.",
         remedy=f"Run `usoflow train {name} --work {folder}` first, or `all`.",
     )  # fmt: skip

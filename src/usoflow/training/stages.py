@@ -167,7 +167,10 @@ class Workshop:
 
     def load(self, pocket: Pocket, stage: str) -> None:
         """Put the averaged weights of a stage into the modules."""
-        load_average(self.folder / stage, dict(pocket.named_parameters()))
+        base = self.plan.base
+        recipes = {"base": base.recipe, "large": base.large, "guided": base.guided}
+        recipe = recipes.get(stage, self.plan.redraw.recipe)
+        load_average(self.folder / stage, dict(pocket.named_parameters()), recipe)
 
     def _flow(self, pocket: Pocket, recipe: Recipe, name: str, batches: Batches) -> None:
         loss_of = flow_loss(pocket, recipe, batches, dtype=self.dtype)

@@ -27,7 +27,7 @@ from usoflow.models.vae import AutoEncoder
 from usoflow.models.vision import SiglipVision, preprocess
 from usoflow.training.backgrounds import BACKGROUNDS
 from usoflow.training.drawings import Sprites
-from usoflow.training.latents import encoded, encoded_scenes, held, require_count
+from usoflow.training.latents import encoded, encoded_scenes, fingerprint, held, require_same
 from usoflow.training.loop import CPU
 from usoflow.training.painting import paint
 from usoflow.training.scenes import (
@@ -258,6 +258,11 @@ class Encoders:
     dtype: torch.dtype = torch.float32
     device: torch.device = CPU
 
+    def fingerprint(self, use: Use, seed: int) -> str:
+        """Of what is encoded for a use."""
+        tower = [self.tower] if use in STYLED else []
+        return fingerprint(self.vae, *tower, self.side, seed)
+
     def latents(self, scenes: Sequence[Scene], path: Path) -> None:
         """Write model latents, [N, 16, h, w]."""
         encoded_scenes(self.vae, self.sprites, scenes, self.side, path, dtype=self.dtype, device=self.device)
@@ -289,7 +294,7 @@ def cache_triplets(
         (folder / "prompts.json").write_text(json.dumps([t.prompt for t in triplets]), "utf-8")
         (folder / "styles.json").write_text(json.dumps(styles), "utf-8")
     found = TripletSet(folder, encoders.device)
-    require_count(folder, count)
+    require_same(folder, count, encoders.fingerprint(use, seed))
     return found
 
 

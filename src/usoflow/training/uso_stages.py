@@ -85,7 +85,7 @@ def subject(workshop: Workshop) -> None:
     plain, expert = workshop.finished().requires_grad_(False), workshop.pocket().requires_grad_(False)
     workshop.load(expert, "redraw")
     teaching = dataclasses.replace(_teaching(workshop), plain=plain, expert=expert)
-    load_average(workshop.folder / "style", dict(teaching.projector.named_parameters()))
+    _load_projector(workshop, teaching.projector)
     pairs = _lora(workshop, teaching.base)
     extract(pairs, plain.flux, expert.flux)
     _run(workshop, teaching, lora_parameters(pairs), "subject")
@@ -109,10 +109,15 @@ def uso_judge(workshop: Workshop) -> None:
 def trained(workshop: Workshop, pocket: Pocket) -> tuple[StyleProjector, dict[str, nn.Parameter]]:
     """The trained projector, and the trained LoRA, attached to `pocket`, by its names in a file."""
     projector = _projector(workshop)
-    load_average(workshop.folder / "style", dict(projector.named_parameters()))
+    _load_projector(workshop, projector)
     lora = lora_parameters(_lora(workshop, pocket))
-    load_average(workshop.folder / "subject", lora)
+    load_average(workshop.folder / "subject", lora, workshop.plan.uso.subject)
     return projector, lora
+
+
+def _load_projector(workshop: Workshop, projector: StyleProjector) -> None:
+    parameters = dict(projector.named_parameters())
+    load_average(workshop.folder / "style", parameters, workshop.plan.uso.style)
 
 
 def _teaching(workshop: Workshop) -> Teaching:
