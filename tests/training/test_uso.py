@@ -67,7 +67,7 @@ from usoflow.training.world import World
 
 WHOLE = World.load()
 RECIPE = Recipe(samples=400, batch=4, rate=3e-3, warmup=0, save_every=1000)
-TOWER = TowerStage(RECIPE, dim=32, mlp_dim=32)
+TOWER = TowerStage(RECIPE, dim=64, mlp_dim=48)
 STAGE = UsoStage(RECIPE, RECIPE, lessons=8, style_tokens=2, rank=4, wide_rank=8, reward_batch=2)
 SIZES = {"hidden": 64, "double": 1, "single": 1, "text_dim": 32, "text_layers": 1, "clip_dim": 32}
 
@@ -399,7 +399,7 @@ def test_files_load_and_compute_as_the_modules(teaching: Teaching, tmp_path: Pat
     parts = [TensorFile.open(tmp_path / name).components() for name in package.USO_FILES.values()][:2]
     vision, projector = load_siglip(parts[0]["siglip"]), load_projector(parts[1]["uso_projector"])
     got = style_states(vision, pictures)
-    assert torch.allclose(got, wanted, atol=2e-2)
+    assert (got - wanted).norm() < 2e-2 * wanted.norm()  # fp16 has what is set nearly
     states = dict(zip(LEVELS.values(), wanted.unbind(1), strict=True))
     assert torch.allclose(projector(states), teaching.projector(states), atol=2e-2)
     assert "vision_model.embeddings.patch_embedding.weight" in load_file(

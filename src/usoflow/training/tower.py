@@ -3,7 +3,9 @@
 Trains `models.vision.SiglipVision` beside a small text encoder with the sigmoid loss of SigLIP (arXiv
 2303.15343, equation 1): of all pairs of a batch, the pictures with their own captions belong together. Every
 picture has two captions, what is shown and how it is drawn, for with a whole caption the subject alone tells
-the pictures of a batch apart, and the style is hardly looked at. Only the tower's layers are kept; its head
+the pictures of a batch apart, and the style is hardly looked at. The loss is that of each of the three hidden
+states that USO reads (deep supervision, arXiv 1409.5185), for from its end alone so narrow a tower of twenty
+layers learns slowly. Its first two layers are set (`colours`). Only the tower's layers are kept; its heads
 and the text encoder are not part of USO.
 """
 
@@ -19,10 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from usoflow.models.style_projector import LEVELS
 from usoflow.models.text import T5Config, T5Encoder
 from usoflow.models.vision import SiglipConfig, SiglipVision, preprocess
 from usoflow.models.weights import LayerNorm, Linear
 from usoflow.training.captions import CaptionTokenizer, Vocabulary
+from usoflow.training.colours import LEAST_DIM, know_colours
 from usoflow.training.drawings import Sprites
 from usoflow.training.initial import initialise
 from usoflow.training.looks import look_words
@@ -59,6 +63,11 @@ class TowerStage:
     text_length: int = 24
     drawn: int = 60_000
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for a tower without room for what its first layers are set to."""
+        if self.dim < LEAST_DIM or self.layers <= -min(LEVELS.values()) - 1:
+            raise ValueError(f"a tower needs {LEAST_DIM} features and {-min(LEVELS.values())} layers")
+
     @property
     def config(self) -> SiglipConfig:
         return SiglipConfig(
@@ -67,7 +76,7 @@ class TowerStage:
 
 
 class Contrast(nn.Module):
-    """Tower and text encoder, each with a head into a common space, and the loss between them."""
+    """Tower and text encoder, with heads into common spaces, one for each level; the loss between them."""
 
     def __init__(self, stage: TowerStage, vocabulary: Vocabulary) -> None:
         super().__init__()
@@ -75,18 +84,22 @@ class Contrast(nn.Module):
         dim = stage.dim
         text = T5Config(dim, dim, 2 * dim, 1, dim // 16, stage.text_length, vocabulary=len(vocabulary.rows))
         self.tower, self.text = SiglipVision(stage.config), T5Encoder(text)
-        self.picture_norm, self.picture_head = LayerNorm(dim, 1e-5), Linear(dim, dim)
+        self.picture_norms = nn.ModuleList(LayerNorm(dim, 1e-5) for _ in LEVELS)
+        self.picture_heads = nn.ModuleList(Linear(dim, dim) for _ in LEVELS)
         self.text_norm, self.text_head = LayerNorm(dim, 1e-5), Linear(dim, dim)
-        self.scale = nn.Parameter(torch.tensor(FIRST_SCALE))
-        self.bias = nn.Parameter(torch.tensor(FIRST_BIAS))
+        self.scales = nn.Parameter(torch.full((len(LEVELS), 1, 1), FIRST_SCALE))
+        self.biases = nn.Parameter(torch.full((len(LEVELS), 1, 1), FIRST_BIAS))
         generator = torch.Generator().manual_seed(stage.recipe.seed)
         initialise(self, generator, zero=("self_attn.out_proj", "mlp.fc2"))
+        know_colours(self.tower)
+        self.tower.encoder.layers[-1].requires_grad_(False)  # which USO does not read
 
     def see(self, pictures: Tensor) -> Tensor:
-        """[B, S, S, 3] in 0..1 -> unit vectors [B, dim]."""
-        pixels = preprocess(pictures, self.tower.config.image_size)
-        last = self.tower(pixels, [-1]).hidden[-1].mean(dim=1)
-        return F.normalize(self.picture_head(self.picture_norm(last)), dim=-1)
+        """[B, S, S, 3] in 0..1 -> unit vectors [levels, B, dim]."""
+        hidden = self.tower(preprocess(pictures, self.tower.config.image_size), list(LEVELS.values())).hidden
+        parts = zip(LEVELS.values(), self.picture_norms, self.picture_heads, strict=True)
+        seen = [head(norm(hidden[level].mean(dim=1))) for level, norm, head in parts]
+        return F.normalize(torch.stack(seen), dim=-1)
 
     def read(self, ids: Tensor) -> Tensor:
         """Captions, as rows of the vocabulary [B, T] -> unit vectors [B, dim]."""
@@ -94,7 +107,7 @@ class Contrast(nn.Module):
         return F.normalize(self.text_head(self.text_norm(states)), dim=-1)
 
     def loss(self, pictures: Tensor, texts: Tensor, ids: Tensor) -> Tensor:
-        """The sigmoid loss, per picture; captions that are the same text belong to each other's pictures.
+        """The sigmoid loss, per picture, of all levels; captions of one text belong to each other's pictures.
 
         Args:
             pictures: [B, S, S, 3] in 0..1.
@@ -102,7 +115,7 @@ class Contrast(nn.Module):
             ids: int64 [N, T], all captions by number.
         """
         numbers = texts.flatten()  # [2 B]
-        logits = self.scale.exp() * self.see(pictures) @ self.read(ids[numbers]).T + self.bias
+        logits = self.scales.exp() * (self.see(pictures) @ self.read(ids[numbers]).T) + self.biases
         own = (texts[:, :, None] == numbers).any(dim=1)  # [B, 2 B]
         once = 1 / (numbers[:, None] == numbers).sum(dim=0)  # a text that comes n times counts once
         return -(F.logsigmoid(torch.where(own, logits, -logits)) * once).sum() / len(pictures)
@@ -140,7 +153,7 @@ class Captioned:
         captions = [captions_of(world, scene) for scene in scenes]
         known = sorted({text for own in captions for text in own})
         number = {text: i for i, text in enumerate(known)}
-        device = contrast.scale.device
+        device = contrast.scales.device
         return cls(
             torch.from_numpy(pictures).to(device),
             torch.tensor([[number[text] for text in own] for own in captions], device=device),
@@ -167,7 +180,8 @@ def train_tower(
     """Run the stage to its end from wherever its folder is."""
     world, side = sprites.world, stage.config.image_size
     contrast = new_contrast(world, stage).to(device)
-    training = Training(dict(contrast.named_parameters()), stage.recipe, folder)
+    learned = {name: p for name, p in contrast.named_parameters() if p.requires_grad}
+    training = Training(learned, stage.recipe, folder)
     training.resume()
     if training.done < stage.recipe.samples:
         scenes = [tower_scene(world, i) for i in range(stage.drawn)]
