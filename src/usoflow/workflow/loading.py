@@ -22,7 +22,6 @@ from usoflow.workflow.prompt import Prompt, looks_like_prompt
 TEMPLATE: Final = "template:"
 TEMPLATE_PACKAGE: Final = "comfyui_workflow_templates_json"
 MAX_DEPTH: Final = 100
-_HALF = re.compile(r"\\u[dD][89a-fA-F]")  # the escape of a surrogate, or of a pair's half
 QUARANTINE: Final = "proxyWidgetErrorQuarantine"
 
 
@@ -91,8 +90,6 @@ def load_json(data: object, registry: NodeRegistry) -> LoadedWorkflow:
 def read_json(text: str | bytes) -> Any:
     """Decode JSON of any origin; NaN and Infinity, which some writers emit, become null.
 
-    Half an emoji, as programs leave it that cut texts, becomes U+FFFD: no text with it could be sent on.
-
     Raises UsoflowError("not_a_workflow").
     """
     try:
@@ -103,13 +100,7 @@ def read_json(text: str | bytes) -> Any:
     except ValueError as reason:
         raise UsoflowError("not_a_workflow", f"not JSON, PNG or WebP ({str(reason)[:200]})") from None
     _check_depth(data)
-    return _whole_characters(data) if _HALF.search(decoded) else data
-
-
-def _whole_characters(data: Any) -> Any:
-    """The same with surrogates that belong to no pair replaced."""
-    text = json.dumps(data, ensure_ascii=False)
-    return json.loads(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+    return data
 
 
 def _check_depth(data: object) -> None:
