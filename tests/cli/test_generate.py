@@ -156,9 +156,9 @@ def test_a_model_of_another_name(small_models: Path, small_options: list[str], t
 
 
 def test_what_is_done_is_told_before_the_next(small_models: Path, pictures: Path, tmp_path: Path) -> None:
-    """Fifty are asked for and Ctrl+C comes after the first, which has been named by then."""
+    """A thousand are asked for and Ctrl+C comes after the first, which has been named by then."""
     script = "import sys, usoflow.cli.main as m; sys.exit(m.main())"
-    command = [sys.executable, "-c", script, "generate", "a cat", "--count=50", "--size=32x32", "--steps=1"]
+    command = [sys.executable, "-c", script, "generate", "a cat", "--count=1000", "--size=32x32", "--steps=1"]
     command += ["--models", str(small_models), "--output", str(tmp_path), "--device=cpu", "--dtype=fp32"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
         assert running.stdout is not None
