@@ -44,7 +44,8 @@ def velocity(
 
 def relative(found: Tensor, expected: Tensor) -> float:
     """L2 distance."""
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
+    found, expected = found.double().cpu(), expected.double().cpu()
+    return float((found - expected).norm() / expected.norm())
 
 
 def require_exact_branches(layer: Linear) -> None:

@@ -9,6 +9,7 @@ import torch
 from benchmarks.peer import twin as diffusers_twin
 from torch import Tensor
 
+from networks import relative
 from usoflow.models.checkpoint import TensorFile
 from usoflow.models.flux import Flux, FluxConfig, patchify, rotary_table, timestep_embedding, unpatchify
 from usoflow.models.library import load_flux, load_projector
@@ -27,10 +28,6 @@ def small_flux(seed: int = 0, config: FluxConfig = CONFIG) -> Flux:
     for parameter in model.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
     return model.requires_grad_(False)
-
-
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
 @pytest.mark.parametrize("method", ["uxo", "index"])
@@ -58,7 +55,7 @@ def test_diffusers_agrees(method: str, references: tuple[tuple[int, int], ...]) 
             img_ids=ids, txt_ids=torch.zeros(8, 3), return_dict=False,
         )[0]  # fmt: skip
         found = ours(latent, torch.tensor(0.7), inputs)
-    assert relative_error(found, unpatchify(theirs[:, : 4 * 5], latent.shape)) < RTOL
+    assert relative(found, unpatchify(theirs[:, : 4 * 5], latent.shape)) < RTOL
 
 
 def test_odd_sizes_are_padded_by_wrapping_and_cropped_back() -> None:
@@ -106,7 +103,7 @@ def test_a_batch_is_its_members() -> None:
         model(one, sigma, model.prepare(text, pooled, (4, 4), references=reference, style=style))
         for one in latent.split(1)
     ]
-    assert relative_error(together, torch.cat(alone)) < 1e-5
+    assert relative(together, torch.cat(alone)) < 1e-5
 
 
 def test_style_tokens_may_come_from_elsewhere() -> None:
@@ -145,8 +142,8 @@ def test_more_references_change_the_picture() -> None:
         return model(latent, torch.tensor(0.4), inputs)
 
     for one, other in [(0, 1), (1, 2)]:
-        assert relative_error(velocity(one), velocity(other)) > 1e-4
-    assert relative_error(velocity(1), velocity(1, "index")) > 1e-5
+        assert relative(velocity(one), velocity(other)) > 1e-4
+    assert relative(velocity(1), velocity(1, "index")) > 1e-5
 
 
 @pytest.fixture(scope="module")

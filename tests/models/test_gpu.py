@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
-from networks import lora_of, transformer_of, velocity
+from networks import lora_of, relative, transformer_of, velocity
 from usoflow.api.engine import Engine
 from usoflow.models import kernels
 from usoflow.models.flux import Flux
@@ -21,10 +20,6 @@ pytestmark = [
     pytest.mark.filterwarnings("default"),  # the compiler's own
 ]
 BF16 = torch.bfloat16
-
-
-def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found.double().cpu() - expected.double().cpu()).norm() / expected.double().norm().cpu())
 
 
 def loaded(

@@ -9,15 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from networks import relative
 from usoflow.models import kernels
 from usoflow.models.kernels import Scratch, attention, has_nan, linear, pack, widen
 from usoflow.models.weights import Linear
 
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
-
-
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)

@@ -15,6 +15,7 @@ from transformers import CLIPTextModel, T5EncoderModel
 from transformers import T5Config as OracleT5Config
 
 from golden.compare import Golden
+from networks import relative
 from usoflow.errors import UsoflowError
 from usoflow.models import text as text_module
 from usoflow.models.checkpoint import Component, TensorFile
@@ -42,10 +43,6 @@ PROMPTS = (
     "a very long prompt about a castle on a hill, " * 12,
     "un café à la française — 日本語の猫 🐱 ñ",
 )
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    return float((a - b).norm() / b.norm())
 
 
 def randomised(model: nn.Module) -> nn.Module:

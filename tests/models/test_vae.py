@@ -16,6 +16,7 @@ from torch import Tensor
 
 from golden import synth
 from golden.compare import Golden
+from networks import relative
 from usoflow.errors import UsoflowError
 from usoflow.models.checkpoint import TensorFile
 from usoflow.models.library import load_vae
@@ -84,10 +85,6 @@ def vae_file(oracle: AutoencoderKL, tmp_path: Path) -> Path:
 def vae(vae_file: Path) -> AutoEncoder:
     component = TensorFile.open(vae_file).component("vae")
     return build(component, lambda: AutoEncoder(VaeConfig.from_component(component)))
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    return float((a - b).norm() / b.norm())
 
 
 def test_config_follows_from_shapes_and_declaration(vae_file: Path) -> None:

@@ -16,6 +16,7 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from golden import synth
 from golden.compare import Golden
+from networks import relative
 from usoflow.errors import UsoflowError
 from usoflow.models import vision
 from usoflow.models.checkpoint import Component, TensorFile
@@ -23,10 +24,6 @@ from usoflow.models.vision import SiglipConfig, SiglipVision, preprocess
 from usoflow.models.weights import build
 
 CONFIG = SiglipConfig(dim=32, mlp_dim=40, layers=4, heads=4, patch=5, grid=3, image_size=17, eps=1e-3)
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    return float((a - b).norm() / b.norm())
 
 
 @pytest.fixture(scope="module")

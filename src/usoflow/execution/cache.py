@@ -14,7 +14,7 @@ from typing import Any
 from usoflow.errors import UsoflowError
 from usoflow.models.checkpoint import TensorFile
 from usoflow.schema.node import NodeRegistry
-from usoflow.schema.specs import InputImage, InputSpec, ModelFile, NodeSchema
+from usoflow.schema.specs import InputImage, InputSpec, ModelFile
 from usoflow.schema.values import image_location
 from usoflow.settings import Folders
 from usoflow.workflow.prompt import Prompt, PromptNode, link_of, unwrapped
@@ -51,19 +51,15 @@ def keys(prompt: Prompt, order: list[str], registry: NodeRegistry, folders: Fold
             name: _part(node, name, value, found, registry, folders) for name, value in node.inputs.items()
         }
         entry = registry[node.class_type]
-        told = entry.changed(constants(node, entry.schema)) if entry.changed else ""
+        told = entry.changed(constants(node)) if entry.changed else ""
         text = json.dumps([node.class_type, parts, told], sort_keys=True, default=str)
         found[node_id] = hashlib.sha256(text.encode()).hexdigest()
     return found
 
 
-def constants(node: PromptNode, schema: NodeSchema) -> Mapping[str, Any]:
+def constants(node: PromptNode) -> Mapping[str, Any]:
     """The inputs of a node that are values; those that are links are None, as in ComfyUI."""
-    return {
-        name: None if link_of(value) else unwrapped(value)
-        for name, value in node.inputs.items()
-        if schema.input(name)
-    }
+    return {name: None if link_of(value) else unwrapped(value) for name, value in node.inputs.items()}
 
 
 def _part(

@@ -148,7 +148,7 @@ class _Run:
             node = self.prompt.nodes[node_id]
             entry = self.executor.registry[node.class_type]
             try:
-                refused = entry.refusal and entry.refusal(constants(node, entry.schema))
+                refused = entry.refusal and entry.refusal(constants(node))
             except Exception as error:
                 raise self._at(node_id, "custom_node_failed", f"VALIDATE_INPUTS: {error!r}") from error
             if refused:
@@ -201,8 +201,7 @@ class _Run:
     def _call(self, node_id: str) -> Outputs:
         node = self.prompt.nodes[node_id]
         entry = self.executor.registry[node.class_type]
-        names = {spec.name for spec in entry.schema.inputs}
-        inputs = {name: self._value(value) for name, value in node.inputs.items() if name in names}
+        inputs = {name: self._value(value) for name, value in node.inputs.items()}
         if entry.schema.takes_context:
             inputs["context"] = self._context(node_id)
         with torch.inference_mode():

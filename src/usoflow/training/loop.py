@@ -251,10 +251,11 @@ def load_average(folder: Path, parameters: Mapping[str, nn.Parameter], recipe: R
     """
     if not (folder / "state.pt").exists():
         raise stage_missing(folder.name, folder.parent)
-    state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
-    if state["done"] < recipe.samples:
-        raise stage_missing(folder.name, folder.parent, f"is at {state['done']} of {recipe.samples} samples")
-    swap(parameters, state["average"])
+    with read_state(folder / "state.pt") as state:
+        done, average = state["done"], state["average"]
+        if done < recipe.samples:
+            raise stage_missing(folder.name, folder.parent, f"is at {done} of {recipe.samples} samples")
+        swap(parameters, average)
 
 
 def stage_missing(name: str, folder: Path, reason: str = "was not run") -> UsoflowError:

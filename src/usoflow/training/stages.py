@@ -168,9 +168,11 @@ class Workshop:
     def load(self, pocket: Pocket, stage: str) -> None:
         """Put the averaged weights of a stage into the modules."""
         base = self.plan.base
-        recipes = {"base": base.recipe, "large": base.large, "guided": base.guided}
-        recipe = recipes.get(stage, self.plan.redraw.recipe)
-        load_average(self.folder / stage, dict(pocket.named_parameters()), recipe)
+        recipes = {
+            "base": base.recipe, "large": base.large, "guided": base.guided,
+            "redraw": self.plan.redraw.recipe,
+        }  # fmt: skip
+        load_average(self.folder / stage, dict(pocket.named_parameters()), recipes[stage])
 
     def _flow(self, pocket: Pocket, recipe: Recipe, name: str, batches: Batches) -> None:
         loss_of = flow_loss(pocket, recipe, batches, dtype=self.dtype)
