@@ -290,4 +290,4 @@ class Engine:
 
 
 def _path(value: str | Path | None) -> Path | None:
-    return None if value is None else Path(value).expanduser()
+    return None if value is None else Path(value)

@@ -71,7 +71,7 @@ def serve(
         token=token,
         ui=ui,
         preview=preview,
-        custom_nodes=check_folder(custom_nodes.expanduser()) if custom_nodes else None,
+        custom_nodes=check_folder(custom_nodes) if custom_nodes else None,
     )
     bound = _bound(listen, port)
     app = create_app(settings, device=device.value, dtype=dtype.value, budget=budget, compiled=compiled)

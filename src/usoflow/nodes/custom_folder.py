@@ -36,7 +36,8 @@ class CustomNodes:
 
 
 def check_folder(folder: Path) -> Path:
-    """The folder. Raises UsoflowError `file_not_found` if it is not there."""
+    """The folder, `~` expanded. Raises UsoflowError `file_not_found` if it is not there."""
+    folder = folder.expanduser()
     if not folder.is_dir():
         raise UsoflowError("file_not_found", f"The folder of custom nodes {folder} does not exist.")
     return folder
