@@ -16,6 +16,7 @@ from usoflow.models.lora import attach
 from usoflow.training.full_size import OUTPUT, StageName, Task, run
 from usoflow.training.loop import Recipe
 from usoflow.training.plan import Plan
+from usoflow.training.reward import RewardStage
 from usoflow.training.stages import Workshop
 
 
@@ -24,7 +25,9 @@ def workshop(tmp_path: Path) -> Workshop:
     """A work folder with drawings."""
     paint_sprites(tmp_path / "sprites")
     plan = Plan.read(None)
-    return Workshop(tmp_path, dataclasses.replace(plan, reward=Recipe(64, 8, 1e-3)), world=WORLD)
+    return Workshop(
+        tmp_path, dataclasses.replace(plan, reward=RewardStage(Recipe(64, 8, 1e-3), drawn=16)), world=WORLD
+    )
 
 
 def task(

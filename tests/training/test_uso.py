@@ -410,7 +410,7 @@ def test_files_load_and_compute_as_the_modules(teaching: Teaching, tmp_path: Pat
 def test_reward_is_least_for_the_style_picture_itself_and_flows_back(teaching: Teaching) -> None:
     torch.manual_seed(0)
     vae = autoencoder.new_autoencoder(VaeStage(RECIPE, widths=(8, 8, 8, 16))).requires_grad_(False)
-    reward = StyleReward(StyleEncoder(2, 3).requires_grad_(False), vae)
+    reward = StyleReward(StyleEncoder(5).requires_grad_(False), vae)
     latents = torch.randn(2, 16, 8, 8, requires_grad=True)
     with torch.no_grad():
         own = (vae.decoder(latents / 0.3611 + 0.1159).permute(0, 2, 3, 1) + 1).div(2).clamp(0, 1)

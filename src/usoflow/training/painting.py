@@ -20,6 +20,7 @@ from usoflow.training.world import World
 
 Pictures = npt.NDArray[np.uint8]  # [N, side, side, 3]
 CHUNK = 128  # scenes that a process draws at once
+SOFT = 0.5  # of pictures that are softened
 
 
 def paint(sprites: Sprites, scenes: Sequence[Scene], side: int, path: Path) -> Pictures:
@@ -36,6 +37,18 @@ def paint(sprites: Sprites, scenes: Sequence[Scene], side: int, path: Path) -> P
         part.rename(path)
     pictures: Pictures = np.load(path, mmap_mode="c")
     return pictures
+
+
+def softened(
+    pictures: npt.NDArray[np.float32], rng: np.random.Generator, *, widest: float
+) -> npt.NDArray[np.float32]:
+    """Some pictures a little out of focus, by up to `widest` pixels: made pictures are soft, too."""
+    widths = rng.uniform(0.2, widest, len(pictures)) * (rng.random(len(pictures)) < SOFT)
+    soft = [
+        cv2.GaussianBlur(picture, (0, 0), float(width)) if width else picture
+        for picture, width in zip(pictures, widths, strict=True)
+    ]
+    return np.stack(soft)
 
 
 def _paint(world: World, drawings: Path, scenes: Sequence[Scene], side: int, path: Path, first: int) -> None:

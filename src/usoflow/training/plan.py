@@ -17,6 +17,7 @@ from usoflow.training.autoencoder import VaeStage
 from usoflow.training.base import BaseStage
 from usoflow.training.loop import Recipe
 from usoflow.training.redraw import RedrawStage
+from usoflow.training.reward import RewardStage
 from usoflow.training.tower import TowerStage
 from usoflow.training.uso import UsoStage
 
@@ -30,7 +31,7 @@ class Plan:
     tower: TowerStage
     redraw: RedrawStage
     uso: UsoStage
-    reward: Recipe
+    reward: RewardStage
     judge: Recipe
     uso_judge: Recipe
 
@@ -50,7 +51,7 @@ class Plan:
                 TowerStage(**_section(data["tower"])),
                 RedrawStage(**_section(data["redraw"])),
                 UsoStage(**_section(data["uso"])),
-                Recipe(**data["reward"]),
+                RewardStage(**_section(data["reward"])),
                 Recipe(**data["judge"]),
                 Recipe(**data["uso_judge"]),
             )

@@ -2,49 +2,92 @@
 
 Stage `reward` trains a small style encoder on real scenes; `StyleReward` compares with it, differentiably,
 and serves the stages of `uso`. Method: arXiv 2508.18966, section 3.3, whose style encoder is CSD; ours tells
-drawing sets and renderings apart, and its features, not its answers, are compared.
+drawing sets and renderings apart. What tells drawing sets apart are exact colours, and networks learn last
+what varies fast with their input (arXiv 1806.08734); so the encoder is given waves of the colours.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from usoflow.models.vae import AutoEncoder, LatentFormat
 from usoflow.training.drawings import Sprites
-from usoflow.training.loop import Recipe, Training, swap
-from usoflow.training.scenes import Scene, draw_scene, generator, pictures_of
+from usoflow.training.loop import LossFunction, Recipe, Training, swap
+from usoflow.training.painting import Pictures, paint, softened
+from usoflow.training.scenes import Scene, draw_scene, generator
 from usoflow.training.triplets import RENDERED, seen_styles
 from usoflow.training.world import World
 
 REWARD_SEED = 41  # of its scenes
-WIDTHS = (16, 32, 64, 128)
+COLOUR_WIDTH = 32
+WIDTHS = (32, 48, 64, 128)
+FEATURES = 64
+OCTAVES = (0, 1, 2, 3)  # waves are sin and cos of pi 2^k c, with a colour c in -1..1
+TEMPERATURE = 1 / 16  # of the cosines with the styles' own vectors
+BLUR = 1.6  # pixels: what is made in one step is soft
+GRAIN = 0.03
+
+
+@dataclass(frozen=True, slots=True)
+class RewardStage:
+    """What the `reward` section of a training file says.
+
+    Attributes:
+        recipe: length and speed.
+        drawn: pictures, of which batches are chosen at random.
+    """
+
+    recipe: Recipe
+    drawn: int = 60_000
 
 
 class StyleEncoder(nn.Module):
-    """Strided convolutions; means and deviations of their channels, which tell texture and not place."""
+    """Waves of colours, then strided convolutions; means and deviations of all channels.
 
-    def __init__(self, sets: int, renderings: int) -> None:
+    They tell texture and colour, not place. The vectors of the styles themselves are for training alone.
+    """
+
+    def __init__(self, styles: int) -> None:
         super().__init__()
-        pairs = zip((3, *WIDTHS[:-1]), WIDTHS, strict=True)
+        colours = 3 + 6 * len(OCTAVES)
+        pairs = zip((COLOUR_WIDTH, *WIDTHS[:-1]), WIDTHS, strict=True)
+        self.colours = nn.Conv2d(colours, COLOUR_WIDTH, 1)
         self.layers = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairs)
         self.norms = nn.ModuleList(nn.GroupNorm(4, width) for width in WIDTHS)
-        self.project = nn.Linear(2 * sum(WIDTHS), 64)
-        self.drawing_set, self.rendering = nn.Linear(64, sets), nn.Linear(64, renderings + 1)
+        self.project = nn.Linear(2 * (COLOUR_WIDTH + sum(WIDTHS)), FEATURES)
+        self.styles = nn.Parameter(torch.randn(styles, FEATURES))
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        """[B, S, S, 3] in 0..1 -> features [B, 64]."""
-        x = pictures.permute(0, 3, 1, 2) * 2 - 1
-        found = []
+    def forward(self, pictures: Tensor, *, first: tuple[int, int] = (0, 0)) -> Tensor:
+        """Pictures, [B, S, S, 3] in 0..1 -> unit vectors [B, 64].
+
+        Every second pixel is looked at, down and across, from `first` on: exact colours stay as they are
+        there, and a quarter is enough of them.
+        """
+        down, across = first
+        x = pictures[:, down::2, across::2].permute(0, 3, 1, 2) * 2 - 1
+        waves = [wave(math.pi * 2**k * x) for k in OCTAVES for wave in (torch.sin, torch.cos)]
+        x = F.silu(self.colours(torch.cat([x, *waves], dim=1)))
+        found = [*_statistics(x)]
         for layer, norm in zip(self.layers, self.norms, strict=True):
             x = F.silu(norm(layer(x)))
-            found += [x.mean(dim=(2, 3)), x.std(dim=(2, 3))]
-        features: Tensor = self.project(torch.cat(found, dim=1))
-        return features
+            found += _statistics(x)
+        return F.normalize(self.project(torch.cat(found, dim=1)), dim=-1)
+
+    def told(self, features: Tensor) -> Tensor:
+        """Logits of the styles, [B, styles], for features [B, 64] (arXiv 1704.06369)."""
+        return features @ F.normalize(self.styles, dim=-1).T / TEMPERATURE
+
+
+def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Means and deviations of channels; no deviation is zero, where its gradient would have no end."""
+    return x.mean(dim=(2, 3)), (x.var(dim=(2, 3)) + 1e-5).sqrt()
 
 
 def style_scene(world: World, index: int) -> Scene:
@@ -53,42 +96,58 @@ def style_scene(world: World, index: int) -> Scene:
     return seen_styles(world, RENDERED).give(scene, generator(REWARD_SEED + 1, index))
 
 
-def train_style_encoder(sprites: Sprites, recipe: Recipe, folder: Path, *, side: int) -> StyleEncoder:
+def train_style_encoder(sprites: Sprites, stage: RewardStage, folder: Path, *, side: int) -> StyleEncoder:
     """Run the stage to its end from wherever its folder is."""
+    recipe, world = stage.recipe, sprites.world
+    styles = (*world.seen_sets, *world.seen_renderings)
     torch.manual_seed(recipe.seed)
-    world = sprites.world
-    sets, renderings = world.seen_sets, (None, *world.seen_renderings)
-    encoder = StyleEncoder(len(sets), len(world.seen_renderings))
+    encoder = StyleEncoder(len(styles))
     training = Training(dict(encoder.named_parameters()), recipe, folder)
     training.resume()
-
-    def loss_of(done: int) -> Tensor:
-        scenes = [style_scene(world, done + i) for i in range(recipe.batch)]
-        features = F.silu(encoder(pictures_of(sprites, scenes, side)))
-        drawn = torch.tensor([sets.index(scene.drawing_set) for scene in scenes])
-        rendered = torch.tensor([renderings.index(scene.rendering) for scene in scenes])
-        told = F.cross_entropy(encoder.rendering(features), rendered)
-        return told + F.cross_entropy(encoder.drawing_set(features), drawn)
-
-    training.run(loss_of, after_save=lambda: None)
+    if training.done < recipe.samples:
+        scenes = [style_scene(world, i) for i in range(stage.drawn)]
+        folder.mkdir(parents=True, exist_ok=True)
+        drawn = folder / "drawn.npy"
+        numbers = torch.tensor([styles.index(scene.rendering or scene.drawing_set) for scene in scenes])
+        pictures = paint(sprites, scenes, side, drawn)
+        training.run(_loss(encoder, recipe, pictures, numbers), after_save=lambda: None)
+        drawn.unlink()
     swap(training.parameters, training.average)
     return encoder.requires_grad_(False)
 
 
+def _loss(encoder: StyleEncoder, recipe: Recipe, pictures: Pictures, styles: Tensor) -> LossFunction:
+    """Which style, of pictures as soft and grainy as those that are made."""
+
+    def loss_of(done: int) -> Tensor:
+        rng = np.random.default_rng((recipe.seed, done))
+        rows = rng.integers(len(pictures), size=recipe.batch)
+        soft = softened(pictures[rows].astype(np.float32) / 255, rng, widest=BLUR)
+        grain = rng.standard_normal(soft.shape, np.float32) * rng.uniform(0, GRAIN, (len(rows), 1, 1, 1))
+        seen = torch.from_numpy((soft + grain).clip(0, 1).astype(np.float32))
+        first = (int(rng.integers(2)), int(rng.integers(2)))
+        return F.cross_entropy(encoder.told(encoder(seen, first=first)), styles[torch.from_numpy(rows)])
+
+    return loss_of
+
+
 @dataclass(frozen=True)
 class StyleReward:
-    """Compares latents with style pictures."""
+    """Compares latents with style pictures; decodes in `dtype`."""
 
     encoder: StyleEncoder
     vae: AutoEncoder
+    dtype: torch.dtype = torch.float32
 
-    def loss(self, latents: Tensor, style_pictures: Tensor) -> Tensor:
+    def loss(self, latents: Tensor, style_pictures: Tensor, *, first: tuple[int, int] = (0, 0)) -> Tensor:
         """1 - cosine of the features, mean over the batch.
 
         Args:
             latents: [B, 16, h, w] in the model's scale; gradients flow into them.
             style_pictures: [B, S, S, 3] in 0..1.
+            first: the first pixel that the encoder looks at, down and across, 0 or 1: chosen anew each
+                time, so that no pixel goes unseen.
         """
-        pixels = self.vae.decoder(LatentFormat().from_model(latents))
-        made = self.encoder(((pixels + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1))
-        return 1 - F.cosine_similarity(made, self.encoder(style_pictures)).mean()
+        pixels = self.vae.decoder(LatentFormat().from_model(latents).to(self.dtype)).float()
+        made = self.encoder(((pixels + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1), first=first)
+        return 1 - (made * self.encoder(style_pictures, first=first)).sum(dim=1).mean()

@@ -257,7 +257,10 @@ class Teaching:
         return at_rest(straight, got, away, self.stage.guidance)
 
     def reward_loss(self, mix: Mix, recipe: Recipe, reward: StyleReward) -> LossFunction:
-        """Style reward of pictures begun without and finished with gradients, as a loss."""
+        """Style reward of pictures begun without and finished with gradients, as a loss.
+
+        Of lessons whose style has a name: others the style encoder has not learnt.
+        """
 
         styled = tuple((use, share) for use, share in mix if use in STYLED)
         total = sum(share for _, share in styled)
@@ -265,10 +268,11 @@ class Teaching:
 
         def loss_of(done: int) -> Tensor:
             rng = np.random.default_rng((recipe.seed, done, 1))
-            batch = self.lessons.choose(shares, rng, self.stage.reward_batch)
+            batch = self.lessons.choose(shares, rng, self.stage.reward_batch, told=1.0)
+            first = (int(rng.integers(2)), int(rng.integers(2)))
             x, sigma = self._rollout(batch, rng)
             clean = x - sigma * self.velocity(batch, x, sigma.expand(len(x)), guidance=GUIDANCE)
-            return reward.loss(clean, self.lessons.sets[batch.use].pictures(batch.indices))
+            return reward.loss(clean, self.lessons.sets[batch.use].pictures(batch.indices), first=first)
 
         return loss_of
 

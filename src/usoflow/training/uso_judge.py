@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -22,6 +21,7 @@ from usoflow.training.backgrounds import BACKGROUNDS
 from usoflow.training.drawings import Sprites
 from usoflow.training.loop import LossFunction, Recipe, Training, swap
 from usoflow.training.package import stored
+from usoflow.training.painting import softened
 from usoflow.training.scenes import Scene, alone, generator, pictures_of
 from usoflow.training.world import World
 
@@ -29,7 +29,7 @@ FILE = "uso-judge.safetensors"
 USO_JUDGE_SEED = 990_003  # of its scenes: no other stage draws from it
 SEEN_SIDE = 96  # pixels at which the judge looks
 WIDTHS = (32, 64, 128, 256)
-BLURRED, BLUR = 0.5, 1.0  # of its pictures, by up to so many pixels: made pictures are soft, too
+BLUR = 1.0  # of half of its pictures, by up to so many pixels
 LAYOUT_WEIGHT = 20.0  # of squared fractions of the side, beside logarithms
 
 
@@ -143,7 +143,9 @@ def _loss(judge: UsoJudge, sprites: Sprites, recipe: Recipe) -> LossFunction:
 
     def loss_of(done: int) -> Tensor:
         scenes = [judge_scene(world, done + i) for i in range(recipe.batch)]
-        verdict = judge(_softened(pictures_of(sprites, scenes, SEEN_SIDE), done))
+        pictures = pictures_of(sprites, scenes, SEEN_SIDE).numpy()
+        soft = softened(pictures, np.random.default_rng((USO_JUDGE_SEED, done)), widest=BLUR)
+        verdict = judge(torch.from_numpy(soft))
         right = [
             torch.tensor([subjects.index(scene.placed[0].subject) for scene in scenes]),
             torch.tensor([styles.index(style_name(scene)) for scene in scenes]),
@@ -155,14 +157,3 @@ def _loss(judge: UsoJudge, sprites: Sprites, recipe: Recipe) -> LossFunction:
         return torch.stack([*told, LAYOUT_WEIGHT * place]).sum()
 
     return loss_of
-
-
-def _softened(pictures: Tensor, seed: int) -> Tensor:
-    """Some of the pictures a little out of focus."""
-    rng = np.random.default_rng((USO_JUDGE_SEED, seed))
-    widths = rng.uniform(0.2, BLUR, len(pictures)) * (rng.random(len(pictures)) < BLURRED)
-    soft = [
-        cv2.GaussianBlur(picture, (0, 0), float(width)) if width else picture
-        for picture, width in zip(pictures.numpy(), widths, strict=True)
-    ]
-    return torch.from_numpy(np.stack(soft))

@@ -133,7 +133,8 @@ def _teaching(workshop: Workshop) -> Teaching:
 def _run(
     workshop: Workshop, teaching: Teaching, parameters: dict[str, nn.Parameter], name: StageName
 ) -> None:
-    rewarding = StyleReward(_reward(workshop), workshop.trained_vae.requires_grad_(False))
+    vae = workshop.trained_vae.requires_grad_(False)
+    rewarding = StyleReward(_reward(workshop), vae, workshop.dtype)
     loss_of: LossFunction = teaching.loss(name, rewarding)
     recipe, mix = teaching.stage.of(name)
 
