@@ -117,7 +117,7 @@ CATALOGUE: Mapping[str, ErrorKind] = MappingProxyType(
         ),
         "save_failed": ErrorKind(
             "The picture could not be written.",
-            "Free some space or choose another folder with --output.",
+            "Free some space or choose another folder with --output (for previews, with XDG_CACHE_HOME).",
             EXIT_RUN,
         ),
         "device_unavailable": ErrorKind(

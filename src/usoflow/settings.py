@@ -221,10 +221,11 @@ def inside(name: str) -> PurePosixPath:
     r"""A name from a workflow as a path relative to some folder, with `/` or `\` between its parts.
 
     Raises:
-        UsoflowError: `path_outside` for what leads out of the folder: `..`, absolute paths, drives, NUL.
+        UsoflowError: `path_outside` for what leads out of the folder: `..`, absolute paths, drives, NUL; on
+            Windows for any colon, since what follows one is a stream of the file.
     """
     relative = PurePosixPath(name.replace("\\", "/"))
-    drive = relative.parts[:1] and ":" in relative.parts[0]
+    drive = re.match(r"[A-Za-z]:", str(relative)) or (os.name == "nt" and ":" in name)
     if relative.is_absolute() or ".." in relative.parts or "\0" in name or drive:
         raise UsoflowError("path_outside", f"{name!r} is not a name inside a folder.")
     return relative

@@ -125,6 +125,7 @@ class TestWorkflow:
     def test_unknown_node(self, desk: Desk) -> None:
         prompt = small.text_to_image() | {"x": {"class_type": "MagicNode", "inputs": {}}}
         check(desk.run(prompt), 3, "MagicNode", "x", "Bypass or replace")
+        check(desk.run(prompt | {"y": {"class_type": "Other", "inputs": {}}}), 3, "MagicNode", "Other")
 
     def test_a_link_that_leads_nowhere(self, desk: Desk) -> None:
         done = desk.run(small.with_inputs(small.text_to_image(), "save", images=["99", 0]))

@@ -454,14 +454,42 @@ class TestInterrupt:
         assert not (tmp_path / "out").exists()
 
 
+def test_what_a_custom_node_prints_is_not_the_result(small_models: Path, tmp_path: Path) -> None:
+    (tmp_path / "nodes").mkdir()
+    (tmp_path / "nodes" / "loud.py").write_text(LOUD, encoding="utf-8")
+    prompt = small.text_to_image() | {"loud": {"class_type": "Loud", "inputs": {"image": ["decode", 0]}}}
+    prompt["save"]["inputs"]["images"] = ["loud", 0]
+    (tmp_path / "loud.json").write_text(json.dumps(prompt))
+    done = raw(
+        tmp_path / "loud.json", "--json", "--custom-nodes", tmp_path / "nodes",
+        models=small_models, output=tmp_path / "out",
+    )  # fmt: skip
+    assert json.loads(done.out)["images"]
+    assert "imported" in done.err
+    assert "run" in done.err
+
+
+LOUD = """
+print("imported")
+class Loud:
+    CATEGORY, RETURN_TYPES, FUNCTION = "test", ("IMAGE",), "run"
+    @classmethod
+    def INPUT_TYPES(s): return {"required": {"image": ("IMAGE",)}}
+    def run(self, image):
+        print("run")
+        return (image,)
+NODE_CLASS_MAPPINGS = {"Loud": Loud}
+"""
+
+
 # Says "ready" when the moment has come that a test waits for.
 WATCHED = """
-import os, time
+import os, sys, time
 if os.environ["WATCHED"] == "import":
     from usoflow.api.engine import Engine
     start = Engine.start
     def slowly(engine):  # an exception in an import may be swallowed by what is imported
-        print("ready", flush=True)
+        print("ready", flush=True, file=sys.__stdout__)
         try:
             time.sleep(2)
         except KeyboardInterrupt:
@@ -476,7 +504,7 @@ else:
     def progress(**options):
         def listen(event):
             if isinstance(event, NodeProgress) and event.step == 2:
-                print("ready", flush=True)
+                print("ready", flush=True, file=sys.__stdout__)
         yield listen
     report.progress = progress
 from usoflow.cli.main import main

@@ -20,6 +20,7 @@ from usoflow.schema.object_info import render
 from usoflow.schema.validation import validate
 from usoflow.schema.wire import from_json, to_json
 from usoflow.settings import find_folders
+from usoflow.workflow.loading import load_json
 from usoflow.workflow.prompt import Prompt
 
 EXAMPLES = Path(__file__).parents[1] / "custom_nodes"
@@ -30,6 +31,12 @@ class Plain:
     def INPUT_TYPES(s): return {"required": {"a": ("INT", {"default": 1})}}
     def run(self, a): return (a,)
 """
+
+
+def taking(types: str) -> str:
+    """Source of a class with these INPUT_TYPES."""
+    lines = ["class X(Plain):", "    @classmethod", f"    def INPUT_TYPES(s): return {types}"]
+    return "\n".join([*lines, "NODE_CLASS_MAPPINGS = {'X': X}"])
 
 
 @pytest.fixture
@@ -156,6 +163,13 @@ def test_an_exception_is_its_authors(run: Runs) -> None:
         ("NODE_CLASS_MAPPINGS = {'X': int}", "cannot be read"),
         (HEAD + "class X(Plain): FUNCTION = 'none'\nNODE_CLASS_MAPPINGS = {'X': X}", "names no method"),
         (HEAD + "class X(Plain): INPUT_IS_LIST = True\nNODE_CLASS_MAPPINGS = {'X': X}", "lists"),
+        (
+            HEAD + taking("{'optional': type('D', (dict,), {'__contains__': lambda *_: True})()}"),
+            "of any name",
+        ),
+        (HEAD + taking("{'required': {'context': ('STRING', {})}}"), "called context"),
+        (HEAD + taking("{'required': {'a': ('STRING', {'default': object()})}}"), "not JSON serializable"),
+        ("import usoflow_custom_nodes.broken.absent", "one of its own files is missing: broken.absent"),
     ],
 )
 def test_a_broken_file_is_named_and_stops_no_other(tmp_path: Path, source: str, words: str) -> None:
@@ -225,3 +239,32 @@ def test_the_editors_own_fields_of_a_custom_node(tmp_path: Path) -> None:
     assert changed.prompt.nodes["1"].inputs["k"] == 5
     assert changed.ui is not None
     assert changed.ui["nodes"][0]["widgets_values"] == ["a", "fixed", "{x|y}", 5, 4]
+
+
+def test_an_input_without_a_field_takes_no_value_of_the_editors(tmp_path: Path) -> None:
+    types = """{"required": {"text": ("STRING", {"forceInput": True}), "a": ("FLOAT", {"default": 1.0}),
+                             "file": (["x", "y"], {"image_upload": True})},
+                "optional": {"b": ("INT", {"default": 3})}}"""
+    (tmp_path / "x.py").write_text(HEAD + taking(types), encoding="utf-8")
+    nodes = with_custom(registry(), tmp_path)
+    shown = {"id": 1, "type": "X", "mode": 0, "inputs": [], "widgets_values": [2.5, "y", "image", 7]}
+    data = {"nodes": [shown], "links": [], "version": 0.4}
+    assert load_json(data, nodes).prompt.to_json()["1"]["inputs"] == {"a": 2.5, "file": "y", "b": 7}
+
+
+def test_nodes_that_know_their_id_share_no_output(tmp_path: Path) -> None:
+    source = """
+class Own(Plain):
+    @classmethod
+    def INPUT_TYPES(s): return {"hidden": {"id": "UNIQUE_ID"}}
+    RETURN_TYPES = ("FLOAT",)
+    def run(self, id): return (float(id),)
+NODE_CLASS_MAPPINGS = {"Own": Own}
+"""
+    (tmp_path / "x.py").write_text(HEAD + source, encoding="utf-8")
+    run = Runs(with_custom(with_custom(registry(), EXAMPLES), tmp_path), tmp_path / "output")
+    prompt = {"1": node("Own"), "2": node("Own")}
+    prompt |= {f"show{key}": node("ShowNumber", value=[key, 0]) for key in ("1", "2")}
+    for _ in range(2):
+        shown = run(prompt, "show1", "show2").shown
+        assert [shown[f"show{key}"].other for key in ("1", "2")] == [{"text": ["1.000"]}, {"text": ["2.000"]}]

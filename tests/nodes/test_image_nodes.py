@@ -95,6 +95,12 @@ def test_blending_takes_the_size_of_the_first() -> None:
     assert blended.shape == (1, 5, 6, 3)
 
 
+def test_blending_repeats_the_last_of_the_shorter_batch() -> None:
+    a, b = torch.rand(3, 4, 4, 3), torch.rand(2, 4, 4, 4)
+    blended = image_transform.blend(a, b, 1.0, blend_mode="normal")
+    assert torch.equal(blended, b[[0, 1, 1], ..., :3])
+
+
 @pytest.mark.parametrize(
     ("direction", "first", "second"),
     [

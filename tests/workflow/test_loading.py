@@ -82,6 +82,16 @@ def test_picture(format: str, tmp_path: Path) -> None:
     assert loaded.workflow == workflow
 
 
+def test_a_pictures_workflow_opens_as_it_was_edited() -> None:
+    workflow, prompt = pair("t_seed_control")
+    workflow["nodes"][0].setdefault("properties", {})["proxyWidgetErrorQuarantine"] = [{}]
+    body = {"prompt": prompt, "extra_data": {"extra_pnginfo": {"workflow": workflow}}}
+    in_picture = load_bytes(picture(prompt, {"workflow": workflow}, "PNG"), registry())
+    for loaded in (in_picture, load_json(body, registry())):
+        assert loaded.workflow is not None
+        assert "proxyWidgetErrorQuarantine" not in loaded.workflow["nodes"][0]["properties"]
+
+
 def test_a_picture_without_usable_prompt() -> None:
     workflow, prompt = pair("t_seed_control")
     loaded = load_bytes(picture("just a text", {"workflow": workflow}, "PNG"), registry())

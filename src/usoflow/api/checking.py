@@ -13,7 +13,7 @@ from usoflow.catalogue import PULLS, missing_file_remedy
 from usoflow.errors import UsoflowError
 from usoflow.schema.node import NodeRegistry
 from usoflow.schema.validation import ValidationResult, validate
-from usoflow.settings import Folders
+from usoflow.settings import Folders, inside
 from usoflow.workflow.prompt import Prompt
 
 SAVES: Final = "SaveImage"
@@ -41,18 +41,24 @@ def check(workflow: Workflow, folders: Folders, nodes: NodeRegistry) -> Job:
     """Validate a workflow against the nodes and files that there are. Imports no torch.
 
     Raises:
-        UsoflowError: `prompt_invalid` or `model_missing`, with every reason and its remedy; `save_failed`.
+        UsoflowError: `prompt_invalid` or `model_missing`, with every reason and its remedy; `save_failed`,
+            `path_outside`.
     """
 
     def remedy(folder: str, name: str) -> str:
         return missing_file_remedy(folder, name, folders)
 
-    checked = validate(workflow.to_prompt(), nodes, folders, remedy=remedy)
+    prompt = workflow.to_prompt()
+    checked = validate(prompt, nodes, folders, remedy=remedy)
     if checked.error is not None:
-        raise _error(checked)
+        types = (node.get("class_type") for node in prompt.values())
+        raise _error(checked, unknown=[name for name in dict.fromkeys(types) if name not in nodes])
     left_out = tuple(f"left out: {line}" for line in _lines(checked))
-    if any(checked.prompt[target]["class_type"] == SAVES for target in checked.outputs):
+    saving = [key for key in checked.outputs if checked.prompt[key]["class_type"] == SAVES]
+    if saving:
         _check_writable(folders.output)
+    for key in saving:
+        _check_inside(key, checked.prompt[key]["inputs"].get("filename_prefix"))
     valid = replace(workflow, prompt=Prompt.parse(checked.prompt), warnings=())
     return Job(valid, checked.outputs, folders, workflow.warnings + left_out)
 
@@ -64,10 +70,20 @@ def _check_writable(folder: Path) -> None:
         raise UsoflowError("save_failed", f"{folder} is no folder that can be written to.")
 
 
-def _error(checked: ValidationResult) -> UsoflowError:
+def _check_inside(key: str, prefix: Any) -> None:
+    """The same for a name that leads out of the output folder; one that a link gives is not known yet."""
+    try:
+        inside(prefix if isinstance(prefix, str) else "")
+    except UsoflowError as error:
+        raise UsoflowError(error.code, f"{SAVES} (node {key}): {error.detail}") from None
+
+
+def _error(checked: ValidationResult, *, unknown: list[str]) -> UsoflowError:
     """The error of a prompt of which nothing can be run: every reason, and what to do about it."""
     assert checked.error is not None
     lines = list(_lines(checked)) or [_sentence(checked.error)]
+    if unknown[1:]:  # as ComfyUI, the validator names the first
+        lines.append(f"Nor are there nodes of the types {', '.join(unknown[1:])}.")
     remedies = list(dict.fromkeys(_remedies(checked)))
     pulls = [line for line in remedies if PULLS in line]
     remedies = [line for line in remedies if line not in pulls] + pulls  # for all files: once, and last

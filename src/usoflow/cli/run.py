@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -59,28 +60,29 @@ def run(
     from usoflow.api.engine import Engine
     from usoflow.api.workflow import Workflow
 
-    engine = Engine(
-        models=models,
-        inputs=inputs,
-        output=output,
-        device=device.value,
-        dtype=dtype.value,
-        vram=vram,
-        compiled=compiled,
-        custom_nodes=custom_nodes,
-    )
-    workflow = Workflow.load(file, nodes=engine.nodes)
-    for item in images or []:
-        node, equals, path = item.partition("=")
-        if not equals:
-            raise UsoflowError("set_invalid", f"--image {item!r} is not NODE=PATH.")
-        workflow = workflow.with_picture(node, path)
-    for assignment in assignments or []:
-        workflow = workflow.assign(assignment)
-    workflow = workflow if seed is None else workflow.with_seed(seed)
-    job = engine.check(workflow)
-    report.warn(job.warnings)
-    result = execute(engine, job, quiet=as_json)
+    with redirect_stdout(sys.stderr):  # what custom nodes print is not the result
+        engine = Engine(
+            models=models,
+            inputs=inputs,
+            output=output,
+            device=device.value,
+            dtype=dtype.value,
+            vram=vram,
+            compiled=compiled,
+            custom_nodes=custom_nodes,
+        )
+        workflow = Workflow.load(file, nodes=engine.nodes)
+        for item in images or []:
+            node, equals, path = item.partition("=")
+            if not equals:
+                raise UsoflowError("set_invalid", f"--image {item!r} is not NODE=PATH.")
+            workflow = workflow.with_picture(node, path)
+        for assignment in assignments or []:
+            workflow = workflow.assign(assignment)
+        workflow = workflow if seed is None else workflow.with_seed(seed)
+        job = engine.check(workflow)
+        report.warn(job.warnings)
+        result = execute(engine, job, quiet=as_json)
     print(json.dumps(report.as_record(result)) if as_json else report.as_text(result))
 
 

@@ -52,7 +52,8 @@ def keys(prompt: Prompt, order: list[str], registry: NodeRegistry, folders: Fold
         }
         entry = registry[node.class_type]
         told = entry.changed(constants(node)) if entry.changed else ""
-        text = json.dumps([node.class_type, parts, told], sort_keys=True, default=str)
+        own = node_id if "UNIQUE_ID" in entry.schema.hidden.values() else ""  # it may compute with that
+        text = json.dumps([node.class_type, parts, told, own], sort_keys=True, default=str)
         found[node_id] = hashlib.sha256(text.encode()).hexdigest()
     return found
 

@@ -28,12 +28,14 @@ from usoflow.schema.specs import (
     Socket,
     Text,
 )
+from usoflow.schema.wire import to_json
 
 logger = logging.getLogger(__name__)
 
 MODULE: Final = "custom_nodes"  # the editor files nodes of such modules under the name that follows
 SEEDS: Final = ("seed", "noise_seed")  # to which the editor adds a control widget unasked
 HIDDEN: Final = ("PROMPT", "EXTRA_PNGINFO", "UNIQUE_ID")
+_ANY_NAME: Final = "usoflow asks for an input of any name"
 
 
 def is_custom(schema: NodeSchema) -> bool:
@@ -58,6 +60,7 @@ def adapt(name: str, cls: type, *, module: str, display_name: str | None = None)
     try:
         schema = _schema(name, cls, module, display_name)
         _check(cls)
+        json.dumps(to_json(schema))  # as the server is told of it
     except UnusableNodeError:
         raise
     except Exception as error:  # INPUT_TYPES is the node's own code
@@ -106,7 +109,13 @@ def _check(cls: Any) -> None:
         raise UnusableNodeError("FUNCTION names no method of it")
     if "input_types" in _parameters(getattr(cls, "VALIDATE_INPUTS", None)):
         raise UnusableNodeError("VALIDATE_INPUTS asks for input_types")
-    unknown = {_type(kind) for kind in cls.INPUT_TYPES().get("hidden", {}).values()} - set(HIDDEN)
+    types = cls.INPUT_TYPES()
+    sections = [types.get(section, {}) for section in ("required", "optional")]
+    if any(_ANY_NAME in section for section in sections):
+        raise UnusableNodeError("it takes inputs of any name")
+    if any("context" in section for section in sections):
+        raise UnusableNodeError("it has an input called context, a name that usoflow keeps for itself")
+    unknown = {_type(kind) for kind in types.get("hidden", {}).values()} - set(HIDDEN)
     if unknown:
         raise UnusableNodeError(f"it asks for hidden inputs of the kind {', '.join(sorted(unknown))}")
 

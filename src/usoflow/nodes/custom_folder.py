@@ -125,4 +125,7 @@ def _reason(error: BaseException) -> str:
     package = error.name.partition(".")[0]
     if package in COMFYUI_MODULES:
         return f"it needs ComfyUI's own module {error.name!r}, which usoflow does not have"
-    return f"it needs the module {error.name!r}, which is not installed: pip install {package}"
+    if package == PREFIX:
+        return f"one of its own files is missing: {error.name.removeprefix(PREFIX + '.')}"
+    missing = f"it needs the module {error.name!r}, which is not installed"
+    return f"{missing}: pip install {package}, unless its requirements.txt calls that otherwise"

@@ -103,10 +103,11 @@ def blend(
     """
     from usoflow.nodes import resize
 
-    height, width = image1.shape[1:3]
+    height, width, channels = image1.shape[1:]
     if image2.shape[1:3] != image1.shape[1:3]:
         image2 = resize.scale(image2, width, height, "bicubic", crop="center")
-    mixed = _MODES[blend_mode](image1, with_channels(image2, image1.shape[3]))
+    image1, image2 = _same_batch(image1, with_channels(image2, channels))
+    mixed = _MODES[blend_mode](image1, image2)
     return (image1 * (1 - blend_factor) + mixed * blend_factor).clamp(0, 1)
 
 

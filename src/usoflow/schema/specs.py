@@ -128,7 +128,7 @@ class InputSpec:
     @property
     def is_widget(self) -> bool:
         """Whether the editor shows a field for it (a link can still replace the field)."""
-        return not isinstance(self.kind, Socket)
+        return not (isinstance(self.kind, Socket) or self.settings.get("forceInput"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -122,7 +122,7 @@ def _loss(encoder: StyleEncoder, recipe: Recipe, pictures: Pictures, styles: Ten
     def loss_of(done: int) -> Tensor:
         rng = np.random.default_rng((recipe.seed, done))
         rows = rng.integers(len(pictures), size=recipe.batch)
-        soft = softened(pictures[rows].astype(np.float32) / 255, rng, widest=BLUR)
+        soft = softened(pictures[rows].astype(np.float32) / np.float32(255), rng, widest=BLUR)
         grain = rng.standard_normal(soft.shape, np.float32) * rng.uniform(0, GRAIN, (len(rows), 1, 1, 1))
         seen = torch.from_numpy((soft + grain).clip(0, 1).astype(np.float32))
         first = (int(rng.integers(2)), int(rng.integers(2)))

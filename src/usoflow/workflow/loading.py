@@ -62,7 +62,8 @@ def load_bytes(data: bytes, registry: NodeRegistry) -> LoadedWorkflow:
     found = {key: _json_or_none(text) for key, text in metadata.read(data).items()}
     prompt, workflow = found.get("prompt"), found.get("workflow")
     if looks_like_prompt(prompt):
-        return LoadedWorkflow(Prompt.parse(prompt), workflow if isinstance(workflow, dict) else None)
+        shown = without_quarantine(workflow) if isinstance(workflow, dict) else None
+        return LoadedWorkflow(Prompt.parse(prompt), shown)
     if workflow is None:
         raise UsoflowError("not_a_workflow", "the picture carries no workflow")
     return load_json(workflow, registry)
@@ -166,7 +167,7 @@ def _workflow_of_request(data: dict[str, Any]) -> dict[str, Any] | None:
     found: object = data
     for key in ("extra_data", "extra_pnginfo", "workflow"):
         found = found.get(key) if isinstance(found, dict) else None
-    return found if isinstance(found, dict) else None
+    return without_quarantine(found) if isinstance(found, dict) else None
 
 
 def _finite(text: str) -> float:

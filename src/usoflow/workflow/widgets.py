@@ -64,7 +64,7 @@ def _layout(schema: NodeSchema) -> Iterator[str]:
     """Names along `widgets_values`, with the fields that only the editor has."""
     fields = _widgets(schema)
     yield from _controlled(spec for spec in fields if spec.required)
-    if any(isinstance(spec.kind, InputImage) for spec in fields):
+    if any(isinstance(spec.kind, InputImage) or spec.settings.get("image_upload") for spec in fields):
         yield UPLOAD  # the editor's last required field
     yield from _controlled(spec for spec in fields if not spec.required)
 
