@@ -37,6 +37,7 @@ FLAGS = (
     "--disable-component-update", "--disable-sync",
 )  # fmt: skip
 PREVIEW = 4  # binary event: picture with metadata
+PATIENCE = 600  # looks for a job that was submitted, 50 ms and more apart
 SMALL = """steps => {
   const graphs = [app.graph, ...app.graph.subgraphs.values()]
   for (const graph of graphs) for (const node of graph.nodes) for (const widget of node.widgets || []) {
@@ -180,11 +181,17 @@ class Editor:
 
     def submit(self) -> str:
         """Press Ctrl+Enter; the id of the job."""
-        before = {job["id"] for job in self.server.get("/jobs")["jobs"]}
+        before = self._jobs()
         self.page.keyboard.press("Control+Enter")
-        while not (new := {job["id"] for job in self.server.get("/jobs")["jobs"]} - before):
+        for _ in range(PATIENCE):
+            if new := self._jobs() - before:
+                return new.pop()
             self.page.wait_for_timeout(50)
-        return new.pop()
+        self.screenshot("nothing-submitted")
+        raise AssertionError("Ctrl+Enter submitted nothing: see out/screenshots/nothing-submitted.png")
+
+    def _jobs(self) -> set[str]:
+        return {job["id"] for job in self.server.get("/jobs")["jobs"]}
 
     def screenshot(self, name: str) -> None:
         """Keep what is seen."""
