@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 import struct
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from e2e.real_server import RealServer, until
+from e2e.real_server import PATIENCE, RealServer, until
 from usoflow.server.picture import THUMBNAIL
 from usoflow.settings import POCKET_MODELS
 
@@ -37,7 +38,6 @@ FLAGS = (
     "--disable-component-update", "--disable-sync",
 )  # fmt: skip
 PREVIEW = 4  # binary event: picture with metadata
-PATIENCE = 600  # looks for a job that was submitted, 50 ms and more apart
 SMALL = """steps => {
   const graphs = [app.graph, ...app.graph.subgraphs.values()]
   for (const graph of graphs) for (const node of graph.nodes) for (const widget of node.widgets || []) {
@@ -183,7 +183,8 @@ class Editor:
         """Press Ctrl+Enter; the id of the job."""
         before = self._jobs()
         self.page.keyboard.press("Control+Enter")
-        for _ in range(PATIENCE):
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
             if new := self._jobs() - before:
                 return new.pop()
             self.page.wait_for_timeout(50)

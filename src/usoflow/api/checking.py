@@ -51,14 +51,16 @@ def check(workflow: Workflow, folders: Folders, nodes: NodeRegistry) -> Job:
     prompt = workflow.to_prompt()
     checked = validate(prompt, nodes, folders, remedy=remedy)
     if checked.error is not None:
-        types = (node.get("class_type") for node in prompt.values())
+        types = (node["class_type"] for node in prompt.values())
         raise _error(checked, unknown=[name for name in dict.fromkeys(types) if name not in nodes])
     left_out = tuple(f"left out: {line}" for line in _lines(checked))
     saving = [key for key in checked.outputs if checked.prompt[key]["class_type"] == SAVES]
     if saving:
         _check_writable(folders.output)
     for key in saving:
-        _check_inside(key, checked.prompt[key]["inputs"].get("filename_prefix"))
+        prefix = checked.prompt[key]["inputs"]["filename_prefix"]
+        if isinstance(prefix, str):  # what a link gives is not known yet
+            _check_inside(key, prefix)
     valid = replace(workflow, prompt=Prompt.parse(checked.prompt), warnings=())
     return Job(valid, checked.outputs, folders, workflow.warnings + left_out)
 
@@ -70,10 +72,10 @@ def _check_writable(folder: Path) -> None:
         raise UsoflowError("save_failed", f"{folder} is no folder that can be written to.")
 
 
-def _check_inside(key: str, prefix: Any) -> None:
-    """The same for a name that leads out of the output folder; one that a link gives is not known yet."""
+def _check_inside(key: str, prefix: str) -> None:
+    """The same for a name that leads out of the output folder."""
     try:
-        inside(prefix if isinstance(prefix, str) else "")
+        inside(prefix)
     except UsoflowError as error:
         raise UsoflowError(error.code, f"{SAVES} (node {key}): {error.detail}") from None
 

@@ -47,7 +47,7 @@ class UnusableNodeError(Exception):
     """A class that usoflow does not run; the message says why."""
 
 
-def adapt(name: str, cls: type, *, module: str, display_name: str | None = None) -> AnyNode:
+def adapt(name: str, cls: Any, *, module: str, display_name: str | None = None) -> AnyNode:
     """A node of a V1 class.
 
     Args:
@@ -58,8 +58,9 @@ def adapt(name: str, cls: type, *, module: str, display_name: str | None = None)
         UnusableNodeError: for what is no V1 class, or needs what usoflow does not have.
     """
     try:
-        schema = _schema(name, cls, module, display_name)
-        _check(cls)
+        types = cls.INPUT_TYPES()
+        schema = _schema(name, cls, types, module, display_name)
+        _check(cls, types)
         json.dumps(to_json(schema))  # as the server is told of it
     except UnusableNodeError:
         raise
@@ -77,8 +78,9 @@ def adapt(name: str, cls: type, *, module: str, display_name: str | None = None)
 # --- what a class says of itself ---------------------------------------------------------------------------
 
 
-def _schema(name: str, cls: Any, module: str, display_name: str | None) -> NodeSchema:
-    types = cls.INPUT_TYPES()
+def _schema(
+    name: str, cls: Any, types: Mapping[str, Any], module: str, display_name: str | None
+) -> NodeSchema:
     unchecked = _own_checks(cls)
     inputs = [
         _input(key, entry, required=section == "required", checked=not unchecked(key))
@@ -101,7 +103,7 @@ def _schema(name: str, cls: Any, module: str, display_name: str | None) -> NodeS
     )
 
 
-def _check(cls: Any) -> None:
+def _check(cls: Any, types: Mapping[str, Any]) -> None:
     """Refuse what would run otherwise than its author means."""
     if getattr(cls, "INPUT_IS_LIST", False) or any(getattr(cls, "OUTPUT_IS_LIST", ())):
         raise UnusableNodeError("it takes or gives lists (INPUT_IS_LIST, OUTPUT_IS_LIST)")
@@ -109,7 +111,6 @@ def _check(cls: Any) -> None:
         raise UnusableNodeError("FUNCTION names no method of it")
     if "input_types" in _parameters(getattr(cls, "VALIDATE_INPUTS", None)):
         raise UnusableNodeError("VALIDATE_INPUTS asks for input_types")
-    types = cls.INPUT_TYPES()
     sections = [types.get(section, {}) for section in ("required", "optional")]
     if any(_ANY_NAME in section for section in sections):
         raise UnusableNodeError("it takes inputs of any name")

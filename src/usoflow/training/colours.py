@@ -14,6 +14,7 @@ squares add up to one. What it subtracts cancels, since each colour is held twic
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,11 @@ POSITION = 0.2  # what is left of the first position embeddings
 SPREAD = 0.38  # what features but waves add to the sum of squares in the second layer
 STEEPNESS = 0.75  # of the MLP's units, in units per distance of their knots
 RIDGE = 1e-4  # of the fit
+
+
+def waves_of(colours: Tensor, octaves: Iterable[int]) -> list[Tensor]:
+    """sin and cos of pi 2^k c for each octave k, for colours c in -1..1 of any shape."""
+    return [wave(math.pi * 2**k * colours) for k in octaves for wave in (torch.sin, torch.cos)]
 
 
 @torch.no_grad()
@@ -131,7 +137,7 @@ def _fit(knots: Tensor, steepness: float) -> tuple[Tensor, Tensor]:
     """How units gelu(steepness * (c - knot)) add up to the waves: weights [waves, units], biases [waves]."""
     c = torch.linspace(-1, 1, 256)
     units = F.pad(gelu(steepness * (c[:, None] - knots)), (0, 1), value=1.0).double()
-    waves = torch.stack([wave(math.pi * 2**k * c) for k in OCTAVES for wave in (torch.sin, torch.cos)], dim=1)
+    waves = torch.stack(waves_of(c, OCTAVES), dim=1)
     ridge = RIDGE * torch.eye(units.shape[1], dtype=torch.float64)
     weights = torch.linalg.solve(units.T @ units + ridge, units.T @ waves.double()).float()
     return weights[:-1].T, weights[-1]

@@ -24,7 +24,7 @@ from usoflow.training.autoencoder import encode
 from usoflow.training.captions import CaptionTokenizer, Ids
 from usoflow.training.drawings import Sprites
 from usoflow.training.loop import CPU
-from usoflow.training.painting import Pictures, paint
+from usoflow.training.painting import Pictures, painted
 from usoflow.training.scenes import Scene, caption, draw_taught_scene
 
 PIXELS = 1 << 22  # that are encoded at once
@@ -102,13 +102,12 @@ def encoded_scenes(
     device: torch.device,
 ) -> None:
     """Write the model latents of scenes, [N, 16, h, w]; what is drawn for that does not stay."""
-    drawn = path.with_suffix(".drawn.npy")
 
     def network(pictures: Tensor) -> Tensor:
         return LatentFormat().to_model(encode(module, pictures, dtype=dtype))
 
-    encoded(paint(sprites, scenes, side, drawn), network, path, device)
-    drawn.unlink()
+    with painted(sprites, scenes, side, path.with_suffix(".drawn.npy")) as pictures:
+        encoded(pictures, network, path, device)
 
 
 @functools.lru_cache(maxsize=2)

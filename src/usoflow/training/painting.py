@@ -6,7 +6,8 @@ Drawing is what a GPU cannot do for the lessons; a core draws some six hundred p
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -37,6 +38,14 @@ def paint(sprites: Sprites, scenes: Sequence[Scene], side: int, path: Path) -> P
         part.rename(path)
     pictures: Pictures = np.load(path, mmap_mode="c")
     return pictures
+
+
+@contextmanager
+def painted(sprites: Sprites, scenes: Sequence[Scene], side: int, path: Path) -> Iterator[Pictures]:
+    """The same, for as long as they are needed; what is interrupted finds them again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    yield paint(sprites, scenes, side, path)
+    path.unlink()
 
 
 def softened(

@@ -8,7 +8,6 @@ what varies fast with their input (arXiv 1806.08734); so the encoder is given wa
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from usoflow.models.vae import AutoEncoder, LatentFormat
+from usoflow.training.colours import waves_of
 from usoflow.training.drawings import Sprites
 from usoflow.training.loop import LossFunction, Recipe, Training, swap
-from usoflow.training.painting import Pictures, paint, softened
+from usoflow.training.painting import Pictures, painted, softened
 from usoflow.training.scenes import Scene, draw_scene, generator
 from usoflow.training.triplets import RENDERED, seen_styles
 from usoflow.training.world import World
@@ -29,7 +29,7 @@ REWARD_SEED = 41  # of its scenes
 COLOUR_WIDTH = 32
 WIDTHS = (32, 48, 64, 128)
 FEATURES = 64
-OCTAVES = (0, 1, 2, 3)  # waves are sin and cos of pi 2^k c, with a colour c in -1..1
+OCTAVES = (0, 1, 2, 3)  # of the waves of colours
 TEMPERATURE = 1 / 16  # of the cosines with the styles' own vectors
 BLUR = 1.6  # pixels: what is made in one step is soft
 GRAIN = 0.03
@@ -72,8 +72,7 @@ class StyleEncoder(nn.Module):
         """
         down, across = first
         x = pictures[:, down::2, across::2].permute(0, 3, 1, 2) * 2 - 1
-        waves = [wave(math.pi * 2**k * x) for k in OCTAVES for wave in (torch.sin, torch.cos)]
-        x = F.silu(self.colours(torch.cat([x, *waves], dim=1)))
+        x = F.silu(self.colours(torch.cat([x, *waves_of(x, OCTAVES)], dim=1)))
         found = [*_statistics(x)]
         for layer, norm in zip(self.layers, self.norms, strict=True):
             x = F.silu(norm(layer(x)))
@@ -83,6 +82,11 @@ class StyleEncoder(nn.Module):
     def told(self, features: Tensor) -> Tensor:
         """Logits of the styles, [B, styles], for features [B, 64] (arXiv 1704.06369)."""
         return features @ F.normalize(self.styles, dim=-1).T / TEMPERATURE
+
+
+def first_pixel(rng: np.random.Generator) -> tuple[int, int]:
+    """Where the encoder begins to look: chosen anew each time, so that no pixel goes unseen."""
+    return int(rng.integers(2)), int(rng.integers(2))
 
 
 def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,12 +110,9 @@ def train_style_encoder(sprites: Sprites, stage: RewardStage, folder: Path, *, s
     training.resume()
     if training.done < recipe.samples:
         scenes = [style_scene(world, i) for i in range(stage.drawn)]
-        folder.mkdir(parents=True, exist_ok=True)
-        drawn = folder / "drawn.npy"
         numbers = torch.tensor([styles.index(scene.rendering or scene.drawing_set) for scene in scenes])
-        pictures = paint(sprites, scenes, side, drawn)
-        training.run(_loss(encoder, recipe, pictures, numbers), after_save=lambda: None)
-        drawn.unlink()
+        with painted(sprites, scenes, side, folder / "drawn.npy") as pictures:
+            training.run(_loss(encoder, recipe, pictures, numbers), after_save=lambda: None)
     swap(training.parameters, training.average)
     return encoder.requires_grad_(False)
 
@@ -125,8 +126,9 @@ def _loss(encoder: StyleEncoder, recipe: Recipe, pictures: Pictures, styles: Ten
         soft = softened(pictures[rows].astype(np.float32) / np.float32(255), rng, widest=BLUR)
         grain = rng.standard_normal(soft.shape, np.float32) * rng.uniform(0, GRAIN, (len(rows), 1, 1, 1))
         seen = torch.from_numpy((soft + grain).clip(0, 1).astype(np.float32))
-        first = (int(rng.integers(2)), int(rng.integers(2)))
-        return F.cross_entropy(encoder.told(encoder(seen, first=first)), styles[torch.from_numpy(rows)])
+        return F.cross_entropy(
+            encoder.told(encoder(seen, first=first_pixel(rng))), styles[torch.from_numpy(rows)]
+        )
 
     return loss_of
 
@@ -145,8 +147,7 @@ class StyleReward:
         Args:
             latents: [B, 16, h, w] in the model's scale; gradients flow into them.
             style_pictures: [B, S, S, 3] in 0..1.
-            first: the first pixel that the encoder looks at, down and across, 0 or 1: chosen anew each
-                time, so that no pixel goes unseen.
+            first: see `first_pixel`.
         """
         pixels = self.vae.decoder(LatentFormat().from_model(latents).to(self.dtype)).float()
         made = self.encoder(((pixels + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1), first=first)

@@ -31,7 +31,7 @@ from usoflow.training.drawings import Sprites
 from usoflow.training.initial import initialise
 from usoflow.training.looks import look_words
 from usoflow.training.loop import CPU, Recipe, Training, swap
-from usoflow.training.painting import Pictures, paint
+from usoflow.training.painting import Pictures, painted
 from usoflow.training.scenes import Scene, content_words, draw_scene, generator, style_words
 from usoflow.training.triplets import LOOKED, RENDERED, seen_styles
 from usoflow.training.world import World
@@ -185,10 +185,8 @@ def train_tower(
     training.resume()
     if training.done < stage.recipe.samples:
         scenes = [tower_scene(world, i) for i in range(stage.drawn)]
-        folder.mkdir(parents=True, exist_ok=True)
-        drawn = folder / "drawn.npy"
-        captioned = Captioned.of(scenes, paint(sprites, scenes, side, drawn), contrast, world)
-        training.run(functools.partial(captioned.loss, contrast, stage.recipe), after_save=lambda: None)
-        drawn.unlink()
+        with painted(sprites, scenes, side, folder / "drawn.npy") as pictures:
+            captioned = Captioned.of(scenes, pictures, contrast, world)
+            training.run(functools.partial(captioned.loss, contrast, stage.recipe), after_save=lambda: None)
     swap(training.parameters, training.average)
     return contrast.tower.requires_grad_(False)

@@ -25,7 +25,7 @@ from usoflow.training.captions import CaptionTokenizer, Ids, silenced
 from usoflow.training.initial import initialise
 from usoflow.training.loop import LossFunction, Recipe
 from usoflow.training.redraw import redrawn
-from usoflow.training.reward import StyleReward
+from usoflow.training.reward import StyleReward, first_pixel
 from usoflow.training.text_to_image import STEPS, euler, levels_of
 from usoflow.training.triplets import (
     PICTURED,
@@ -269,7 +269,7 @@ class Teaching:
         def loss_of(done: int) -> Tensor:
             rng = np.random.default_rng((recipe.seed, done, 1))
             batch = self.lessons.choose(shares, rng, self.stage.reward_batch, told=1.0)
-            first = (int(rng.integers(2)), int(rng.integers(2)))
+            first = first_pixel(rng)
             x, sigma = self._rollout(batch, rng)
             clean = x - sigma * self.velocity(batch, x, sigma.expand(len(x)), guidance=GUIDANCE)
             return reward.loss(clean, self.lessons.sets[batch.use].pictures(batch.indices), first=first)

@@ -62,8 +62,7 @@ def load_bytes(data: bytes, registry: NodeRegistry) -> LoadedWorkflow:
     found = {key: _json_or_none(text) for key, text in metadata.read(data).items()}
     prompt, workflow = found.get("prompt"), found.get("workflow")
     if looks_like_prompt(prompt):
-        shown = without_quarantine(workflow) if isinstance(workflow, dict) else None
-        return LoadedWorkflow(Prompt.parse(prompt), shown)
+        return LoadedWorkflow(Prompt.parse(prompt), _shown(workflow))
     if workflow is None:
         raise UsoflowError("not_a_workflow", "the picture carries no workflow")
     return load_json(workflow, registry)
@@ -84,7 +83,7 @@ def load_json(data: object, registry: NodeRegistry) -> LoadedWorkflow:
         conversion = flatten(document.parse(workflow), registry)
         return LoadedWorkflow(conversion.prompt, workflow, conversion.warnings)
     if isinstance(data, dict) and isinstance(data.get("prompt"), dict) and "class_type" not in data["prompt"]:
-        return LoadedWorkflow(Prompt.parse(data["prompt"]), _workflow_of_request(data))
+        return LoadedWorkflow(Prompt.parse(data["prompt"]), _shown(_workflow_of_request(data)))
     return LoadedWorkflow(Prompt.parse(data), None)
 
 
@@ -162,12 +161,17 @@ def _clean(nodes: list[Any]) -> Iterator[Any]:
             yield node
 
 
-def _workflow_of_request(data: dict[str, Any]) -> dict[str, Any] | None:
+def _shown(workflow: object) -> dict[str, Any] | None:
+    """The workflow beside a prompt, as the editor is to open it."""
+    return without_quarantine(workflow) if isinstance(workflow, dict) else None
+
+
+def _workflow_of_request(data: dict[str, Any]) -> object:
     """`extra_data.extra_pnginfo.workflow` of a request body."""
     found: object = data
     for key in ("extra_data", "extra_pnginfo", "workflow"):
         found = found.get(key) if isinstance(found, dict) else None
-    return without_quarantine(found) if isinstance(found, dict) else None
+    return found
 
 
 def _finite(text: str) -> float:
