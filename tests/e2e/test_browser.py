@@ -114,10 +114,14 @@ class Editor:
         self.page.wait_for_timeout(1000)
 
     def upload(self, file: Path) -> None:
-        """Give the subject's LoadImage a picture by its button."""
+        """Give the subject's LoadImage a picture by its button.
+
+        The editor shows name and picture before the server has the file, and refuses to run until it has.
+        """
         with self.page.expect_file_chooser() as chooser:
             self.click(self.page.evaluate(WIDGET, [47, "upload"]))
-        chooser.value.set_files(file)
+        with self.page.expect_response("**/upload/image"):
+            chooser.value.set_files(file)
         self.page.wait_for_function(
             "name => app.graph.getNodeById(47).widgets[0].value === name", arg=file.name
         )
@@ -189,7 +193,8 @@ class Editor:
                 return new.pop()
             self.page.wait_for_timeout(50)
         self.screenshot("nothing-submitted")
-        raise AssertionError("Ctrl+Enter submitted nothing: see out/screenshots/nothing-submitted.png")
+        complaints = "; ".join(self.complaints) or "the page complained of nothing"
+        raise AssertionError(f"Ctrl+Enter submitted nothing (out/screenshots/nothing-submitted.png): {complaints}")
 
     def _jobs(self) -> set[str]:
         return {job["id"] for job in self.server.get("/jobs")["jobs"]}
