@@ -6,6 +6,8 @@ and its `extra_model_paths.yaml` are understood (https://docs.comfy.org/developm
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +19,8 @@ import platformdirs
 import yaml
 
 from usoflow.errors import UsoflowError
+
+logger = logging.getLogger(__name__)
 
 # ComfyUI's name of each kind of model folder, and the directory names under a models folder that hold it
 # (the tutorial says `clip_visions`, ComfyUI itself `clip_vision`; `unet` and `clip` are the older names).
@@ -124,7 +128,8 @@ def find_folders(
     Args:
         models: a ComfyUI folder or its `models` folder; default `USOFLOW_MODELS` (several may be given, as
             in PATH), else the user's data directory and, while that holds no model, `POCKET_MODELS`.
-        inputs: where pictures are; default `USOFLOW_INPUT`, else `input` here and in ComfyUI folders.
+        inputs: where pictures are; default `USOFLOW_INPUT`, else `input` here and in ComfyUI folders, those
+            that are there first.
         beside: the workflow file, whose own folder is searched last where `inputs` is not given.
         output: default `USOFLOW_OUTPUT`, else `output` here.
         given_images: see `Folders`.
@@ -140,6 +145,7 @@ def find_folders(
         _check_folder(inputs, "input")
     roots = roots or _default_models()
     default_inputs = [Path("input"), *(r / "input" for r in roots), *(r.parent / "input" for r in roots)]
+    default_inputs.sort(key=lambda folder: not folder.is_dir())  # uploads go into the first
     default_inputs += [beside.parent] if beside else []
     return Folders(
         models=_model_directories(roots),
@@ -154,6 +160,17 @@ def _check_folder(folder: Path, what: str) -> None:
     if not folder.is_dir():
         reason = "is no folder" if folder.exists() else "does not exist"
         raise UsoflowError("file_not_found", f"The {what} folder {folder} {reason}.")
+
+
+def check_writable(folder: Path) -> None:
+    """Before minutes are spent on what could not be kept there.
+
+    Raises:
+        UsoflowError: `save_failed`.
+    """
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise UsoflowError("save_failed", f"{folder} is no folder that can be written to.")
 
 
 def compiled_folder() -> Path:
@@ -214,7 +231,25 @@ def _names(root: Path, suffixes: tuple[str, ...], *, deep: bool = True) -> Itera
         for name in files:
             path = Path(folder, name)
             if path.suffix.lower() in suffixes and path.is_file():
-                yield path.relative_to(root).as_posix()
+                found = path.relative_to(root).as_posix()
+                if is_text(found):
+                    yield found
+                else:
+                    _warn_of_name(root, found)
+
+
+def is_text(name: str) -> bool:
+    """Whether the name of a file can be told: on Linux it may be bytes in another encoding."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+@functools.cache  # once for each file
+def _warn_of_name(root: Path, name: str) -> None:
+    logger.warning("%r in %s is not offered: its name is not UTF-8. Rename it.", name, root)
 
 
 def inside(name: str) -> PurePosixPath:

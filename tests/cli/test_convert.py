@@ -91,3 +91,23 @@ def test_every_pair_with_our_nodes(name: str) -> None:
             "class_type", got[key][0]
         )  # the editor loses the type of a node that it does not know
     assert got == plain(json.dumps(api))
+
+
+def test_custom_nodes_are_known(tmp_path: Path) -> None:
+    """Values of their fields get their names, as in the editor that has these nodes."""
+    workflow = {
+        "nodes": [
+            {
+                "id": 1, "type": "Brightness", "mode": 0, "outputs": [],
+                "inputs": [{"name": "image", "type": "IMAGE", "link": None}],
+                "widgets_values": [1.5, "multiply", 2],
+            }
+        ],
+        "links": [], "version": 0.4,
+    }  # fmt: skip
+    folder = Path(__file__).parents[1] / "custom_nodes"
+    file = tmp_path / "graph.json"
+    file.write_text(json.dumps(workflow))
+    result = run(str(file), "--custom-nodes", str(folder))
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert json.loads(result.stdout)["1"]["inputs"] == {"factor": 1.5, "mode": "multiply", "count": 2}

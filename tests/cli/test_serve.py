@@ -25,3 +25,15 @@ def test_beyond_this_machine_a_token_is_needed(
         assert httpx.get(address, follow_redirects=False).status_code == 303
     finally:
         server.kill()
+
+
+def test_what_the_server_could_not_keep_is_told_at_its_start(small_models: Path, tmp_path: Path) -> None:
+    (tmp_path / "output").write_text("no folder")
+    (tmp_path / "input").mkdir()
+    server = RealServer(small_models, tmp_path, options=("--no-ui",))
+    server.start(wait=False)
+    assert server.process
+    assert server.process.wait(60) != 0
+    log = (tmp_path / "log").read_text()
+    assert "can be written to" in log
+    assert "Traceback" not in log

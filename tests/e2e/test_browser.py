@@ -194,7 +194,9 @@ class Editor:
             self.page.wait_for_timeout(50)
         self.screenshot("nothing-submitted")
         complaints = "; ".join(self.complaints) or "the page complained of nothing"
-        raise AssertionError(f"Ctrl+Enter submitted nothing (out/screenshots/nothing-submitted.png): {complaints}")
+        raise AssertionError(
+            f"Ctrl+Enter submitted nothing (out/screenshots/nothing-submitted.png): {complaints}"
+        )
 
     def _jobs(self) -> set[str]:
         return {job["id"] for job in self.server.get("/jobs")["jobs"]}

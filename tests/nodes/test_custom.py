@@ -268,3 +268,15 @@ NODE_CLASS_MAPPINGS = {"Own": Own}
     for _ in range(2):
         shown = run(prompt, "show1", "show2").shown
         assert [shown[f"show{key}"].other for key in ("1", "2")] == [{"text": ["1.000"]}, {"text": ["2.000"]}]
+
+
+def test_what_no_json_can_say_is_shown_as_null(tmp_path: Path) -> None:
+    source = """class Shows:
+    RETURN_TYPES, FUNCTION, OUTPUT_NODE = (), "show", True
+    INPUT_TYPES = classmethod(lambda s: {"required": {}})
+    def show(self): return {"ui": {"value": [float("nan"), float("-inf"), 1.0]}}
+NODE_CLASS_MAPPINGS = {"Shows": Shows}
+"""
+    (tmp_path / "shows.py").write_text(source)
+    runs = Runs(with_custom(registry(), tmp_path), tmp_path / "output")
+    assert runs({"1": node("Shows")}, "1").shown["1"].record() == {"value": [None, None, 1.0]}

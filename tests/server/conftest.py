@@ -42,6 +42,7 @@ class Actor:
     def __init__(self) -> None:
         self.cancelled: set[str] = set()
         self.freed = 0
+        self.broken = ""
 
     def run(self, run: Run, listen: Callable[[Report], None]) -> Outcome:
         prefix = run.prompt["save"]["inputs"]["filename_prefix"]
@@ -69,6 +70,9 @@ class Actor:
 
     def system(self) -> Mapping[str, Any]:
         return {"name": "cpu", "type": "cpu", "index": None, "pytorch_version": "2"}
+
+    def fault(self) -> str:
+        return self.broken
 
     def start(self) -> None:
         pass

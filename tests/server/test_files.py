@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -233,3 +235,14 @@ def test_a_picture_that_is_cut_short_is_no_crash(client: TestClient, place: Path
     for more in ("preview=webp;90", "channel=rgb", "channel=a"):
         answer = client.get(f"/view?filename=cut.png&{more}")
         assert (answer.status_code, answer.json()["error"]["type"]) == (400, "image_invalid"), more
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names of files are text")
+def test_a_name_that_is_no_text_hides_nothing_but_itself(client: TestClient, place: Path) -> None:
+    """A picture called in Latin-1, out of an old archive, and the same in a folder of models."""
+    Image.new("RGB", (4, 4)).save(place / "input" / "good.png")
+    Path(os.fsdecode(os.fsencode(place / "input") + b"/M\xfcller.png")).write_bytes(b"")
+    assert client.get("/internal/files/input").json() == ["good.png"]
+    offered = client.get("/object_info").json()["LoadImage"]["input"]["required"]["image"][0]
+    assert "good.png" in offered
+    assert not any("ller" in name for name in offered)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from fastapi.testclient import TestClient
+from PIL import Image
 from starlette.websockets import WebSocketDisconnect
 
 from server.conftest import SOCKET, Serve
@@ -61,13 +64,14 @@ def test_token(serve: Serve) -> None:
     assert client.get("/health/live").status_code == 200
     with pytest.raises(WebSocketDisconnect), client.websocket_connect(SOCKET):
         pass
-    entered = client.get("/?token=correct-horse", follow_redirects=False)
+    entered = client.get("/?token=correct-horse&template=uso", follow_redirects=False)
     assert entered.status_code == 303
-    assert entered.headers["location"] == "/"
+    assert entered.headers["location"] == "/?template=uso"
     cookie = entered.headers["set-cookie"].lower()
     assert "httponly" in cookie
-    assert "samesite=strict" in cookie
+    assert "samesite=lax" in cookie  # a link of another site opens the editor
     assert client.get("/api/queue").status_code == 200  # the cookie
+    assert client.get("/api/queue", headers={"host": "127.0.0.1:8189"}).status_code == 401  # another server's
     with client.websocket_connect(SOCKET) as socket:
         assert socket.receive_json()["type"] == "status"
 
@@ -75,7 +79,7 @@ def test_token(serve: Serve) -> None:
 @pytest.mark.parametrize("others", ['x={"a":1}; ', "a/b=1; ", "usoflow; "])
 def test_cookies_of_other_programs_lock_nobody_out(serve: Serve, others: str) -> None:
     client = serve(token="t", listen="0.0.0.0")
-    assert client.get("/api/queue", headers={"cookie": f"{others}usoflow_token=t"}).status_code == 200
+    assert client.get("/api/queue", headers={"cookie": f"{others}usoflow_token_8188=t"}).status_code == 200
     assert client.get("/api/queue", headers={"cookie": others}).status_code == 401
 
 
@@ -84,6 +88,15 @@ def test_every_response_says_what_it_is(client: TestClient) -> None:
         headers = client.get(path).headers
         assert headers["X-Content-Type-Options"] == "nosniff"
         assert "frame-ancestors" in headers["Content-Security-Policy"]
+
+
+@pytest.mark.parametrize("path", ["/", "/health/ready", "/api/queue", "/view?filename=a.png"])
+def test_head_is_get_without_the_body(client: TestClient, place: Path, path: str) -> None:
+    Image.new("RGB", (4, 4)).save(place / "output" / "a.png")
+    whole, head = client.get(path), client.head(path)
+    assert (head.status_code, head.content) == (200, b"")
+    for name in ("content-type", "content-length"):
+        assert head.headers[name] == whole.headers[name]
 
 
 def test_what_there_is_not_is_404(client: TestClient) -> None:

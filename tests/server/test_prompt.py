@@ -117,7 +117,10 @@ def test_history_pages_and_deletes(client: TestClient) -> None:
         ended(client, job)
     assert list(client.get("/history").json()) == jobs
     assert list(client.get("/history?max_items=2").json()) == jobs[1:]
-    assert list(client.get("/history?max_items=1&offset=1").json()) == [jobs[1]]
+    pages = [list(client.get(f"/history?max_items=2&offset={start}").json()) for start in (0, 2, 4)]
+    assert pages == [jobs[:2], jobs[2:], []]
+    assert list(client.get("/history?max_items=100000&offset=-1").json()) == jobs
+    assert list(client.get("/history?max_items=-1").json()) == []
     client.post("/history", json={"delete": [jobs[0]]})
     assert list(client.get("/history").json()) == jobs[1:]
     client.post("/history", json={"clear": True})
@@ -232,6 +235,10 @@ def test_limits_are_clear(serve: Serve) -> None:
     assert client.post("/prompt", content=large).status_code == 413
     chunks = (large[start : start + 1000] for start in range(0, len(large), 1000))
     assert client.post("/prompt", content=chunks).status_code == 413
+    form = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n' + large
+    headers = {"content-type": "multipart/form-data; boundary=x"}
+    parts = (form[start : start + 1000] for start in range(0, len(form), 1000))
+    assert client.post("/upload/image", content=parts, headers=headers).status_code == 413
     client.post("/interrupt")
     assert ended(client, waiting)["status"] == "completed"
 

@@ -5,16 +5,24 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import socket as stdlib_socket
 import struct
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
 import pytest
+import uvicorn
 from fastapi.testclient import TestClient
 from starlette.testclient import WebSocketTestSession
 
-from server.conftest import JPEG, SOCKET, ended, submit, until
+from server.conftest import JPEG, SOCKET, Actor, application, ended, submit, until
+from usoflow.server.context import ServerSettings
 from usoflow.server.hub import MAX_WAITING, Client, Hub, Outgoing, status_message
+from usoflow.settings import find_folders
 
 FLAGS = {"type": "feature_flags", "data": {"supports_preview_metadata": True}}
 
@@ -153,14 +161,51 @@ def test_a_stalled_client_costs_bounded_memory_and_is_let_go() -> None:
         hub.publish(Outgoing("progress", {"value": 2}, key=("progress", "job")), "a")
         in_order = [await stalled.next(), await stalled.next()]
         assert [message.type for message in in_order if message] == ["executing", "progress"]
-        for number in range(MAX_WAITING + 1):
+        for number in range(2 * MAX_WAITING):
             hub.publish(Outgoing("executed", {"node": str(number)}), "a")
-        assert await stalled.next() is None
-        assert await other.next() is not None
+        assert stalled.overflowed.is_set()
+        assert not stalled._waiting
+        assert (await other.next()).type == "status"
+        assert not other.overflowed.is_set()
         hub.leave(stalled)
         assert len(hub) == 1
 
     asyncio.run(play())
+
+
+def wait(until_this: Callable[[], bool]) -> None:
+    """Until it is so."""
+    deadline = time.monotonic() + 30
+    while not until_this():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_who_never_reads_is_let_go_while_a_send_waits(place: Path, small_models: Path) -> None:
+    """A real socket, whose buffers are full: no message of the server will ever arrive."""
+    folders = find_folders(models=small_models, inputs=place / "input", output=place / "output")
+    app = application(ServerSettings(folders=folders, state=place / "state", ui=False), Actor())
+    hub: Hub = app.state.server.hub
+    running = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=running.run)
+    thread.start()
+    try:
+        wait(lambda: running.started)
+        port = running.servers[0].sockets[0].getsockname()[1]
+        with stdlib_socket.create_connection(("127.0.0.1", port)) as deaf:
+            deaf.sendall(
+                f"GET /ws?clientId=deaf HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nUpgrade: websocket\r\n"
+                "Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+                "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n".encode()
+            )
+            wait(lambda: len(hub) == 1)
+            text = "x" * 100_000
+            for number in range(2 * MAX_WAITING):
+                hub.publish_soon(Outgoing("executed", {"node": str(number), "text": text}), "deaf")
+            wait(lambda: len(hub) == 0)
+    finally:
+        running.should_exit = True
+        thread.join()
 
 
 def test_the_log_goes_to_who_wants_it(client: TestClient) -> None:

@@ -142,6 +142,11 @@ def test_what_the_editor_asks_at_its_start(client: TestClient) -> None:
 def test_health_and_metrics(client: TestClient) -> None:
     assert client.get("/health/live").status_code == client.get("/health/ready").status_code == 200
     assert 'usoflow_jobs{state="pending"} 0.0' in client.get("/metrics").text
+    server = client.app.state.server  # type: ignore[attr-defined]
+    server.engine.broken = "The worker does not start. Why."
+    unable = client.get("/health/ready")
+    assert (unable.status_code, unable.json()) == (503, {"ready": False, "reason": server.engine.broken})
+    server.engine.broken = ""
     client.app.state.server.supervisor.stop()  # type: ignore[attr-defined]
     assert client.get("/health/ready").status_code == 503
 

@@ -178,6 +178,30 @@ def test_every_migration_leads_to_a_store_that_works(tmp_path: Path, version: in
     store.close()
 
 
+def test_a_stop_is_remembered(tmp_path: Path) -> None:
+    """Also over a crash of the server; the picture that was shown stays, another one that was begun does not."""
+    store = JobStore(tmp_path / "jobs.sqlite")
+    for name in ("a", "b"):
+        add(store, name)
+        store.note_stop(name)  # it has not begun: that is not how it is cancelled
+    assert store.start_next() is not None
+    shown, begun = tmp_path / "shown.png", tmp_path / "begun.png"
+    for path in (shown, begun):
+        path.touch()
+        store.reserve("a", path)
+    store.note_output("a", "9", {"images": [{"filename": "shown.png"}], "x": None})
+    store.note_stop("a")
+    assert store.recover() == []
+    found = store.get("a")
+    assert found is not None
+    assert (found.state, found.ended is not None) == (State.CANCELLED, True)
+    assert found.outputs["9"]["x"] is None
+    assert (shown.exists(), begun.exists()) == (True, False)
+    assert store.start_next() is not None
+    assert store.recover() == ["b"]
+    store.close()
+
+
 class Lives(RuleBasedStateMachine):
     """Whatever happens in whatever order: no job is lost, none runs twice, a final state stays."""
 
@@ -185,6 +209,7 @@ class Lives(RuleBasedStateMachine):
         super().__init__()
         self.store = JobStore(Path(":memory:"))
         self.states: dict[str, State] = {}
+        self.stopped: set[str] = set()
 
     @rule(front=st.booleans())
     def accept(self, front: bool) -> None:
@@ -209,9 +234,18 @@ class Lives(RuleBasedStateMachine):
                 self.states[name] = state
 
     @rule()
+    def stop(self) -> None:
+        running = {name for name, state in self.states.items() if state == State.IN_PROGRESS}
+        for name in running:
+            self.store.note_stop(name)
+        self.stopped |= running
+
+    @rule()
     def crash(self) -> None:
-        self.store.recover()
-        self.states = {n: State.PENDING if s == State.IN_PROGRESS else s for n, s in self.states.items()}
+        running = {name for name, state in self.states.items() if state == State.IN_PROGRESS}
+        assert set(self.store.recover()) == running - self.stopped
+        for name in running:
+            self.states[name] = State.CANCELLED if name in self.stopped else State.PENDING
 
     @rule()
     def cancel(self) -> None:

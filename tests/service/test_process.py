@@ -140,6 +140,34 @@ def test_killed_while_idle_costs_no_job(engine: WorkerProcess) -> None:
     assert engine.run(Run("after", text_to_image(), ("save",), None), lambda _: None) == Done()
 
 
+def test_what_was_to_be_cancelled_is_so_by_the_next_worker(engine: WorkerProcess) -> None:
+    """The one that was told has died before it came to it."""
+    prompt = with_inputs(text_to_image(), "sampler", steps=10_000, seed=9)
+    assert engine.run(Run("after", text_to_image(), ("save",), None), lambda _: None) == Done()
+    kill_worker(engine)
+    engine.cancel("cancelled")
+    assert engine.run(Run("cancelled", prompt, ("save",), None), lambda _: None) == Cancelled()
+
+
+def test_a_worker_that_cannot_start_says_why(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    broken = WorkerProcess(WorkerSettings(find_folders(), place / "jobs.sqlite", device="cuda"))
+    try:
+        assert broken.fault() == ""
+        broken.start()
+        deadline = time.monotonic() + 60
+        while not broken.fault():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert "does not start" in broken.fault()
+        assert "cuda" in broken.fault().lower()
+        outcome = broken.run(Run("x", text_to_image(), ("save",), None), lambda _: None)
+        assert isinstance(outcome, Failed)
+        assert outcome.code == "device_unavailable"
+    finally:
+        broken.stop()
+
+
 def test_memory_that_runs_out_is_named(engine: WorkerProcess) -> None:
     """A limit on the address space, so that the allocator really fails."""
     assert engine.run(Run("after", text_to_image(), ("save",), None), lambda _: None) == Done()

@@ -53,6 +53,9 @@ class Scripted:
     def system(self) -> Mapping[str, Any]:
         return {}
 
+    def fault(self) -> str:
+        return ""
+
     def start(self) -> None:
         pass
 
@@ -217,6 +220,42 @@ def test_every_message_survives_the_pipe() -> None:
 def test_what_is_no_message_is_refused(line: bytes) -> None:
     with pytest.raises(UsoflowError):
         decode(line)
+
+
+def test_a_job_that_is_being_stopped_when_the_server_stops_does_not_run_again(
+    store: JobStore, start: Start
+) -> None:
+    """Its step in progress takes longer than the server waits."""
+    begun = threading.Event()
+
+    def endless(run: Run, listen: Callable[[Report], None]) -> Outcome:
+        begun.set()
+        assert engine.stopped.wait(10)
+        raise UsoflowError("worker_died", "killed by the server")
+
+    engine = Scripted(job=endless)
+    store.add(Request(id="job", prompt={}, targets=(), extra={}), limit=10)
+    supervisor = Supervisor(store, engine, lambda running, event: None)
+    supervisor.start()
+    assert begun.wait(10)
+    assert supervisor.interrupt("job")
+    supervisor.stop(grace=0.05)
+    assert ended(store, "job").state == State.CANCELLED
+    start(accept=False, job=good)
+    assert ended(store, "job").state == State.CANCELLED
+
+
+def test_a_job_that_is_being_stopped_when_its_worker_dies_is_cancelled(store: JobStore, start: Start) -> None:
+    def dies(run: Run, listen: Callable[[Report], None]) -> Outcome:
+        assert engine.cancelled.wait(10)
+        raise UsoflowError("worker_died", "killed from outside")
+
+    supervisor = start(dies=dies)
+    engine: Scripted = supervisor._engine  # type: ignore[assignment]
+    deadline = time.monotonic() + 10
+    while not supervisor.interrupt("dies"):
+        assert time.monotonic() < deadline
+    assert ended(store, "dies").state == State.CANCELLED
 
 
 def test_a_stop_while_a_job_is_being_taken_reaches_it(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from usoflow.catalogue import PULLS, missing_file_remedy
 from usoflow.errors import UsoflowError
 from usoflow.schema.node import NodeRegistry
 from usoflow.schema.validation import ValidationResult, validate
-from usoflow.settings import Folders, inside
+from usoflow.settings import Folders, check_writable, inside
 from usoflow.workflow.prompt import Prompt
 
 SAVES: Final = "SaveImage"
@@ -56,20 +55,13 @@ def check(workflow: Workflow, folders: Folders, nodes: NodeRegistry) -> Job:
     left_out = tuple(f"left out: {line}" for line in _lines(checked))
     saving = [key for key in checked.outputs if checked.prompt[key]["class_type"] == SAVES]
     if saving:
-        _check_writable(folders.output)
+        check_writable(folders.output)
     for key in saving:
         prefix = checked.prompt[key]["inputs"]["filename_prefix"]
         if isinstance(prefix, str):  # what a link gives is not known yet
             _check_inside(key, prefix)
     valid = replace(workflow, prompt=Prompt.parse(checked.prompt), warnings=())
     return Job(valid, checked.outputs, folders, workflow.warnings + left_out)
-
-
-def _check_writable(folder: Path) -> None:
-    """Before minutes are spent on what could not be kept."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-        raise UsoflowError("save_failed", f"{folder} is no folder that can be written to.")
 
 
 def _check_inside(key: str, prefix: str) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from usoflow.cli.options import CustomNodes, node_types
 from usoflow.errors import UsoflowError
 
 
@@ -17,12 +18,12 @@ def convert(
         str, typer.Argument(help="Workflow or prompt JSON, a PNG or WebP with one, or template:NAME.")
     ],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write to this file.")] = None,
+    custom_nodes: CustomNodes = None,
 ) -> None:
     """Print the prompt (API JSON) of a workflow."""
-    from usoflow.nodes import registry
     from usoflow.workflow.loading import load
 
-    loaded = load(file, registry())
+    loaded = load(file, node_types(custom_nodes))
     for warning in loaded.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     text = json.dumps(loaded.prompt.to_json(), indent=2, ensure_ascii=False) + "\n"

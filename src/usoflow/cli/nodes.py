@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from usoflow.cli.options import CustomNodes, node_types
 from usoflow.errors import UsoflowError
 from usoflow.schema.specs import Float, Int
 
@@ -15,11 +16,10 @@ if TYPE_CHECKING:
 
 def nodes(
     name: Annotated[str | None, typer.Argument(help="A node type; without it all are listed.")] = None,
+    custom_nodes: CustomNodes = None,
 ) -> None:
     """List the node types, or describe one."""
-    from usoflow.nodes import registry
-
-    known = registry()
+    known = node_types(custom_nodes)
     if name is None:
         width = max(map(len, known))
         for class_type, entry in sorted(known.items(), key=lambda item: (item[1].schema.category, item[0])):

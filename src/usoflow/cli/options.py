@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
+from contextlib import redirect_stdout
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from usoflow.errors import UsoflowError
+
+if TYPE_CHECKING:
+    from usoflow.schema.node import NodeRegistry
 
 
 class Device(StrEnum):
@@ -34,8 +39,11 @@ Models = Annotated[
     Path | None,
     typer.Option("--models", help="A ComfyUI folder or its models folder; else USOFLOW_MODELS."),
 ]
-Input = Annotated[Path | None, typer.Option("--input", help="Folder of input pictures.")]
-Output = Annotated[Path | None, typer.Option(help="Folder for results; ./output if not given.")]
+Input = Annotated[
+    Path | None,
+    typer.Option("--input", help="Folder of input pictures; else USOFLOW_INPUT, ./input, ComfyUI's."),
+]
+Output = Annotated[Path | None, typer.Option(help="Folder for results; else USOFLOW_OUTPUT, ./output.")]
 CustomNodes = Annotated[
     Path | None, typer.Option(help="Folder of your own nodes, as ComfyUI's custom_nodes.")
 ]
@@ -60,6 +68,19 @@ Compiled = Annotated[
         help="Compile the transformer's blocks from the second picture of a size on; default on CUDA only.",
     ),
 ]
+
+
+def node_types(custom_nodes: Path | None) -> NodeRegistry:
+    """The node types that there are; what custom nodes print while they are loaded is not the result.
+
+    Raises:
+        UsoflowError: `file_not_found` if their folder is not there.
+    """
+    from usoflow.nodes import registry
+    from usoflow.nodes.custom_folder import with_custom
+
+    with redirect_stdout(sys.stderr):
+        return with_custom(registry(), custom_nodes)
 
 
 def need_training() -> None:

@@ -29,6 +29,7 @@ from usoflow.cli.options import (
 from usoflow.errors import UsoflowError
 
 STATE_VARIABLE = "USOFLOW_STATE"
+TOKEN_VARIABLE = "USOFLOW_TOKEN"
 
 
 def serve(
@@ -40,7 +41,8 @@ def serve(
         str, typer.Option(help="Address; beyond this machine a token is needed.")
     ] = "127.0.0.1",
     token: Annotated[
-        str | None, typer.Option(help="What clients must know; made up where one is needed.")
+        str | None,
+        typer.Option(envvar=TOKEN_VARIABLE, help="What clients must know; made up where one is needed."),
     ] = None,
     preview: Annotated[bool, typer.Option(help="Show pictures while they are made.")] = True,
     ui: Annotated[bool, typer.Option(help="Serve the editor, and open it in a browser.")] = True,
@@ -57,15 +59,17 @@ def serve(
     from usoflow.server.app import create_app
     from usoflow.server.context import LOOPBACK, ServerSettings
     from usoflow.server.serving import serve as serve_app
-    from usoflow.settings import bytes_of, find_folders
+    from usoflow.settings import bytes_of, check_writable, find_folders
 
     budget = None if vram is None else bytes_of(vram)
     token = token or None  # of an empty variable, say
     if listen not in LOOPBACK and token is None:
         token = secrets.token_urlsafe(16)
     state = os.environ.get(STATE_VARIABLE) or platformdirs.user_data_path("usoflow") / "server"
+    folders = find_folders(models=models, inputs=inputs, output=output)
+    check_writable(folders.output)
     settings = ServerSettings(
-        folders=find_folders(models=models, inputs=inputs, output=output),
+        folders=folders,
         state=Path(state).expanduser(),
         listen=listen,
         token=token,
@@ -77,7 +81,10 @@ def serve(
     app = create_app(settings, device=device.value, dtype=dtype.value, budget=budget, compiled=compiled)
     rest = f":{port}/" + (f"?token={quote(token, safe='')}" if token else "")
     addresses = [f"http://{host}{rest}" for host in _hosts(listen)]
-    print(f"usoflow: {' or '.join(addresses)}", flush=True)
+    print(f"usoflow: {' or '.join(addresses)}")
+    print(
+        f"Pictures go to {folders.output.absolute()}, uploads to {folders.inputs[0].absolute()}.", flush=True
+    )
     if ui:
         _open_browser(addresses[0])
     serve_app(app, bound)

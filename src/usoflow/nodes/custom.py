@@ -217,8 +217,11 @@ class V1Function:
 
 
 def _shown(ui: Mapping[str, Any], outputs: tuple[Any, ...]) -> Shown:
-    """ComfyUI's `ui` record: pictures that are files, and whatever else an extension of the editor shows."""
-    record = json.loads(json.dumps(ui, default=str))
+    """ComfyUI's `ui` record: pictures that are files, and whatever else an extension of the editor shows.
+
+    JSON has no NaN and no infinity: they become null.
+    """
+    record = json.loads(json.dumps(ui, default=str), parse_constant=lambda _: None)
     images = tuple(
         SavedImage(str(image["filename"]), str(image.get("subfolder", "")), str(image.get("type", "output")))
         for image in record.pop("images", ())

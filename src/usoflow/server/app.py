@@ -123,6 +123,8 @@ def _answer_invalid(request: Request, error: Exception) -> JSONResponse:
 def _answer_http(request: Request, error: Exception) -> JSONResponse:
     """No such route or file of the editor, a method that a route lacks, a form that cannot be read."""
     assert isinstance(error, HTTPException)
+    if isinstance(error.__cause__, UsoflowError):  # a form that was too large, say
+        return _answer_error(request, error.__cause__)
     absent = error.status_code in (404, 405)
     detail = f"There is no {request.method} {request.url.path}." if absent else str(error.detail)
     code = "file_not_found" if error.status_code == 404 else "body_invalid"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -113,6 +113,11 @@ class Server:
         """Tell everybody how many jobs wait."""
         with self._counting:  # so that what is told last is what was counted last
             self.hub.status(self.store.count(WAITING))
+
+    def counted(self, join: Callable[[int], None]) -> None:
+        """Have the event loop call `join` with how many jobs wait, before anybody is told of a change."""
+        with self._counting:
+            self.hub.soon(join, self.store.count(WAITING))
 
 
 def _runs_elsewhere(*_: object, **__: object) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hmac
 from typing import Final
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import cookie_parser
@@ -36,6 +36,8 @@ class Guard:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
+        if scope.get("method") == "HEAD":  # as GET; what sends the answer leaves out the body
+            scope = {**scope, "method": "GET"}
         headers = Headers(scope=scope)
         answer = self._refusal(scope, headers)
         if answer is None:
@@ -64,12 +66,15 @@ class Guard:
         return self._settings.token is not None or _hostname(host) in (*LOOPBACK, self._settings.listen)
 
     def _token_answer(self, scope: Scope, headers: Headers, token: str) -> Response | None:
-        query = parse_qs(scope["query_string"].decode("latin-1"))
-        if scope["path"] == "/" and _same(query.get("token", [""])[0], token):
-            answer = RedirectResponse("/", 303)
-            answer.set_cookie(COOKIE, token, httponly=True, samesite="strict", path="/")
+        query = parse_qsl(scope["query_string"].decode("latin-1"))
+        name = _cookie_name(headers)
+        if scope["path"] == "/" and any(key == "token" and _same(value, token) for key, value in query):
+            rest = urlencode([pair for pair in query if pair[0] != "token"])
+            answer = RedirectResponse(f"/?{rest}" if rest else "/", 303)
+            # Lax: who follows a link of another site is let in; everything else from there `_is_foreign` refuses.
+            answer.set_cookie(name, token, httponly=True, samesite="lax", path="/")
             return answer
-        cookie = cookie_parser(headers.get("cookie", "")).get(COOKIE, "")
+        cookie = cookie_parser(headers.get("cookie", "")).get(name, "")
         bearer = headers.get("authorization", "").removeprefix("Bearer ")
         if _same(bearer, token) or _same(cookie, token):
             return None
@@ -129,6 +134,15 @@ def _hostname(host: str) -> str | None:
         return urlsplit(f"//{host}").hostname
     except ValueError:  # of brackets that do not match
         return None
+
+
+def _cookie_name(headers: Headers) -> str:
+    """One for each port: cookies are of a host, on which there may be several servers."""
+    try:
+        port = urlsplit(f"//{headers.get('host', '')}").port
+    except ValueError:
+        port = None
+    return COOKIE if port is None else f"{COOKIE}_{port}"
 
 
 def _sender(headers: Headers) -> str:

@@ -1,8 +1,9 @@
 """Who listens on `/ws`, and what waits to be sent to each: bounded, so that nobody delays anybody.
 
 Progress, previews and the queue's length only matter in their newest form: a newer one replaces an older that
-has not been sent. Whoever lets too much else pile up is disconnected, and finds out by reconnecting.
-Everything here happens in the event loop, but for `publish_soon`.
+has not been sent. Whoever lets too much else pile up is sent nothing more and disconnected, and finds out by
+reconnecting.
+Everything here happens in the event loop, but for `soon` and what uses it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -49,27 +50,29 @@ class Client:
     sid: str
     metadata: bool = False
     logs: bool = False
-    overflowed: bool = False
+    overflowed: asyncio.Event = field(default_factory=asyncio.Event)
     _waiting: dict[Key, Outgoing] = field(default_factory=dict)
     _count: int = 0
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
 
     def put(self, message: Outgoing) -> None:
         """Queue a message behind all others, also where it replaces an older one: order is that of events."""
+        if self.overflowed.is_set():
+            return
         self._count += 1
         key = message.key or (str(self._count),)
         self._waiting.pop(key, None)
         self._waiting[key] = message
-        self.overflowed = len(self._waiting) > MAX_WAITING
         self._wake.set()
+        if len(self._waiting) > MAX_WAITING:
+            self._waiting.clear()
+            self.overflowed.set()
 
-    async def next(self) -> Outgoing | None:
-        """The next message, when there is one; None if the client has fallen too far behind."""
+    async def next(self) -> Outgoing:
+        """The next message, when there is one."""
         while not self._waiting:
             self._wake.clear()
             await self._wake.wait()
-        if self.overflowed:
-            return None
         return self._waiting.pop(next(iter(self._waiting)))
 
 
@@ -93,7 +96,8 @@ class Hub:
 
     def leave(self, client: Client) -> None:
         """Send it nothing more."""
-        self._clients.remove(client)
+        if client in self._clients:
+            self._clients.remove(client)
 
     def publish(self, message: Outgoing, to: str | None = None) -> None:
         """Send to the connections of one client, or to all (None)."""
@@ -101,15 +105,18 @@ class Hub:
             if to is None or client.sid == to:
                 client.put(message)
 
+    def soon(self, call: Callable[..., None], *values: Any) -> None:
+        """Have the event loop call this, in the order in which it is asked to; from any thread."""
+        if self._loop and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(call, *values)
+
     def publish_soon(self, message: Outgoing, to: str | None = None) -> None:
         """`publish`, from any thread."""
-        if self._loop and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self.publish, message, to)
+        self.soon(self.publish, message, to)
 
     def log_soon(self, entry: Mapping[str, str]) -> None:
         """A line of the log to those who want it; from any thread."""
-        if self._loop and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._log, Outgoing("logs", {"entries": [entry]}))
+        self.soon(self._log, Outgoing("logs", {"entries": [entry]}))
 
     def _log(self, message: Outgoing) -> None:
         for client in self._clients:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import uuid
+from collections.abc import Coroutine
 from contextlib import suppress
 from typing import Any, Final
 
-from anyio import CancelScope, create_task_group
+from anyio import CancelScope, create_task_group, move_on_after
 from fastapi import APIRouter, WebSocket, WebSocketDisconnect
 from starlette.concurrency import run_in_threadpool
 
@@ -15,12 +16,12 @@ from usoflow.server.context import Server, ServerOf
 from usoflow.server.hub import Client, Outgoing, status_message
 from usoflow.server.messages import executing, progress_state
 from usoflow.server.routes.system import features
-from usoflow.service.jobs import WAITING
 
 router = APIRouter()
 
 LONGEST_NAME: Final = 100
 TOO_SLOW: Final = 1013  # "try again later": the client reconnects
+CLOSING: Final = 2.0  # seconds to tell that to a client that may not read at all
 
 
 @router.websocket("/ws")
@@ -28,16 +29,27 @@ async def socket(websocket: WebSocket, server: ServerOf) -> None:
     """Send what happens until the client leaves, or reads too slowly to be of use."""
     await websocket.accept()
     client = Client(_name(websocket.query_params.get("clientId", "")))
-    waiting = await run_in_threadpool(server.store.count, WAITING)
-    _greet(server, client, waiting)
-    server.hub.join(client)
+
+    def join(waiting: int) -> None:
+        _greet(server, client, waiting)
+        server.hub.join(client)
+
     try:
+        await run_in_threadpool(server.counted, join)
         async with create_task_group() as tasks:
-            tasks.start_soon(_send, websocket, client, tasks.cancel_scope)
-            await _receive(websocket, client, server)
-            tasks.cancel_scope.cancel()
+            for part in (_send(websocket, client), _receive(websocket, client, server), _overflow(client)):
+                tasks.start_soon(_first_to_end, part, tasks.cancel_scope)
     finally:
         server.hub.leave(client)
+    if client.overflowed.is_set():
+        with suppress(WebSocketDisconnect, RuntimeError), move_on_after(CLOSING):
+            await websocket.close(TOO_SLOW)
+
+
+async def _first_to_end(part: Coroutine[Any, Any, None], connection: CancelScope) -> None:
+    """A connection is over when the first of its parts is, also while another waits for the client to read."""
+    await part
+    connection.cancel()
 
 
 def _name(wanted: str) -> str:
@@ -55,15 +67,17 @@ def _greet(server: Server, client: Client, waiting: int) -> None:
             client.put(executing(running.job, running.node))
 
 
-async def _send(websocket: WebSocket, client: Client, connection: CancelScope) -> None:
+async def _send(websocket: WebSocket, client: Client) -> None:
     with suppress(WebSocketDisconnect, RuntimeError):  # RuntimeError: the client has closed it
-        while message := await client.next():
-            encoded = message.encoded(metadata=client.metadata)
+        while True:
+            encoded = (await client.next()).encoded(metadata=client.metadata)
             await (
                 websocket.send_bytes(encoded) if isinstance(encoded, bytes) else websocket.send_text(encoded)
             )
-        await websocket.close(TOO_SLOW)
-    connection.cancel()
+
+
+async def _overflow(client: Client) -> None:
+    await client.overflowed.wait()
 
 
 async def _receive(websocket: WebSocket, client: Client, server: Server) -> None:

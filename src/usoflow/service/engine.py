@@ -55,6 +55,13 @@ class Ready:
 
 
 @dataclass(frozen=True, slots=True)
+class Device:
+    """`system` of `Ready` once more: how much memory is free has changed."""
+
+    system: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
 class Cached:
     """These nodes need not run; `shown` is what output nodes among them show, as a record of JSON."""
 
@@ -115,11 +122,24 @@ class Failed:
 Command = Run | Cancel | Free
 Report = Cached | Started | Progress | Finished
 Outcome = Done | Cancelled | Failed
-Message = Command | Report | Outcome | Ready
+Message = Command | Report | Outcome | Ready | Device
 
 _MESSAGES: Mapping[str, type[Message]] = {
     kind.__name__: kind
-    for kind in (Run, Cancel, Free, Ready, Cached, Started, Progress, Finished, Done, Cancelled, Failed)
+    for kind in (
+        Run,
+        Cancel,
+        Free,
+        Ready,
+        Device,
+        Cached,
+        Started,
+        Progress,
+        Finished,
+        Done,
+        Cancelled,
+        Failed,
+    )
 }
 
 
@@ -140,6 +160,9 @@ class Engine(Protocol):
 
     def system(self) -> Mapping[str, Any]:
         """What is known of the device that computes."""
+
+    def fault(self) -> str:
+        """Why no job can be run, and what to do about it; empty as long as none of that is known."""
 
     def nodes(self) -> Sequence[NodeSchema]:
         """Custom nodes; waits for a process that is just starting."""

@@ -2,7 +2,7 @@
 
 The server writes it; the worker only reserves the names of its pictures. A job is pending, then in progress,
 then in exactly one final state with one set of outputs. What a crash leaves in progress is pending again
-after `recover`, and the files it had reserved are gone.
+after `recover`, and the files it had reserved are gone; unless it was to be stopped: then it is cancelled.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ MIGRATIONS: Sequence[str] = (
     CREATE INDEX files_by_job ON files (job);
     CREATE TABLE settings (key TEXT PRIMARY KEY, value TEXT NOT NULL);
     """,
+    "ALTER TABLE jobs ADD COLUMN stop INTEGER NOT NULL DEFAULT 0",  # somebody has asked that it be stopped
 )
 
 _COLUMNS = "id, state, number, client, workflow, created, started, ended, cached, outputs, error"
@@ -264,8 +265,13 @@ class JobStore:
     def note_output(self, job_id: str, node: str, shown: Mapping[str, Any]) -> None:
         """Remember what an output node has shown."""
         with self._transaction() as run:
-            query = "UPDATE jobs SET outputs = json_patch(outputs, json_object(?, json(?))) WHERE id = ?"
-            run(query, (node, json.dumps(shown), job_id))
+            outputs = {**self._get(job_id).outputs, node: shown}
+            run("UPDATE jobs SET outputs = ? WHERE id = ?", (json.dumps(outputs), job_id))
+
+    def note_stop(self, job_id: str) -> None:
+        """Remember that a job in progress is to be stopped: whatever happens meanwhile, it does not run again."""
+        with self._transaction() as run:
+            run("UPDATE jobs SET stop = 1 WHERE id = ? AND state = 'in_progress'", (job_id,))
 
     def finish(self, job_id: str, state: State, error: Mapping[str, Any] | None = None) -> bool:
         """Move a job from progress into a final state; False if it is not in progress.
@@ -283,22 +289,28 @@ class JobStore:
                 run(f"DELETE FROM jobs WHERE row IN ({_OLDEST})", (too_many,))
             return True
 
-    def requeue(self, job_id: str) -> None:
-        """Make a job in progress pending again, as if it had never begun: without files and outputs."""
+    def requeue(self, job_id: str) -> bool:
+        """Make a job in progress pending again, as if it had never begun: without files and outputs.
+
+        One that was to be stopped is cancelled instead, and the answer False.
+        """
         with self._transaction() as run:
+            stop = "UPDATE jobs SET state = 'cancelled', ended = ? WHERE id = ? AND state = 'in_progress' AND stop"
+            if run(stop, (now(), job_id)).rowcount:
+                reported = _file_names(self._get(job_id).outputs)
+                self._drop(path for path in self._files(job_id) if path.name not in reported)
+                return False
             self._drop(self._files(job_id))
             run(
                 "UPDATE jobs SET state = 'pending', started = NULL, cached = '[]', outputs = '{}'"
                 " WHERE id = ? AND state = 'in_progress'",
                 (job_id,),
             )
+            return True
 
     def recover(self) -> list[str]:
-        """After a crash: requeue what was in progress. Only while no worker of this database lives."""
-        interrupted = [job.id for job in self.jobs([State.IN_PROGRESS])]
-        for job_id in interrupted:
-            self.requeue(job_id)
-        return interrupted
+        """After a crash: requeue what was in progress; returns which. Only while no worker of this database lives."""
+        return [job.id for job in self.jobs([State.IN_PROGRESS]) if self.requeue(job.id)]
 
     # --- what the worker does -------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ from usoflow.schema.wire import from_json
 from usoflow.service.engine import (
     Cancel,
     Command,
+    Device,
     Done,
     Failed,
     Free,
@@ -67,7 +68,10 @@ class WorkerProcess:
         self._inherited = tuple(inherited)
         self._lock = threading.Lock()  # guards the process and its stdin
         self._child: _Child | None = None
-        self._ready = Ready({})
+        self._system: Mapping[str, Any] = {}
+        self._nodes: Sequence[Mapping[str, Any]] = ()
+        self._fault = ""
+        self._cancelled: set[str] = set()  # of jobs that have not ended
         self._stopped = False
 
     @property
@@ -82,10 +86,19 @@ class WorkerProcess:
 
     def run(self, run: Run, listen: Callable[[Report], None]) -> Outcome:
         """See `Engine.run`."""
+        try:
+            return self._run(run, listen)
+        finally:
+            with self._lock:
+                self._cancelled.discard(run.job)
+
+    def _run(self, run: Run, listen: Callable[[Report], None]) -> Outcome:
         for attempt in range(ATTEMPTS):
             with self._lock:
                 child = self._living()
                 child.send(run)
+                if run.job in self._cancelled:  # of which the child before this one was told
+                    child.send(Cancel(run.job))
             begun = False
             while (message := child.messages.get()) is not None:
                 if isinstance(message, Done | CancelledRun | Failed):
@@ -99,15 +112,22 @@ class WorkerProcess:
 
     def cancel(self, job: str) -> None:
         """See `Engine.cancel`."""
-        self._send(Cancel(job))
+        with self._lock:
+            self._cancelled.add(job)
+            self._send(Cancel(job))
 
     def free(self) -> None:
         """See `Engine.free`."""
-        self._send(Free())
+        with self._lock:
+            self._send(Free())
 
     def system(self) -> Mapping[str, Any]:
         """See `Engine.system`; empty until the first child has loaded its libraries."""
-        return self._ready.system
+        return self._system
+
+    def fault(self) -> str:
+        """See `Engine.fault`."""
+        return self._fault
 
     def nodes(self) -> Sequence[NodeSchema]:
         """See `Engine.nodes`; those of the child before, if this one died while it loaded them."""
@@ -115,7 +135,7 @@ class WorkerProcess:
             with self._lock:
                 child = self._living()
             child.loaded.wait()
-        return [from_json(record) for record in self._ready.nodes]
+        return [from_json(record) for record in self._nodes]
 
     def stop(self) -> None:
         """See `Engine.stop`. No other child is started."""
@@ -127,9 +147,8 @@ class WorkerProcess:
             child.process.wait()
 
     def _send(self, command: Command) -> None:
-        with self._lock:
-            if self._child and self._child.process.poll() is None:
-                self._child.send(command)
+        if self._child and self._child.process.poll() is None:
+            self._child.send(command)
 
     def _living(self) -> _Child:
         if self._stopped:
@@ -141,18 +160,27 @@ class WorkerProcess:
                 raise UsoflowError("worker_died", f"The worker cannot be started: {error}.") from None
         return self._child
 
-    def _note(self, ready: Ready) -> None:
-        self._ready = ready
-        logger.info(
-            "The worker is ready: %s, torch %s", ready.system["name"], ready.system["pytorch_version"]
-        )
+    def _note(self, news: Ready | Device | UsoflowError) -> None:
+        """What a child says of itself."""
+        match news:
+            case Ready(system, nodes):
+                self._system, self._nodes, self._fault = system, nodes, ""
+                logger.info("The worker is ready: %s, torch %s", system["name"], system["pytorch_version"])
+            case Device(system):
+                self._system = system
+            case UsoflowError() if not self._stopped:
+                self._fault = f"The worker does not start. {news.detail} {news.remedy}"
+                logger.error("%s", self._fault)
 
 
 class _Child:
     """One process and what it has said; None in `messages` is its end."""
 
     def __init__(
-        self, command: Sequence[str], inherited: Sequence[int], note: Callable[[Ready], None]
+        self,
+        command: Sequence[str],
+        inherited: Sequence[int],
+        note: Callable[[Ready | Device | UsoflowError], None],
     ) -> None:
         self._kills_before = _memory_kills()
         self.process = subprocess.Popen(
@@ -162,6 +190,7 @@ class _Child:
         assert self.process.stdout is not None
         assert self.process.stderr is not None
         self._stdin = self.process.stdin
+        self._ready = False
         self.loaded = threading.Event()  # it is ready, or has ended before it was
         self.messages: queue.SimpleQueue[Report | Outcome | None] = queue.SimpleQueue()
         threading.Thread(target=self._read, args=(self.process.stdout, note), daemon=True).start()
@@ -184,23 +213,31 @@ class _Child:
             reason = "it was killed, from outside or by the system for want of memory"
         else:
             reason = _SIGNALS.get(-code, f"its exit status was {code}")
-        return UsoflowError("worker_died", f"The worker process ended during the job: {reason}.")
+        when = "during the job" if self._ready else "before it was ready"
+        return UsoflowError("worker_died", f"The worker process ended {when}: {reason}.")
 
-    def _read(self, stdout: IO[bytes], note: Callable[[Ready], None]) -> None:
+    def _read(self, stdout: IO[bytes], note: Callable[[Ready | Device | UsoflowError], None]) -> None:
+        refusal: UsoflowError | None = None
         try:
             with stdout:
                 for line in stdout:
                     message: Message = decode(line)
-                    if isinstance(message, Ready):
+                    if isinstance(message, Ready | Device):
                         note(message)
+                        self._ready = True
                         self.loaded.set()
-                    elif not isinstance(message, Run | Cancel | Free):
+                        continue
+                    if isinstance(message, Failed) and not self._ready:
+                        refusal = UsoflowError(message.code, message.detail, remedy=message.remedy)
+                    if not isinstance(message, Run | Cancel | Free):
                         self.messages.put(message)
         except UsoflowError as error:  # it was killed in the middle of a line, or writes what is no message
             logger.error("%s", error.detail)
             self.process.kill()
         with suppress(OSError):  # a command that it did not take
             self._stdin.close()
+        if not self._ready:
+            note(refusal or self.cause_of_death())
         self.loaded.set()
         self.messages.put(None)
 

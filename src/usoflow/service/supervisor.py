@@ -43,6 +43,7 @@ class Running:
     class_type: str = ""
     executed: list[str] = field(default_factory=list)
     progress: dict[str, Progress] = field(default_factory=dict)
+    stop: bool = False  # somebody has asked that it be stopped
 
     def note(self, report: Report) -> None:
         """Follow the run."""
@@ -108,7 +109,9 @@ class Supervisor:
             running = self.running
         if running is None or job_id not in (None, running.job.id):
             return False
+        running.stop = True
         self._engine.cancel(running.job.id)
+        self._store.note_stop(running.job.id)
         return True
 
     def refuse(self) -> None:
@@ -117,7 +120,10 @@ class Supervisor:
         self._wake.set()
 
     def stop(self, grace: float = GRACE) -> None:
-        """Take no more jobs; the one in progress may finish within `grace` seconds, else it is requeued."""
+        """Take no more jobs; the one in progress may finish within `grace` seconds, else it is requeued.
+
+        One that is being stopped is cancelled instead.
+        """
         self.refuse()
         if self._thread.is_alive():
             self._thread.join(grace)
@@ -151,6 +157,8 @@ class Supervisor:
         if outcome is None:
             self._insist(lambda: self._store.requeue(job.id))
             return
+        if running.stop and isinstance(outcome, Failed) and outcome.code == "worker_died":
+            outcome = Cancelled()  # as it was asked to, before it came to it
         state, error = _end(running, outcome)
         if self._insist(lambda: self._store.finish(job.id, state, error)) is None:
             return  # the server stops; the next one runs the job again

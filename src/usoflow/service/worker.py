@@ -221,10 +221,13 @@ def serve(registry: NodeRegistry, argument: str) -> None:
     while True:
         command = pipe.commands.get()
         if isinstance(command, Run):
-            pipe.send(worker.run(command, pipe.cancellations[command.job]))
+            outcome = worker.run(command, pipe.cancellations[command.job])
+            pipe.send(engine.Device(_system(worker.executor.library.placement.device)))
+            pipe.send(outcome)
             del pipe.cancellations[command.job]
         else:
             worker.free()
+            pipe.send(engine.Device(_system(worker.executor.library.placement.device)))
 
 
 def _made(

@@ -15,7 +15,7 @@ from usoflow.errors import UsoflowError
 from usoflow.schema.values import image_location
 from usoflow.server import files
 from usoflow.server.context import Json, Server, ServerOf
-from usoflow.settings import IMAGE_SUFFIXES
+from usoflow.settings import IMAGE_SUFFIXES, is_text
 
 router = APIRouter(tags=["pictures"])
 
@@ -84,7 +84,8 @@ def view(
 def list_files(server: ServerOf, type: str) -> list[str]:
     """The pictures of a folder, the newest first."""
     found = [p for root in files.roots(server.folders, type) if root.is_dir() for p in root.iterdir()]
-    pictures = [path for path in found if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
+    named = [path for path in found if path.suffix.lower() in IMAGE_SUFFIXES and is_text(path.name)]
+    pictures = [path for path in named if path.is_file()]
     newest = sorted(pictures, key=lambda path: path.stat().st_mtime, reverse=True)
     return list(dict.fromkeys(path.name for path in newest))
 

@@ -6,7 +6,7 @@ import math
 import re
 import uuid
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Query, Response
 from fastapi.responses import JSONResponse
@@ -154,14 +154,15 @@ def change_queue(server: ServerOf, body: ObjectBody) -> Response:
 @router.get("/history")
 def history(
     server: ServerOf,
-    max_items: int = Query(default=MAX_PAGE, ge=0, le=MAX_PAGE),
-    offset: int = Query(default=0, ge=-1, le=2**31),
+    max_items: int = MAX_PAGE,
+    offset: Annotated[int, Query(le=2**31)] = -1,
 ) -> Json:
-    """Jobs that have run, the newest last; `offset` counts from the oldest."""
-    if offset > 0:
-        jobs = server.store.jobs(FINAL, limit=max_items, offset=offset, newest_first=False, started_only=True)
+    """Jobs that have run, the newest last: the newest `max_items`, or those from `offset`, the oldest's being 0."""
+    limit = min(max(max_items, 0), MAX_PAGE)
+    if offset >= 0:
+        jobs = server.store.jobs(FINAL, limit=limit, offset=offset, newest_first=False, started_only=True)
     else:
-        jobs = server.store.jobs(FINAL, limit=max_items, started_only=True)[::-1]
+        jobs = server.store.jobs(FINAL, limit=limit, started_only=True)[::-1]
     return _entries(server, jobs)
 
 

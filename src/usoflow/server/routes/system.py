@@ -60,15 +60,17 @@ def _device(device: Any, total: int, free: int) -> Json:
 
 
 @router.get("/health/live")
-def live() -> Json:
+async def live() -> Json:
     """The server answers."""
     return {"live": True}
 
 
 @router.get("/health/ready")
-def ready(server: ServerOf) -> JSONResponse:
-    """Whether jobs are taken."""
-    return JSONResponse({"ready": server.supervisor.alive}, 200 if server.supervisor.alive else 503)
+async def ready(server: ServerOf) -> JSONResponse:
+    """Whether jobs are taken, and can be run."""
+    fault = server.engine.fault()
+    able = server.supervisor.alive and not fault
+    return JSONResponse({"ready": able} | ({"reason": fault} if fault else {}), 200 if able else 503)
 
 
 @router.get("/metrics")
