@@ -43,16 +43,20 @@ def server(models: Path) -> Iterator[tuple[str, float]]:
         start = time.perf_counter()
         process = subprocess.Popen(
             [sys.executable, "-m", "usoflow", "serve", "--models", models, "--output", folder,
-             "--port", str(port)],
+             "--port", str(port), "--no-ui"],
             env={**os.environ, "USOFLOW_STATE": folder, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         address = f"127.0.0.1:{port}"
-        while not _answers(address):
-            time.sleep(0.005)
-        yield address, time.perf_counter() - start
-        process.terminate()
-        process.wait()
+        try:
+            while not _answers(address):
+                if process.poll() is not None:
+                    raise SystemExit(f"usoflow serve --models {models} ended: {process.returncode}.")
+                time.sleep(0.005)
+            yield address, time.perf_counter() - start
+        finally:
+            process.terminate()
+            process.wait()
 
 
 def _answers(address: str) -> bool:

@@ -179,7 +179,7 @@ def test_every_migration_leads_to_a_store_that_works(tmp_path: Path, version: in
 
 
 def test_a_stop_is_remembered(tmp_path: Path) -> None:
-    """Also over a crash of the server; the picture that was shown stays, another one that was begun does not."""
+    """Also over a crash of the server; a picture that was shown stays, one that was only begun does not."""
     store = JobStore(tmp_path / "jobs.sqlite")
     for name in ("a", "b"):
         add(store, name)

@@ -18,10 +18,10 @@ from usoflow.models.tokens import ClipTokenizer, T5Tokenizer, Tokenizers
 from usoflow.models.vae import LatentFormat
 from usoflow.training import autoencoder, package
 from usoflow.training.autoencoder import VaeStage
-from usoflow.training.base import BaseStage, Batches, Pocket, flow_loss, guided_loss
+from usoflow.training.base import BaseStage, Batches, Pocket, flow_loss, guided_loss, random_numbers
 from usoflow.training.captions import Vocabulary
 from usoflow.training.latents import LatentSet, fingerprint, require_same
-from usoflow.training.loop import Recipe, Training, load_average
+from usoflow.training.loop import CPU, Recipe, Training, load_average
 from usoflow.training.plan import Plan
 from usoflow.training.stages import Workshop
 from usoflow.training.text_to_image import sample
@@ -186,6 +186,10 @@ def test_shipped_plan_is_read_and_a_wrong_one_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("before", "after"),
     [
+        (
+            'subject_mix = [["subject", 0.35], ["both", 0.38], ["style", 0.17], ["text", 0.1]]',
+            'subject_mix = [["subject", 1.0]]',
+        ),
         ('style_mix = [["style", 1.0]]', 'style_mix = [["style", 0.9], ["text", 0.1]]'),
         ('["both", 0.38]', '["beth", 0.38]'),
         ("batch = 8", "batch = 0"),
@@ -249,3 +253,13 @@ def test_a_state_of_other_settings_is_refused(tmp_path: Path) -> None:
     (tmp_path / "state.pt").write_bytes(b"no state")
     with pytest.raises(UsoflowError, match="damaged or of other settings"):
         Training({"a": torch.nn.Parameter(torch.zeros(2))}, recipe, tmp_path).resume()
+
+
+def test_noise_follows_the_seed_and_the_sample() -> None:
+    """Of a number of more than 32 bits torch's generator for the CPU takes the last 32."""
+    drawn = [
+        torch.randn(4, generator=random_numbers(CPU, seed, done)).tolist()
+        for seed, done in ((1, 0), (2, 0), (1, 32), (1, 0))
+    ]
+    assert drawn[0] == drawn[3]
+    assert len({tuple(values) for values in drawn}) == 3

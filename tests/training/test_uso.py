@@ -172,6 +172,7 @@ def test_contrast_pulls_a_batch_together(sprites: Sprites, tmp_path: Path) -> No
     contrast = contrast_of(sprites)
     training = Training(dict(contrast.named_parameters()), RECIPE, tmp_path)
     scenes = [tower_scene(WORLD, i) for i in range(8)]
+    paint(sprites, scenes[:2], 32, tmp_path / "drawn.npy")  # what a run of other settings left is drawn anew
     captioned = Captioned.of(scenes, paint(sprites, scenes, 64, tmp_path / "drawn.npy"), contrast, WORLD)
     losses = [training.step(lambda _: captioned.loss(contrast, RECIPE, 0)) for _ in range(30)]
     assert losses[-1] < 0.5 * losses[0]

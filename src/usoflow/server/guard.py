@@ -71,7 +71,7 @@ class Guard:
         if scope["path"] == "/" and any(key == "token" and _same(value, token) for key, value in query):
             rest = urlencode([pair for pair in query if pair[0] != "token"])
             answer = RedirectResponse(f"/?{rest}" if rest else "/", 303)
-            # Lax: who follows a link of another site is let in; everything else from there `_is_foreign` refuses.
+            # Lax: who follows a link of another site is let in; `_is_foreign` refuses all else.
             answer.set_cookie(name, token, httponly=True, samesite="lax", path="/")
             return answer
         cookie = cookie_parser(headers.get("cookie", "")).get(name, "")

@@ -47,7 +47,7 @@ async def socket(websocket: WebSocket, server: ServerOf) -> None:
 
 
 async def _first_to_end(part: Coroutine[Any, Any, None], connection: CancelScope) -> None:
-    """A connection is over when the first of its parts is, also while another waits for the client to read."""
+    """A connection ends with the first of its parts, also while another waits for the client to read."""
     await part
     connection.cancel()
 

@@ -269,7 +269,7 @@ class JobStore:
             run("UPDATE jobs SET outputs = ? WHERE id = ?", (json.dumps(outputs), job_id))
 
     def note_stop(self, job_id: str) -> None:
-        """Remember that a job in progress is to be stopped: whatever happens meanwhile, it does not run again."""
+        """Remember that a job in progress is to be stopped: whatever happens, it does not run again."""
         with self._transaction() as run:
             run("UPDATE jobs SET stop = 1 WHERE id = ? AND state = 'in_progress'", (job_id,))
 
@@ -295,8 +295,12 @@ class JobStore:
         One that was to be stopped is cancelled instead, and the answer False.
         """
         with self._transaction() as run:
-            stop = "UPDATE jobs SET state = 'cancelled', ended = ? WHERE id = ? AND state = 'in_progress' AND stop"
-            if run(stop, (now(), job_id)).rowcount:
+            stopped = run(
+                "UPDATE jobs SET state = 'cancelled', ended = ?"
+                " WHERE id = ? AND state = 'in_progress' AND stop",
+                (now(), job_id),
+            )
+            if stopped.rowcount:
                 reported = _file_names(self._get(job_id).outputs)
                 self._drop(path for path in self._files(job_id) if path.name not in reported)
                 return False
@@ -309,7 +313,7 @@ class JobStore:
             return True
 
     def recover(self) -> list[str]:
-        """After a crash: requeue what was in progress; returns which. Only while no worker of this database lives."""
+        """After a crash: requeue what was in progress; which. Only while no worker of this database lives."""
         return [job.id for job in self.jobs([State.IN_PROGRESS]) if self.requeue(job.id)]
 
     # --- what the worker does -------------------------------------------------------------------------

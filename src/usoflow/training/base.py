@@ -251,8 +251,12 @@ class Batches:
 
 
 def random_numbers(device: torch.device, seed: int, done: int) -> torch.Generator:
-    """Those of the batch that begins at sample `done`."""
-    return torch.Generator(device).manual_seed((seed << 32) + done)
+    """Those of the batch that begins at sample `done`.
+
+    Hashed to 32 bits: of a larger number torch's generator for the CPU looks at no more than these.
+    """
+    (hashed,) = np.random.SeedSequence((seed, done)).generate_state(1)
+    return torch.Generator(device).manual_seed(int(hashed))
 
 
 def noised(x: Tensor, stage: BaseStage, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import functools
 import hashlib
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -314,4 +315,8 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UsoflowError as error:
+        print(f"error: {error.detail}\n{error.remedy}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -25,7 +25,8 @@ from usoflow.errors import UsoflowError
 CPU = torch.device("cpu")
 READ_EVERY = 16  # steps
 LossFunction = Callable[[int], Tensor]  # number of samples before this batch -> scalar loss
-# Parts of names of the matrices that AdamW keeps: tables, and layers that touch pixels, latents or words.
+# Parts of names of the matrices that AdamW keeps: tables, layers that touch latents or words, modulations,
+# and, by the name of its module (`feature_embedder`), all of the style projector.
 AT_EDGE = ("embed", "shared", "bias", "conv_in", "conv_out", "img_in", "txt_in", "final_layer", "mod")
 
 
@@ -42,7 +43,7 @@ class Recipe:
         warmup: samples until the highest rate.
         decay: weight decay, for matrices only.
         ema: half-life of the averaged weights in samples; the shipped weights are the averaged ones.
-        seed: of weights and data.
+        seed: of first weights and of noise; the order of cached pictures has a seed of its own.
         save_every: samples between saved states.
     """
 

@@ -5,8 +5,11 @@ Drawing is what a GPU cannot do for the lessons; a core draws some six hundred p
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
@@ -15,6 +18,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from usoflow.errors import UsoflowError
 from usoflow.training.drawings import Sprites
 from usoflow.training.scenes import Scene, compose
 from usoflow.training.world import World
@@ -25,17 +29,30 @@ SOFT = 0.5  # of pictures that are softened
 
 
 def paint(sprites: Sprites, scenes: Sequence[Scene], side: int, path: Path) -> Pictures:
-    """Draw scenes into `path`, unless it is there; mapped, uint8 [N, side, side, 3]."""
-    if not path.exists():
+    """Draw scenes into `path`, unless they are there; mapped, uint8 [N, side, side, 3].
+
+    Raises:
+        UsoflowError: "training_data" if a process that draws is ended, for want of memory or disk.
+    """
+    shape = (len(scenes), side, side, 3)
+    if not path.exists() or np.load(path, mmap_mode="r").shape != shape:
         part = path.with_suffix(".part")
-        np.lib.format.open_memmap(part, "w+", np.uint8, (len(scenes), side, side, 3))
+        np.lib.format.open_memmap(part, "w+", np.uint8, shape)
         jobs = [
             (sprites.world, sprites.folder, scenes[first : first + CHUNK], side, part, first)
             for first in range(0, len(scenes), CHUNK)
         ]
-        with get_context("spawn").Pool(min(os.cpu_count() or 1, len(jobs))) as pool:
-            pool.starmap(_paint, jobs, chunksize=1)
-        part.rename(path)
+        workers = min(os.cpu_count() or 1, len(jobs))
+        try:
+            with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+                list(pool.map(_paint, *zip(*jobs, strict=True)))  # so that what goes wrong is told here
+        except BrokenProcessPool:
+            raise UsoflowError(
+                "training_data",
+                f"A process that drew pictures into {part} was ended.",
+                remedy=f"Have {math.prod(shape) / 1e9:.1f} GB free there, and some memory.",
+            ) from None
+        part.replace(path)
     pictures: Pictures = np.load(path, mmap_mode="c")
     return pictures
 

@@ -183,7 +183,7 @@ class Workshop:
             prompts, vae = text_to_image.PROMPTS, self.trained_vae
             pictures = text_to_image.sample(pocket, vae, prompts, side=side, dtype=self.dtype, cfg=self.cfg)
             sheet = Path(f"{stem}.png")
-            contact_sheet(sheet, list(pictures.numpy()), prompts, columns=8, zoom=SHEET_SIDE // side)
+            contact_sheet(sheet, list(pictures.numpy()), prompts, columns=8, zoom=max(SHEET_SIDE // side, 1))
 
         self.train(dict(pocket.named_parameters()), recipe, loss_of, name, show)
 

@@ -82,11 +82,15 @@ class UsoStage:
     reward_batch: int = 8
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a mix of other uses than there are, or without the projector in `style`."""
+        """Raises ValueError for a mix of other uses than there are, or without any that can have a reward."""
         for mix, uses in ((self.style_mix, STYLED), (self.subject_mix, USES)):
             unknown = sorted({use for use, _ in mix} - set(uses))
             if unknown:
                 raise ValueError(f"a mix has {', '.join(unknown)}, and not only {', '.join(uses)}")
+            if self.reward_from < 1 and not any(share > 0 for use, share in mix if use in STYLED):
+                raise ValueError(
+                    f"a mix has none of {', '.join(STYLED)}: nothing to reward; set reward_from = 1.0"
+                )
 
     def of(self, name: StageName) -> tuple[Recipe, Mix]:
         """Length, speed and lessons of a stage."""

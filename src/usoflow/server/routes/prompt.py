@@ -157,7 +157,7 @@ def history(
     max_items: int = MAX_PAGE,
     offset: Annotated[int, Query(le=2**31)] = -1,
 ) -> Json:
-    """Jobs that have run, the newest last: the newest `max_items`, or those from `offset`, the oldest's being 0."""
+    """Jobs that have run, the newest last: the newest `max_items`, or those from `offset` (0: the oldest)."""
     limit = min(max(max_items, 0), MAX_PAGE)
     if offset >= 0:
         jobs = server.store.jobs(FINAL, limit=limit, offset=offset, newest_first=False, started_only=True)
