@@ -127,7 +127,7 @@ def measure(models: Path, budget: str | None) -> dict[str, Any]:
     return {
         "dtype": one.dtype,
         **found,
-        "generate with 1 step, first of the process, s": one.seconds,
+        "generate with 1 step, after that loading, s": one.seconds,
         "step of the sampler, s (mean of 3)": sampling / 3,
         **{
             f"peak memory, {kind}, GB": size / 1e9 for kind, size in _peaks((*one.nodes, *more.nodes)).items()

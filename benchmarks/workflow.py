@@ -39,7 +39,8 @@ def table(scratch: Path | None, *, quick: bool) -> Table:
                     subject_size=subject, seed=seed, progress=progress,
                 )  # fmt: skip
 
-            generate(0, 1, InTurn(peer_step))  # loads and encodes
+            generate(0, 1, InTurn(peer_step))  # loads, encodes and decodes
+            peer_decode()  # as ours has
             turns = InTurn(peer_step)
             generate(1, steps, turns)
             whole, theirs = turns.whole(), sum(turns.theirs) + seconds(peer_decode)
