@@ -106,10 +106,7 @@ def serve(small_models: Path, place: Path) -> Iterator[Serve]:
     clients: list[TestClient] = []
 
     def start(*, limits: Limits | None = None, **more: Any) -> TestClient:
-        folders = find_folders(models=small_models, inputs=place / "input", output=place / "output")
-        settings = ServerSettings(
-            folders=folders, state=place / "state", ui=False, limits=limits or Limits(), **more
-        )
+        settings = settings_of(small_models, place, limits=limits or Limits(), **more)
         client = TestClient(application(settings, Actor()), base_url=ADDRESS)
         client.__enter__()
         clients.append(client)
@@ -118,6 +115,12 @@ def serve(small_models: Path, place: Path) -> Iterator[Serve]:
     yield start
     for client in clients:
         client.__exit__(None, None, None)
+
+
+def settings_of(models: Path, place: Path, **more: Any) -> ServerSettings:
+    """Of a server over the folders of `place`, without the editor."""
+    folders = find_folders(models=models, inputs=place / "input", output=place / "output")
+    return ServerSettings(**{"folders": folders, "state": place / "state", "ui": False} | more)
 
 
 def application(settings: ServerSettings, engine: Actor) -> FastAPI:

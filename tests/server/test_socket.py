@@ -8,8 +8,6 @@ import logging
 import socket as stdlib_socket
 import struct
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -19,10 +17,9 @@ import uvicorn
 from fastapi.testclient import TestClient
 from starlette.testclient import WebSocketTestSession
 
-from server.conftest import JPEG, SOCKET, Actor, application, ended, submit, until
-from usoflow.server.context import ServerSettings
+from e2e import real_server
+from server.conftest import JPEG, SOCKET, Actor, application, ended, settings_of, submit, until
 from usoflow.server.hub import MAX_WAITING, Client, Hub, Outgoing, status_message
-from usoflow.settings import find_folders
 
 FLAGS = {"type": "feature_flags", "data": {"supports_preview_metadata": True}}
 
@@ -173,24 +170,15 @@ def test_a_stalled_client_costs_bounded_memory_and_is_let_go() -> None:
     asyncio.run(play())
 
 
-def wait(until_this: Callable[[], bool]) -> None:
-    """Until it is so."""
-    deadline = time.monotonic() + 30
-    while not until_this():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def test_who_never_reads_is_let_go_while_a_send_waits(place: Path, small_models: Path) -> None:
     """A real socket, whose buffers are full: no message of the server will ever arrive."""
-    folders = find_folders(models=small_models, inputs=place / "input", output=place / "output")
-    app = application(ServerSettings(folders=folders, state=place / "state", ui=False), Actor())
+    app = application(settings_of(small_models, place), Actor())
     hub: Hub = app.state.server.hub
     running = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=running.run)
     thread.start()
     try:
-        wait(lambda: running.started)
+        real_server.until(lambda: running.started)
         port = running.servers[0].sockets[0].getsockname()[1]
         with stdlib_socket.create_connection(("127.0.0.1", port)) as deaf:
             deaf.sendall(
@@ -198,11 +186,11 @@ def test_who_never_reads_is_let_go_while_a_send_waits(place: Path, small_models:
                 "Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
                 "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n".encode()
             )
-            wait(lambda: len(hub) == 1)
+            real_server.until(lambda: len(hub) == 1)
             text = "x" * 100_000
             for number in range(2 * MAX_WAITING):
                 hub.publish_soon(Outgoing("executed", {"node": str(number), "text": text}), "deaf")
-            wait(lambda: len(hub) == 0)
+            real_server.until(lambda: len(hub) == 0)
     finally:
         running.should_exit = True
         thread.join()

@@ -147,7 +147,7 @@ def test_health_and_metrics(client: TestClient) -> None:
     unable = client.get("/health/ready")
     assert (unable.status_code, unable.json()) == (503, {"ready": False, "reason": server.engine.broken})
     server.engine.broken = ""
-    client.app.state.server.supervisor.stop()  # type: ignore[attr-defined]
+    server.supervisor.stop()
     assert client.get("/health/ready").status_code == 503
 
 

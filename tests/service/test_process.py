@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from e2e.real_server import until
 from small import text_to_image, with_inputs
 from usoflow.errors import UsoflowError
 from usoflow.service.engine import Cancelled, Done, Failed, Finished, Progress, Report, Run, Started
@@ -155,10 +156,7 @@ def test_a_worker_that_cannot_start_says_why(place: Path, monkeypatch: pytest.Mo
     try:
         assert broken.fault() == ""
         broken.start()
-        deadline = time.monotonic() + 60
-        while not broken.fault():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        until(broken.fault)
         assert "does not start" in broken.fault()
         assert "cuda" in broken.fault().lower()
         outcome = broken.run(Run("x", text_to_image(), ("save",), None), lambda _: None)

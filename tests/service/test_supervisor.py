@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from e2e.real_server import until
 from usoflow.errors import UsoflowError
 from usoflow.nodes.context import SavedImage, Shown
 from usoflow.schema.specs import NodeSchema
@@ -180,7 +181,8 @@ def test_interrupt_only_the_job_that_is_meant(store: JobStore, start: Start) -> 
     assert not supervisor.interrupt()
 
 
-def test_a_job_that_does_not_finish_in_time_runs_again(store: JobStore, start: Start) -> None:
+def in_an_endless_step(store: JobStore) -> Supervisor:
+    """A supervisor whose job is in a step that only the end of the engine ends."""
     begun = threading.Event()
 
     def endless(run: Run, listen: Callable[[Report], None]) -> Outcome:
@@ -193,6 +195,11 @@ def test_a_job_that_does_not_finish_in_time_runs_again(store: JobStore, start: S
     supervisor = Supervisor(store, engine, lambda running, event: None)
     supervisor.start()
     assert begun.wait(10)
+    return supervisor
+
+
+def test_a_job_that_does_not_finish_in_time_runs_again(store: JobStore, start: Start) -> None:
+    supervisor = in_an_endless_step(store)
     assert supervisor.alive
     supervisor.stop(grace=0.05)
     assert not supervisor.alive
@@ -226,18 +233,7 @@ def test_a_job_that_is_being_stopped_when_the_server_stops_does_not_run_again(
     store: JobStore, start: Start
 ) -> None:
     """Its step in progress takes longer than the server waits."""
-    begun = threading.Event()
-
-    def endless(run: Run, listen: Callable[[Report], None]) -> Outcome:
-        begun.set()
-        assert engine.stopped.wait(10)
-        raise UsoflowError("worker_died", "killed by the server")
-
-    engine = Scripted(job=endless)
-    store.add(Request(id="job", prompt={}, targets=(), extra={}), limit=10)
-    supervisor = Supervisor(store, engine, lambda running, event: None)
-    supervisor.start()
-    assert begun.wait(10)
+    supervisor = in_an_endless_step(store)
     assert supervisor.interrupt("job")
     supervisor.stop(grace=0.05)
     assert ended(store, "job").state == State.CANCELLED
@@ -252,9 +248,7 @@ def test_a_job_that_is_being_stopped_when_its_worker_dies_is_cancelled(store: Jo
 
     supervisor = start(dies=dies)
     engine: Scripted = supervisor._engine  # type: ignore[assignment]
-    deadline = time.monotonic() + 10
-    while not supervisor.interrupt("dies"):
-        assert time.monotonic() < deadline
+    until(lambda: supervisor.interrupt("dies"))
     assert ended(store, "dies").state == State.CANCELLED
 
 

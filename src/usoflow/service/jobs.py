@@ -294,22 +294,17 @@ class JobStore:
 
         One that was to be stopped is cancelled instead, and the answer False.
         """
-        with self._transaction() as run:
-            stopped = run(
-                "UPDATE jobs SET state = 'cancelled', ended = ?"
-                " WHERE id = ? AND state = 'in_progress' AND stop",
-                (now(), job_id),
-            )
-            if stopped.rowcount:
-                reported = _file_names(self._get(job_id).outputs)
-                self._drop(path for path in self._files(job_id) if path.name not in reported)
+        with self._held() as connection:  # so that nobody notes a stop between the two
+            if connection.execute("SELECT 1 FROM jobs WHERE id = ? AND stop", (job_id,)).fetchone():
+                self.finish(job_id, State.CANCELLED)
                 return False
-            self._drop(self._files(job_id))
-            run(
-                "UPDATE jobs SET state = 'pending', started = NULL, cached = '[]', outputs = '{}'"
-                " WHERE id = ? AND state = 'in_progress'",
-                (job_id,),
-            )
+            with self._transaction() as run:
+                self._drop(self._files(job_id))
+                run(
+                    "UPDATE jobs SET state = 'pending', started = NULL, cached = '[]', outputs = '{}'"
+                    " WHERE id = ? AND state = 'in_progress'",
+                    (job_id,),
+                )
             return True
 
     def recover(self) -> list[str]:

@@ -220,14 +220,15 @@ def serve(registry: NodeRegistry, argument: str) -> None:
     pipe.send(engine.Ready(system, tuple(to_json(every[n].schema) for n in every if n not in registry)))
     while True:
         command = pipe.commands.get()
+        outcome = None
         if isinstance(command, Run):
             outcome = worker.run(command, pipe.cancellations[command.job])
-            pipe.send(engine.Device(_system(worker.executor.library.placement.device)))
-            pipe.send(outcome)
             del pipe.cancellations[command.job]
         else:
             worker.free()
-            pipe.send(engine.Device(_system(worker.executor.library.placement.device)))
+        pipe.send(engine.Device(_system(worker.executor.library.placement.device)))
+        if outcome is not None:
+            pipe.send(outcome)
 
 
 def _made(
