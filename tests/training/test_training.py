@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from importlib import resources
 from pathlib import Path
@@ -20,7 +21,8 @@ from usoflow.training import autoencoder, package
 from usoflow.training.autoencoder import VaeStage
 from usoflow.training.base import BaseStage, Batches, Pocket, flow_loss, guided_loss, random_numbers
 from usoflow.training.captions import Vocabulary
-from usoflow.training.latents import LatentSet, fingerprint, require_same
+from usoflow.training.kept import fingerprint, whole
+from usoflow.training.latents import LatentSet, encoded, require_same
 from usoflow.training.loop import CPU, Recipe, Training, load_average
 from usoflow.training.plan import Plan
 from usoflow.training.stages import Workshop
@@ -176,9 +178,13 @@ def test_samples_follow_from_the_seed(batches: Batches) -> None:
 
 def test_shipped_plan_is_read_and_a_wrong_one_refused(tmp_path: Path) -> None:
     assert Plan.read(None).base.side == 64
-    wrong = tmp_path / "wrong.toml"
-    wrong.write_text("[vae]\nwidths = [8]\nbreadth = 3\n[vae.recipe]\n[base]\n")
-    with pytest.raises(UsoflowError) as error:
+    shipped = resources.files("usoflow.training").joinpath("configs", "pocket.toml").read_text("utf-8")
+    (wrong := tmp_path / "wrong.toml").write_text(shipped.replace("[vae]", "[vae]\nbreadth = 3"))
+    with pytest.raises(UsoflowError, match=r"vae\.breadth: no such setting") as error:
+        Plan.read(wrong)
+    assert error.value.code == "training_config"
+    wrong.write_text(shipped.replace("rate = 2.5e-3", "rate = 'fast'").replace("[judge]", "[jury]"))
+    with pytest.raises(UsoflowError, match=r"vae\.recipe\.rate: .*; judge: ") as error:  # all at once
         Plan.read(wrong)
     assert error.value.code == "training_config"
 
@@ -194,7 +200,12 @@ def test_shipped_plan_is_read_and_a_wrong_one_refused(tmp_path: Path) -> None:
         ('["both", 0.38]', '["beth", 0.38]'),
         ("batch = 8", "batch = 0"),
         ("save_every = 8000", "save_every = 0"),
-        ("samples = 56000", 'samples = "56000"'),
+        ("samples = 56000", 'samples = "many"'),
+        ("rate = 2.5e-3", "rate = 0"),
+        ("steady = 0.3", "steady = 3"),
+        ("large_side = 128", "large_side = 120"),
+        ("words = 0.25", "words = 0.75"),
+        ("rank = 80", "rank = 0"),
         ("[vae]\n", "vae = 3\n[vea]\n"),
     ],
 )
@@ -250,9 +261,44 @@ def test_a_state_of_other_settings_is_refused(tmp_path: Path) -> None:
         parameters = {name: torch.nn.Parameter(value) for name, value in other.items()}
         with pytest.raises(UsoflowError, match="damaged or of other settings"):
             Training(parameters, recipe, tmp_path).resume()
+    same = {"a": torch.nn.Parameter(torch.zeros(2))}
+    longer = dataclasses.replace(recipe, samples=640, rate=1e-2, steady=0.1)
+    assert Training(same, longer, tmp_path).resume()
+    for changed, made_with, words in (
+        (dataclasses.replace(recipe, batch=16), "", "of other settings: batch"),
+        (dataclasses.replace(recipe, seed=1), "", "of other settings: seed"),
+        (recipe, "other weights", "of other settings: frozen weights"),
+    ):
+        with pytest.raises(UsoflowError, match=words):
+            Training(same, changed, tmp_path, made_with=made_with).resume()
     (tmp_path / "state.pt").write_bytes(b"no state")
     with pytest.raises(UsoflowError, match="damaged or of other settings"):
-        Training({"a": torch.nn.Parameter(torch.zeros(2))}, recipe, tmp_path).resume()
+        Training(same, recipe, tmp_path).resume()
+
+
+def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
+    path = tmp_path / "captions.json"
+
+    def cut_short() -> None:
+        with whole(path) as partial:
+            partial.write_text('["a", ')
+            raise OSError("no space left on device")
+
+    with pytest.raises(OSError, match="no space"):
+        cut_short()
+    assert not path.exists()
+    with whole(path) as partial:
+        partial.write_text("[]")
+    assert [found.name for found in tmp_path.iterdir()] == ["captions.json"]
+
+
+def test_pictures_are_encoded_in_parts_as_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = np.random.default_rng(0).integers(256, size=(5, 8, 8, 3), dtype=np.uint8)
+    monkeypatch.setattr("usoflow.training.latents.PIXELS", 2 * 64)  # two pictures
+    encoded(pictures, lambda part: part.mean(dim=(1, 2)), tmp_path / "a.npy", CPU)
+    got = np.load(tmp_path / "a.npy")
+    assert got.dtype == np.float16
+    assert got == pytest.approx((pictures / 255).mean(axis=(1, 2)), abs=1e-3)
 
 
 def test_noise_follows_the_seed_and_the_sample() -> None:

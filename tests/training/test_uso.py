@@ -349,10 +349,11 @@ def test_an_expert_learns_to_redraw_and_keeps_its_words(teaching: Teaching, tmp_
         assert redrawing.sample(np.arange(2), seed=0).shape == (2, 16, 8, 8)
         return [training.step(lambda _: redrawing.loss(0)) for _ in range(40)]
 
-    assert losses_of(RedrawStage(RECIPE, words=1.0))[0] < 1e-9  # nothing is to be learnt of what it knows
+    only_words = RedrawStage(RECIPE, words=1.0, changed=0.0)
+    assert losses_of(only_words)[0] < 1e-9  # nothing is to be learnt of what it knows
     redrawn = losses_of(RedrawStage(RECIPE, words=0.0, changed=1.0))
     assert redrawn[-1] < 0.7 * redrawn[0]
-    forgot = losses_of(RedrawStage(RECIPE, words=1.0))
+    forgot = losses_of(only_words)
     assert forgot[-1] < 0.5 * forgot[0]
 
 
@@ -411,7 +412,7 @@ def test_files_load_and_compute_as_the_modules(teaching: Teaching, tmp_path: Pat
 def test_reward_is_least_for_the_style_picture_itself_and_flows_back(teaching: Teaching) -> None:
     torch.manual_seed(0)
     vae = autoencoder.new_autoencoder(VaeStage(RECIPE, widths=(8, 8, 8, 16))).requires_grad_(False)
-    reward = StyleReward(StyleEncoder(5).requires_grad_(False), vae)
+    reward = StyleReward(StyleEncoder(5).requires_grad_(False), vae, torch.float32, side=128)
     latents = torch.randn(2, 16, 8, 8, requires_grad=True)
     with torch.no_grad():
         own = (vae.decoder(latents / 0.3611 + 0.1159).permute(0, 2, 3, 1) + 1).div(2).clamp(0, 1)
@@ -420,6 +421,10 @@ def test_reward_is_least_for_the_style_picture_itself_and_flows_back(teaching: T
     loss.backward()
     assert latents.grad is not None
     assert latents.grad.abs().sum() > 0
+
+    small = dataclasses.replace(reward, side=48)  # an encoder that has learnt smaller pictures
+    assert small.loss(latents, own).item() == pytest.approx(0.0, abs=1e-5)
+    assert small.loss(latents, torch.rand(2, 64, 64, 3)).item() != loss.item()
 
     rewarded = teaching.reward_loss((("both", 1.0),), RECIPE, reward)
     teaching.projector.zero_grad()

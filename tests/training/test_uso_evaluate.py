@@ -132,6 +132,30 @@ def test_what_is_left_out_changes_the_pictures(small_models: Path, sprites: Spri
         assert not torch.allclose(whole, model.answer(sprites, asked, less), atol=1e-2)
 
 
+def test_what_does_not_fit_is_drawn_in_parts(
+    small_models: Path, sprites: Sprites, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, model = questions(WORLD, CELLS["both"], 5), contender(small_models)
+    wanted, at_once = model.answer(sprites, asked, Given()), []
+    batch = Contender._batch
+
+    def only_two(self: Contender, sprites: Sprites, asked: list[Triplet], *rest: object) -> Tensor:
+        at_once.append(len(asked))
+        if len(asked) > 2:
+            raise torch.OutOfMemoryError
+        return batch(self, sprites, asked, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Contender, "_batch", only_two)
+    assert torch.allclose(model.answer(sprites, asked, Given()), wanted, atol=1e-4)
+    assert at_once == [5, 2, 3, 1, 2]
+
+
+def test_the_files_that_are_measured_are_named(small_models: Path) -> None:
+    files = contender(small_models).files
+    assert len(files) == len(set(files)) == 4
+    assert all(file.is_file() for file in files)
+
+
 def test_a_folder_without_uso_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsoflowError, match="no USO DiT LoRA"):
         contender(tmp_path)

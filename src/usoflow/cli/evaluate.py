@@ -16,8 +16,10 @@ def evaluate(
         "training"
     ),
     output: Annotated[Path, typer.Option(help="Folder for tables and contact sheets.")] = Path("evaluation"),
-    count: Annotated[int, typer.Option(help="Questions of each cell.", min=1)] = 200,
-    size: Annotated[int, typer.Option(help="Side of the pictures, in pixels.", min=64)] = 128,
+    count: Annotated[int, typer.Option(help="Questions of each cell.", min=2)] = 200,
+    size: Annotated[
+        int, typer.Option(help="Side of the pictures, in pixels, a multiple of 16.", min=64)
+    ] = 128,
     device: OnDevice = Device.auto,
     dtype: InDtype = Dtype.auto,
 ) -> None:
@@ -26,6 +28,8 @@ def evaluate(
     The drawings of the questions are fetched and rendered first, where the work folder has none.
     """
     need_training()
+    if size % 16:
+        raise typer.BadParameter(f"{size} is no multiple of 16.", param_hint="--size")
     from usoflow.models.library import ModelLibrary
     from usoflow.models.placement import Placement
     from usoflow.settings import find_folders
@@ -37,6 +41,7 @@ def evaluate(
 
     library = ModelLibrary(Placement.choose(device.value, dtype.value))
     contender = Contender.of(find_folders(models=models), library, side=size)
+    typer.echo("Measured: " + ", ".join(map(str, contender.files)))
     workshop = Workshop(work, Plan.read(None))
     workshop.render()
     judge = shipped_uso_judge(workshop.world)

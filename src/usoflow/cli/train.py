@@ -38,7 +38,10 @@ def train(
     from usoflow.training.stages import Workshop
 
     if stage not in (*STAGES, "all"):
-        raise UsoflowError("training_config", f"{stage!r} is no stage: {', '.join((*STAGES, 'all'))}.")
+        raise UsoflowError(
+            "training_config", f"There is no stage {stage!r}.",
+            remedy=f"Stages are {', '.join(STAGES)}, and `all`.",
+        )  # fmt: skip
     if threads:
         torch.set_num_threads(threads)
     dtype = torch.float32 if full_precision else torch.bfloat16

@@ -83,6 +83,18 @@ class BaseStage:
     noise_deviation: float = 1.2
     guidance_most: float = 5.0
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for sizes that the architecture does not have."""
+        sixteens = (self.side, self.large_side, self.text_dim, self.clip_dim)
+        if any(size % 16 for size in sixteens) or self.hidden % 64:
+            raise ValueError(
+                "sides, text_dim and clip_dim must be multiples of 16, hidden one of 64 (the size of a head)"
+            )
+        if min(self.side, self.large_side, self.hidden, self.cached, self.large_cached) < 1:
+            raise ValueError("sides, hidden, cached and large_cached must be at least 1")
+        if not 0 <= self.dropped <= 1 or self.noise_deviation <= 0 or self.guidance_most < 1:
+            raise ValueError("dropped is a share, noise_deviation above 0 and guidance_most at least 1")
+
     @property
     def tokenizer(self) -> CaptionTokenizer:
         return CaptionTokenizer(self.t5_length, self.clip_length)

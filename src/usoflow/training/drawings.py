@@ -12,6 +12,8 @@ import io
 import json
 import subprocess
 import tarfile
+import tempfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from usoflow.errors import UsoflowError
+from usoflow.training.kept import whole
 from usoflow.training.world import World
 
 # Of the packages, with which the shipped models and judges were trained.
@@ -54,12 +57,19 @@ class DrawingSet:
     @classmethod
     def read(cls, archive: Path, name: str) -> DrawingSet:
         """Read `package/icons.json` out of the archive that npm packed."""
-        with tarfile.open(archive) as packed:
-            member = packed.extractfile("package/icons.json")
-            if member is None:
-                raise UsoflowError("training_data", f"{archive.name} holds no icons.json.")
-            data = json.load(member)
-        return cls(name, data["icons"], data.get("aliases", {}), (data["width"], data["height"]))
+        try:
+            with tarfile.open(archive) as packed:
+                member = packed.extractfile("package/icons.json")
+                if member is None:
+                    raise ValueError("package/icons.json is no file")
+                data = json.load(member)
+                return cls(name, data["icons"], data.get("aliases", {}), (data["width"], data["height"]))
+        except (OSError, EOFError, KeyError, ValueError, tarfile.TarError, zlib.error) as error:
+            raise UsoflowError(
+                "training_data",
+                f"{archive} cannot be read: {error}.",
+                remedy="Delete it and run `usoflow train render` to have it fetched anew.",
+            ) from None
 
     def svg(self, subject: str) -> str:
         """The complete SVG of a subject; an alias is followed to its parent."""
@@ -77,19 +87,22 @@ def fetch(world: World, folder: Path) -> None:
     """Pack the npm packages of all sets into `folder`; those that are there are kept."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in world.sets:
-        if _archive(folder, name, missing_ok=True) is None:
+        if not _archive(folder, name).exists():
             command = ["npm", "pack", "--silent", f"@iconify-json/{name}@{VERSIONS[name]}"]
             try:
-                subprocess.run(command, cwd=folder, check=True, capture_output=True)
-            except (OSError, subprocess.CalledProcessError) as error:
+                with tempfile.TemporaryDirectory(dir=folder) as partial:  # where npm may be interrupted
+                    subprocess.run(command, cwd=partial, check=True, capture_output=True, text=True)
+                    _archive(Path(partial), name).replace(_archive(folder, name))
+            except subprocess.CalledProcessError as error:
+                said = error.stderr.strip() or f"exit status {error.returncode}"
+                raise UsoflowError("training_data", f"{' '.join(command)} failed: {said}") from None
+            except OSError as error:
                 raise UsoflowError("training_data", f"{' '.join(command)} failed: {error}.") from None
 
 
-def _archive(folder: Path, name: str, *, missing_ok: bool = False) -> Path | None:
-    found = [p for p in folder.glob(f"iconify-json-{name}-*.tgz") if p.name[len(name) + 14].isdigit()]
-    if not found and not missing_ok:
-        raise UsoflowError("training_data", f"{folder} holds no package of the set {name}.")
-    return max(found, default=None)
+def _archive(folder: Path, name: str) -> Path:
+    """The file that npm packs of the version that was trained with."""
+    return folder / f"iconify-json-{name}-{VERSIONS[name]}.tgz"
 
 
 def render_svg(svg: str, side: int) -> Pixels:
@@ -132,7 +145,7 @@ def render_sprites(world: World, packages: Path, folder: Path) -> None:
     large = SPRITE_SIDES[0]
     sprites = np.zeros((len(world.drawn), len(world.sets), large, large, 4), np.uint8)
     for column, name in enumerate(world.sets):
-        drawings = DrawingSet.read(_archive(packages, name) or packages, name)
+        drawings = DrawingSet.read(_archive(packages, name), name)
         for row, subject in enumerate(world.drawn):
             sprite = render_svg(drawings.svg(subject), large)
             sprites[row, column] = on_paper(sprite) if name in INK_ONLY else sprite
@@ -140,9 +153,8 @@ def render_sprites(world: World, packages: Path, folder: Path) -> None:
         n = large // side
         means = sprites.reshape(*sprites.shape[:2], side, n, side, n, 4).mean(axis=(3, 5), dtype=np.float32)
         path = _sprite_file(folder, side)
-        part = path.with_suffix(".part.npy")
-        np.save(part, means.round().astype(np.uint8))
-        part.replace(path)
+        with whole(path) as partial:
+            np.save(partial, means.round().astype(np.uint8))
 
 
 def _sprite_file(folder: Path, side: int) -> Path:

@@ -37,7 +37,7 @@ from usoflow.models.text import ClipText, T5Encoder
 from usoflow.settings import find_folders
 from usoflow.training.base import Base, BaseStage
 from usoflow.training.captions import Ids, end_positions
-from usoflow.training.loop import LossFunction, Recipe, read_state, write_state
+from usoflow.training.loop import LossFunction, Recipe, read_state, require_settings, write_state
 from usoflow.training.lora import add_lora, lora_parameters
 from usoflow.training.plan import Plan
 from usoflow.training.reward import StyleReward, train_style_encoder
@@ -174,9 +174,7 @@ def _save(
 def _continue(state: Path, step: Step, optimiser: torch.optim.Optimizer, settings: Mapping[str, Any]) -> int:
     """After how many samples it was saved."""
     with read_state(state) as saved:
-        changed = {name for name, value in settings.items() if saved["settings"][name] != value}
-        if changed:
-            raise ValueError(", ".join(sorted(changed)))
+        require_settings(saved, settings)
         step.load_state_dict(saved["step"])
         optimiser.load_state_dict(saved["optimiser"])
         done: int = saved["done"]
@@ -225,12 +223,12 @@ def run(task: Task, accelerator: Accelerator) -> list[float]:
     )  # fmt: skip
     with accelerator.main_process_first():  # the others find what it has written
         teaching, encoders = _teaching(task, parts, placement, stage)
-        style_encoder = train_style_encoder(
-            workshop.sprites, plan.reward, workshop.folder / "reward", side=task.side
-        )
+        # As the pocket's: at 512 pixels its pictures would take 47 GB. Style encoders look at small ones.
+        small = plan.base.large_side
+        encoder = train_style_encoder(workshop.sprites, plan.reward, workshop.folder / "reward", side=small)
     learned = _learned(task, teaching)
-    reward = StyleReward(style_encoder.to(accelerator.device), encoders.vae)
-    step = Step(learned, teaching.loss(task.name, reward))
+    reward = StyleReward(encoder.to(accelerator.device), encoders.vae, torch.float32, small)
+    step = Step(learned, teaching.loss(task.name, reward, processes=accelerator.num_processes))
     state = workshop.folder / f"{task.name}.pt"
     losses = learn(step, task.recipe, accelerator, state, _settings(task, parts["flux"]))
     if accelerator.is_main_process:

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,13 +15,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from usoflow.errors import UsoflowError
 from usoflow.models.vae import AutoEncoder, LatentFormat
 from usoflow.training.autoencoder import encode
 from usoflow.training.captions import CaptionTokenizer, Ids
 from usoflow.training.drawings import Sprites
+from usoflow.training.kept import fingerprint, whole
 from usoflow.training.loop import CPU
 from usoflow.training.painting import Pictures, painted
 from usoflow.training.scenes import Scene, caption, draw_taught_scene
@@ -79,10 +79,16 @@ def encoded(
     pictures: Pictures, network: Callable[[Tensor], Tensor], path: Path, device: torch.device
 ) -> None:
     """Write what a network makes of many pictures, as float16; it is given float32 [B, S, S, 3] in 0..1."""
-    parts = []
-    for part in torch.from_numpy(pictures).split(max(PIXELS // pictures.shape[1] ** 2, 1)):
-        parts.append(network(part.to(device).float() / 255).half().cpu())
-    np.save(path, torch.cat(parts).numpy())
+    stored, first = None, 0
+    with whole(path) as partial:
+        for part in torch.from_numpy(pictures).split(max(PIXELS // pictures.shape[1] ** 2, 1)):
+            made = network(part.to(device).float() / 255).half().cpu().numpy()
+            if stored is None:  # no more than a part is ever held
+                shape = (len(pictures), *made.shape[1:])
+                stored = np.lib.format.open_memmap(partial, "w+", np.float16, shape)
+            stored[first : first + len(made)] = made
+            first += len(made)
+        del stored  # written
 
 
 @functools.lru_cache(maxsize=32)
@@ -136,24 +142,11 @@ def cache(
         scenes = [draw_taught_scene(sprites.world, seed, i) for i in range(count)]
         encoded_scenes(module, sprites, scenes, side, folder / "latents.npy", dtype=dtype, device=device)
         texts = [caption(sprites.world, scene) for scene in scenes]
-        (folder / "captions.json").write_text(json.dumps(texts), "utf-8")
+        with whole(folder / "captions.json") as partial:
+            partial.write_text(json.dumps(texts), "utf-8")
     found = LatentSet(folder, seed, device)
-    require_same(folder, count, fingerprint(module, seed, side))
+    require_same(folder, count, fingerprint(module, seed, side, str(dtype)))
     return found
-
-
-def fingerprint(*made_by: nn.Module | str | int) -> str:
-    """What tells caches apart: the weights of what encoded them, and settings."""
-    digest = hashlib.sha256()
-    for part in made_by:
-        if isinstance(part, nn.Module):
-            for name, parameter in part.named_parameters():
-                data = parameter.detach().cpu().contiguous().flatten().view(torch.uint8)
-                digest.update(name.encode())
-                digest.update(data.numpy().data)
-        else:
-            digest.update(repr(part).encode())
-    return digest.hexdigest()
 
 
 def require_same(folder: Path, wanted: int, made_by: str) -> None:
@@ -169,7 +162,8 @@ def require_same(folder: Path, wanted: int, made_by: str) -> None:
     """
     note = folder / MADE_BY
     if not note.exists():
-        note.write_text(made_by, "utf-8")
+        with whole(note) as partial:
+            partial.write_text(made_by, "utf-8")
     if note.read_text("utf-8") != made_by:
         raise UsoflowError(
             "training_config",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import pickle
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from usoflow.errors import UsoflowError
+from usoflow.training.kept import whole
 
 CPU = torch.device("cpu")
 READ_EVERY = 16  # steps
@@ -59,9 +59,13 @@ class Recipe:
     save_every: int = 10_000
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a run that would never end."""
-        if min(self.samples, self.batch, self.save_every) < 1:
-            raise ValueError("samples, batch and save_every must be at least 1")
+        """Raises ValueError for a run that would never end, or learn nothing."""
+        if min(self.samples, self.batch, self.save_every, self.ema) < 1:
+            raise ValueError("samples, batch, save_every and ema must be at least 1")
+        if not (self.rate > 0 and 0 <= self.steady <= 1 and 0 <= self.final_rate <= 1):
+            raise ValueError("rate must be above 0, steady and final_rate between 0 and 1")
+        if min(self.warmup, self.decay, self.seed) < 0:
+            raise ValueError("warmup, decay and seed must not be below 0")
 
     def rate_at(self, done: int) -> float:
         """Learning rate after `done` samples: linear warm-up, steady, linear decay.
@@ -124,10 +128,22 @@ def _at_edge(name: str) -> bool:
 
 
 class Training:
-    """Parameters under training, their optimiser, their average and how far they are."""
+    """Parameters under training, their optimiser, their average and how far they are.
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], recipe: Recipe, folder: Path) -> None:
+    Args:
+        parameters: what learns.
+        recipe: length and speed.
+        folder: where the state is kept.
+        made_with: tells apart what else took part and does not learn (`kept.fingerprint`).
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], recipe: Recipe, folder: Path, *, made_with: str = ""
+    ) -> None:
         self.parameters, self.recipe, self.folder = dict(parameters), recipe, folder
+        self.settings: dict[str, Any] = {
+            "batch": recipe.batch, "seed": recipe.seed, "frozen weights": made_with,
+        }  # fmt: skip
         self.done = 0
         self.seconds = 0.0
         self.log: list[tuple[int, float]] = []
@@ -169,7 +185,12 @@ class Training:
         for done, loss in self._new:
             self.log.append((done, float(loss)))
             if not math.isfinite(self.log[-1][1]):
-                raise UsoflowError("non_finite", f"The loss is {float(loss)} after {done} samples.")
+                raise UsoflowError(
+                    "non_finite",
+                    f"The loss is {float(loss)} after {done} samples.",
+                    remedy="Run the stage again: it goes on from its last saved state. If that does not help,"
+                    " move its folder away and begin anew with a lower rate, or with --full-precision.",
+                )
         self._new.clear()
 
     @torch.no_grad()
@@ -186,6 +207,7 @@ class Training:
         self.folder.mkdir(parents=True, exist_ok=True)
         state: dict[str, Any] = {
             "done": self.done,
+            "settings": self.settings,
             "seconds": self.seconds,
             "log": self.log,
             "parameters": {name: p.detach() for name, p in self.parameters.items()},
@@ -200,11 +222,16 @@ class Training:
             log.write(json.dumps(line | {"loss": round(sum(recent) / len(recent), 5)}) + "\n")
 
     def resume(self) -> bool:
-        """Continue from the folder's state, if there is one; the recipe may be longer than it was."""
+        """Continue from the folder's state, if there is one; the recipe's length and rates may be others.
+
+        Raises:
+            UsoflowError: "training_config" if anything else differs.
+        """
         path = self.folder / "state.pt"
         if not path.exists():
             return False
         with read_state(path) as state:
+            require_settings(state, self.settings)
             with torch.no_grad():
                 for name, parameter in self.parameters.items():
                     parameter.copy_(state["parameters"][name])
@@ -217,9 +244,8 @@ class Training:
 
 def write_state(path: Path, state: Mapping[str, Any]) -> None:
     """An old state is replaced only by a complete new one."""
-    partial = path.with_suffix(".part")
-    torch.save(dict(state), partial)
-    os.replace(partial, path)
+    with whole(path) as partial:
+        torch.save(dict(state), partial)
 
 
 @contextmanager
@@ -233,6 +259,13 @@ def read_state(path: Path) -> Iterator[dict[str, Any]]:
             f"{path} is damaged or of other settings: {error}.",
             remedy="Go on with the settings it was begun with, or move it away to begin anew.",
         ) from None
+
+
+def require_settings(state: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Raise ValueError naming what a state was begun with otherwise; called within `read_state`."""
+    changed = sorted(name for name, value in settings.items() if state["settings"][name] != value)
+    if changed:
+        raise ValueError(", ".join(changed))
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from usoflow.errors import UsoflowError
 from usoflow.training.drawings import Sprites
+from usoflow.training.kept import whole
 from usoflow.training.scenes import Scene, compose
 from usoflow.training.world import World
 
@@ -36,23 +37,22 @@ def paint(sprites: Sprites, scenes: Sequence[Scene], side: int, path: Path) -> P
     """
     shape = (len(scenes), side, side, 3)
     if not path.exists() or np.load(path, mmap_mode="r").shape != shape:
-        part = path.with_suffix(".part")
-        np.lib.format.open_memmap(part, "w+", np.uint8, shape)
-        jobs = [
-            (sprites.world, sprites.folder, scenes[first : first + CHUNK], side, part, first)
-            for first in range(0, len(scenes), CHUNK)
-        ]
-        workers = min(os.cpu_count() or 1, len(jobs))
-        try:
-            with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-                list(pool.map(_paint, *zip(*jobs, strict=True)))  # so that what goes wrong is told here
-        except BrokenProcessPool:
-            raise UsoflowError(
-                "training_data",
-                f"A process that drew pictures into {part} was ended.",
-                remedy=f"Have {math.prod(shape) / 1e9:.1f} GB free there, and some memory.",
-            ) from None
-        part.replace(path)
+        with whole(path) as partial:
+            np.lib.format.open_memmap(partial, "w+", np.uint8, shape)
+            jobs = [
+                (sprites.world, sprites.folder, scenes[first : first + CHUNK], side, partial, first)
+                for first in range(0, len(scenes), CHUNK)
+            ]
+            workers = min(os.cpu_count() or 1, len(jobs))
+            try:
+                with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+                    list(pool.map(_paint, *zip(*jobs, strict=True)))  # so that what goes wrong is told here
+            except BrokenProcessPool:
+                raise UsoflowError(
+                    "training_data",
+                    f"A process that drew pictures into {partial} was ended.",
+                    remedy=f"Have {math.prod(shape) / 1e9:.1f} GB free there, and some memory.",
+                ) from None
     pictures: Pictures = np.load(path, mmap_mode="c")
     return pictures
 

@@ -5,12 +5,15 @@ Read by `usoflow train`; `configs/pocket.toml`, the default, made the shipped we
 
 from __future__ import annotations
 
+import dataclasses
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from usoflow.errors import UsoflowError
 from usoflow.training.autoencoder import VaeStage
@@ -40,34 +43,26 @@ class Plan:
         """Read a TOML file; without one, the plan that made the shipped weights.
 
         Raises:
-            UsoflowError: "training_config" naming what is wrong.
+            UsoflowError: "training_config" naming everything that is wrong.
         """
         shipped = resources.files("usoflow.training").joinpath("configs", "pocket.toml")
         try:
-            data = tomllib.loads((path or shipped).read_text("utf-8"))
-            return cls(
-                VaeStage(**_section(data["vae"])),
-                BaseStage(**_section(data["base"])),
-                TowerStage(**_section(data["tower"])),
-                RedrawStage(**_section(data["redraw"])),
-                UsoStage(**_section(data["uso"])),
-                RewardStage(**_section(data["reward"])),
-                Recipe(**data["judge"]),
-                Recipe(**data["uso_judge"]),
-            )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UsoflowError("training_config", f"{path}: {error}.") from None
+            said = tomllib.loads((path or shipped).read_text("utf-8"))
+            plan = TypeAdapter(cls).validate_python(said)
+            wrong = [f"{name}: no such setting" for name in _unknown(said, dataclasses.asdict(plan))]
+        except ValidationError as error:
+            wrong = [f"{'.'.join(map(str, part['loc']))}: {part['msg']}" for part in error.errors()]
+        except (OSError, ValueError) as error:
+            wrong = [str(error)]
+        if wrong:
+            raise UsoflowError("training_config", f"{path}: {'; '.join(wrong)}.")
+        return plan
 
 
-def _section(section: Mapping[str, Any]) -> dict[str, Any]:
-    """A stage's arguments: its tables are recipes, its lists tuples."""
-    return {name: _value(value) for name, value in section.items()}
-
-
-def _value(value: Any) -> Any:
-    match value:
-        case dict():
-            return Recipe(**value)
-        case list():
-            return tuple(_value(item) for item in value)
-    return value
+def _unknown(said: Mapping[str, Any], known: Mapping[str, Any]) -> Iterator[str]:
+    """What is said and not known, by full names."""
+    for name, value in said.items():
+        if name not in known:
+            yield name
+        elif isinstance(value, dict):
+            yield from (f"{name}.{part}" for part in _unknown(value, known[name]))

@@ -44,6 +44,11 @@ class RedrawStage:
     words: float = 0.25
     changed: float = 0.5
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for shares of more than all, and for no lessons."""
+        if min(self.words, self.changed) < 0 or self.words + self.changed > 1 or self.lessons < 1:
+            raise ValueError("words and changed are shares of all batches; lessons must be at least 1")
+
 
 @dataclass(frozen=True)
 class Pool:

@@ -135,11 +135,18 @@ def _loss(encoder: StyleEncoder, recipe: Recipe, pictures: Pictures, styles: Ten
 
 @dataclass(frozen=True)
 class StyleReward:
-    """Compares latents with style pictures; decodes in `dtype`."""
+    """Compares latents with style pictures.
+
+    Attributes:
+        encoder: what compares.
+        vae, dtype: what decodes, and in which precision.
+        side: of the pictures that the encoder has learnt; it is shown larger ones at this size.
+    """
 
     encoder: StyleEncoder
     vae: AutoEncoder
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype
+    side: int
 
     def loss(self, latents: Tensor, style_pictures: Tensor, *, first: tuple[int, int] = (0, 0)) -> Tensor:
         """1 - cosine of the features, mean over the batch.
@@ -150,5 +157,12 @@ class StyleReward:
             first: see `first_pixel`.
         """
         pixels = self.vae.decoder(LatentFormat().from_model(latents).to(self.dtype)).float()
-        made = self.encoder(((pixels + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1), first=first)
-        return 1 - (made * self.encoder(style_pictures, first=first)).sum(dim=1).mean()
+        made, wanted = ((pixels + 1) / 2).clamp(0, 1), style_pictures.permute(0, 3, 1, 2)
+        return 1 - (self._features(made, first) * self._features(wanted, first)).sum(dim=1).mean()
+
+    def _features(self, pictures: Tensor, first: tuple[int, int]) -> Tensor:
+        """[B, 3, S, S] in 0..1 -> unit vectors; larger pictures are seen at the encoder's side."""
+        if pictures.shape[-1] > self.side:
+            pictures = F.interpolate(pictures, size=self.side, mode="area")
+        features: Tensor = self.encoder(pictures.permute(0, 2, 3, 1), first=first)
+        return features

@@ -6,7 +6,7 @@ Each stage reads what the ones before left in the folder and continues where it 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from usoflow.training import autoencoder, drawings, evaluate, package, text_to_i
 from usoflow.training.base import GUIDANCE, Batches, Pocket, flow_loss, guided_loss
 from usoflow.training.drawings import Sprites
 from usoflow.training.evaluate import Question
+from usoflow.training.kept import fingerprint, whole
 from usoflow.training.latents import LatentSet, cache
 from usoflow.training.loop import CPU, LossFunction, Recipe, Training, load_average, stage_missing, swap
 from usoflow.training.plan import Plan
@@ -71,7 +72,8 @@ class Workshop:
         scenes = [draw_scene(world, LATENT_SEED, i) for i in range(STATISTICS)]
         pictures = pictures_of(self.sprites, scenes, side)
         result = autoencoder.folded(module, autoencoder.encode(module, pictures))
-        torch.save(result.state_dict(), self.folder / "vae" / "folded.pt")
+        with whole(self.folder / "vae" / "folded.pt") as partial:
+            torch.save(result.state_dict(), partial)
 
     def base(self) -> None:
         """Train text encoders and transformer by flow matching."""
@@ -89,7 +91,7 @@ class Workshop:
         for module in (teacher, pocket):
             self.load(module, "large")
         loss_of = guided_loss(pocket, teacher, self.large_batches, dtype=self.dtype)
-        self._run(pocket, self.plan.base.guided, loss_of, "guided", self.large_batches.latents.side)
+        self._run(pocket, self.plan.base.guided, loss_of, "guided", self.large_batches.latents.side, teacher)
 
     @property
     def cfg(self) -> float:
@@ -178,14 +180,22 @@ class Workshop:
         loss_of = flow_loss(pocket, recipe, batches, dtype=self.dtype)
         self._run(pocket, recipe, loss_of, name, batches.latents.side)
 
-    def _run(self, pocket: Pocket, recipe: Recipe, loss_of: LossFunction, name: str, side: int) -> None:
+    def _run(
+        self,
+        pocket: Pocket,
+        recipe: Recipe,
+        loss_of: LossFunction,
+        name: str,
+        side: int,
+        *frozen: nn.Module,
+    ) -> None:
         def show(stem: str) -> None:
             prompts, vae = text_to_image.PROMPTS, self.trained_vae
             pictures = text_to_image.sample(pocket, vae, prompts, side=side, dtype=self.dtype, cfg=self.cfg)
             sheet = Path(f"{stem}.png")
             contact_sheet(sheet, list(pictures.numpy()), prompts, columns=8, zoom=max(SHEET_SIDE // side, 1))
 
-        self.train(dict(pocket.named_parameters()), recipe, loss_of, name, show)
+        self.train(dict(pocket.named_parameters()), recipe, loss_of, name, show, frozen)
 
     def train(
         self,
@@ -194,12 +204,14 @@ class Workshop:
         loss_of: LossFunction,
         name: str,
         show: Callable[[str], None],
+        frozen: Sequence[nn.Module] = (),
     ) -> None:
         """Run a stage to its end from wherever its folder is, with a loss curve at every saved state.
 
         `show` draws its sheets, then and with the averaged weights; it is told how their paths begin.
+        `frozen` is what takes part and does not learn: what was begun with others does not go on.
         """
-        training = Training(parameters, recipe, self.folder / name)
+        training = Training(parameters, recipe, self.folder / name, made_with=fingerprint(*frozen))
         training.resume()
 
         def report() -> None:

@@ -27,7 +27,8 @@ from usoflow.models.vae import AutoEncoder
 from usoflow.models.vision import SiglipVision, preprocess
 from usoflow.training.backgrounds import BACKGROUNDS
 from usoflow.training.drawings import Sprites
-from usoflow.training.latents import encoded, encoded_scenes, fingerprint, held, require_same
+from usoflow.training.kept import fingerprint, whole
+from usoflow.training.latents import encoded, encoded_scenes, held, require_same
 from usoflow.training.loop import CPU
 from usoflow.training.painting import paint
 from usoflow.training.scenes import (
@@ -261,7 +262,7 @@ class Encoders:
     def fingerprint(self, use: Use, seed: int) -> str:
         """Of what is encoded for a use."""
         tower = [self.tower] if use in STYLED else []
-        return fingerprint(self.vae, *tower, self.side, seed)
+        return fingerprint(self.vae, *tower, self.side, seed, str(self.dtype))
 
     def latents(self, scenes: Sequence[Scene], path: Path) -> None:
         """Write model latents, [N, 16, h, w]."""
@@ -291,8 +292,9 @@ def cache_triplets(
             encoders.states([t.style for t in triplets], folder / "style.npy", folder / "states.npy")
         world = encoders.sprites.world
         styles = [style_words(world, t.target) if t.target.look is None else "" for t in triplets]
-        (folder / "prompts.json").write_text(json.dumps([t.prompt for t in triplets]), "utf-8")
-        (folder / "styles.json").write_text(json.dumps(styles), "utf-8")
+        for name, texts in (("prompts", [t.prompt for t in triplets]), ("styles", styles)):
+            with whole(folder / f"{name}.json") as partial:
+                partial.write_text(json.dumps(texts), "utf-8")
     found = TripletSet(folder, encoders.device)
     require_same(folder, count, encoders.fingerprint(use, seed))
     return found

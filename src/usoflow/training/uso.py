@@ -82,7 +82,15 @@ class UsoStage:
     reward_batch: int = 8
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a mix of other uses than there are, or without any that can have a reward."""
+        """Raises ValueError for sizes of nothing, and for a mix of other uses than there are, or without any
+        that can have a reward.
+        """
+        counts = (self.lessons, self.style_tokens, self.rank, self.reward_every, self.reward_batch)
+        if min(counts) < 1 or min(self.wide_rank, self.reward_weight) < 0 or self.guidance < 1:
+            raise ValueError(
+                "lessons, style_tokens, rank, reward_every, reward_batch and guidance must be at least 1,"
+                " wide_rank and reward_weight not below 0"
+            )
         for mix, uses in ((self.style_mix, STYLED), (self.subject_mix, USES)):
             unknown = sorted({use for use, _ in mix} - set(uses))
             if unknown:
@@ -296,8 +304,11 @@ class Teaching:
         x = torch.randn(like.shape, generator=torch.Generator().manual_seed(seed)).to(like.device)
         return euler(x, levels, lambda x, sigma: self.velocity(batch, x, sigma, guidance=GUIDANCE))
 
-    def loss(self, name: StageName, reward: StyleReward) -> LossFunction:
-        """Flow matching and, from the stage's part on and now and then, the reward beside it."""
+    def loss(self, name: StageName, reward: StyleReward, *, processes: int = 1) -> LossFunction:
+        """Flow matching and, from the stage's part on and now and then, the reward beside it.
+
+        Of several processes all have it in the same steps, for it takes the longest.
+        """
         recipe, mix = self.stage.of(name)
         # Without guidance to learn, the projector is taught on the base's plain answer; the LoRA, which may
         # change that answer, always at the guidance at which workflows ask.
@@ -306,7 +317,7 @@ class Teaching:
         rewarded = self.reward_loss(mix, recipe, reward)
 
         def loss_of(done: int) -> Tensor:
-            turn = done // recipe.batch % self.stage.reward_every == 0
+            turn = done // (recipe.batch * processes) % self.stage.reward_every == 0
             if not turn or done < self.stage.reward_from * recipe.samples:
                 return flow(done)
             return flow(done) + self.stage.reward_weight * rewarded(done)

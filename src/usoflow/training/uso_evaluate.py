@@ -12,6 +12,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -155,22 +156,42 @@ class Contender:
         """
         return cls(library, side, *components_of(folders, NEEDED))
 
+    @property
+    def files(self) -> list[Path]:
+        """Whose components they are."""
+        parts = (self.flux, self.clip_l, self.t5, self.vae, self.siglip, self.projector, self.lora)
+        return list(dict.fromkeys(part.file.path for part in parts))
+
     def answer(self, sprites: Sprites, asked: Sequence[Triplet], given: Given) -> Tensor:
         """One picture for each question, [N, side, side, 3] in 0..1: euler, simple, 20 steps, cfg 1."""
         shown = _with_wrong_content(asked) if not given.right_content else list(asked)
-        batches = [shown[i : i + BATCH] for i in range(0, len(shown), BATCH)]
-        return torch.cat([self._batch(sprites, batch, given, n) for n, batch in enumerate(batches)])
+        edge = self.side // 8
+        made = []
+        for number, first in enumerate(range(0, len(shown), BATCH)):
+            batch = shown[first : first + BATCH]
+            generator = torch.Generator().manual_seed(SAMPLE_SEED + number)
+            noise = torch.randn(len(batch), 16, edge, edge, generator=generator)
+            made.append(self._fitting(sprites, batch, given, noise))
+        return torch.cat(made)
+
+    def _fitting(self, sprites: Sprites, asked: Sequence[Triplet], given: Given, noise: Tensor) -> Tensor:
+        """The same pictures in as many parts as memory asks for."""
+        try:
+            return self._batch(sprites, asked, given, noise)
+        except torch.OutOfMemoryError:
+            if len(asked) == 1:
+                raise
+        half = len(asked) // 2  # beyond the `except`, whose error would keep what did not fit
+        first = self._fitting(sprites, asked[:half], given, noise[:half])
+        return torch.cat([first, self._fitting(sprites, asked[half:], given, noise[half:])])
 
     @torch.inference_mode()
-    def _batch(self, sprites: Sprites, asked: Sequence[Triplet], given: Given, number: int) -> Tensor:
+    def _batch(self, sprites: Sprites, asked: Sequence[Triplet], given: Given, noise: Tensor) -> Tensor:
         placement = self.library.placement
         flux = self._flux(given)
-        edge = self.side // 8
-        generator = torch.Generator().manual_seed(SAMPLE_SEED + number)
-        x = torch.randn(len(asked), 16, edge, edge, generator=generator).to(placement.device)
         inputs = self._inputs(sprites, asked, given)
         levels = levels_of(STEPS).to(placement.device)
-        x = euler(x, levels, lambda x, sigma: flux(x, sigma, inputs))
+        x = euler(noise.to(placement.device), levels, lambda x, sigma: flux(x, sigma, inputs))
         return self.library.vae_decode(self.vae, LatentFormat.from_component(self.flux).from_model(x)).cpu()
 
     def _inputs(self, sprites: Sprites, asked: Sequence[Triplet], given: Given) -> FluxInputs:

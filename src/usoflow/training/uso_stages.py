@@ -64,7 +64,7 @@ def redraw(workshop: Workshop) -> None:
         made = redrawing.sample(np.arange(SHOWN), seed=0)
         _write_lessons(Path(f"{stem}.png"), workshop, made, "both", changed.rows[:SHOWN])
 
-    workshop.train(dict(expert.named_parameters()), stage.recipe, redrawing.loss, "redraw", show)
+    workshop.train(dict(expert.named_parameters()), stage.recipe, redrawing.loss, "redraw", show, [plain])
 
 
 def reward(workshop: Workshop) -> None:
@@ -134,7 +134,7 @@ def _run(
     workshop: Workshop, teaching: Teaching, parameters: dict[str, nn.Parameter], name: StageName
 ) -> None:
     vae = workshop.trained_vae.requires_grad_(False)
-    rewarding = StyleReward(_reward(workshop), vae, workshop.dtype)
+    rewarding = StyleReward(_reward(workshop), vae, workshop.dtype, workshop.plan.base.large_side)
     loss_of: LossFunction = teaching.loss(name, rewarding)
     recipe, mix = teaching.stage.of(name)
 
@@ -142,7 +142,10 @@ def _run(
         for use, _ in mix:
             write_sheet(Path(f"{stem}-{use}.png"), teaching, workshop, use)
 
-    workshop.train(parameters, recipe, loss_of, name, show)
+    aligned = teaching.projector if name == "subject" else None
+    beside = (rewarding.encoder, teaching.plain, teaching.expert, aligned)
+    frozen = [network for network in beside if isinstance(network, nn.Module)]
+    workshop.train(parameters, recipe, loss_of, name, show, frozen)
 
 
 def write_sheet(path: Path, teaching: Teaching, workshop: Workshop, use: Use) -> None:
