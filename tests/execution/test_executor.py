@@ -445,6 +445,27 @@ class TestErrors:
             == 1
         )
 
+    def test_memory_that_runs_out_where_no_models_are_used(
+        self, bench: Bench, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """They make room for once; the plan stays."""
+        library, asked = bench.executor.library, []
+        bench.run(small.text_to_image())
+        assert library.holds_models
+        before = library.placement
+
+        @node("Short", category="test", output_node=True)
+        def short(value: Annotated[int, Int()] = 0) -> Annotated[Any, Text()]:
+            asked.append(library.holds_models)
+            if len(asked) == 1:
+                raise torch.OutOfMemoryError("not enough memory")
+            return "done"
+
+        bench.executor.registry = NodeRegistry([*registry().values(), short])
+        bench.run({"short": {"class_type": "Short", "inputs": {}}}, "short")
+        assert asked == [True, False]
+        assert library.placement is before
+
     def test_memory_that_runs_out(self, tmp_path: Path, small_models: Path) -> None:
         """An address space limit (setrlimit(2)) in a process of its own."""
         code = f"""

@@ -89,7 +89,8 @@ def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
         (b"not json", b"", None, "model_damaged"),
         ([], b"", None, "model_damaged"),
         ({"a": 3}, b"", None, "model_damaged"),
-        ({"a": entry(dtype="F99")}, b"12345678", None, "model_damaged"),
+        ({"a": entry(dtype="F8_E8M0")}, b"12345678", None, "model_unsupported"),
+        ({"a": entry(dtype=3)}, b"12345678", None, "model_damaged"),  # type: ignore[arg-type]
         ({"a": entry(shape=(3,))}, b"12345678", None, "model_damaged"),
         ({"a": entry(shape=(-1, -2))}, b"12345678", None, "model_damaged"),
         ({"a": entry(offsets=(8, 0))}, b"12345678", None, "model_damaged"),

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from usoflow.errors import UsoflowError
 from usoflow.models.checkpoint import CONFIG_KEY, Component, TensorFile
-from usoflow.models.library import ModelLibrary
+from usoflow.models.library import ModelLibrary, load_clip, load_flux, load_vae
 from usoflow.models.placement import Placement, widen_fp8
+from usoflow.models.residence import stored_bytes
 from usoflow.pocket.untrained import FLUX, write_untrained
 
 CPU32 = Placement(torch.device("cpu"), torch.float32)
@@ -110,7 +111,7 @@ def test_placement_of_what_is_not_there() -> None:
     from usoflow.errors import UsoflowError
 
     absent = next(name for name in ("cuda", "mps") if name not in _here())
-    for device, dtype in ((absent, "auto"), ("gpu", "auto"), ("cpu", "float16")):
+    for device, dtype in ((absent, "auto"), ("gpu", "auto"), ("cpu", "float16"), ("cuda:1", "auto")):
         with pytest.raises(UsoflowError) as caught:
             Placement.choose(device, dtype)
         assert caught.value.code == "device_unavailable"
@@ -152,16 +153,29 @@ def test_what_was_encoded_before_needs_no_file(models: Path, tmp_path: Path) -> 
 def test_an_encoder_that_does_not_fit_takes_the_transformers_place(
     models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only where it does not fit; and the budget stays as it was."""
+    """Only where it does not fit with what it computes, and then would; the budget stays as it was."""
     library, (whole, _) = ModelLibrary(CPU32), components(models)
-    transformer = weakref.ref(library.flux(whole["flux"], (), "default"))
-    library.vae_encode(whole["vae"], torch.rand(1, 32, 32, 3))
-    gc.collect()
-    assert transformer() is not None
-    monkeypatch.setattr(Placement, "fits", lambda self, module: False)
-    library.vae_encode(whole["vae"], torch.rand(1, 32, 32, 3))
-    gc.collect()
-    assert transformer() is None
+    vae = stored_bytes(library._module(whole["vae"], load_vae))
+
+    def stays(free: int, side: int) -> bool:
+        """Whether the transformer does where so many bytes are free beside it."""
+        transformer = weakref.ref(library.flux(whole["flux"], (), "default"))
+        held = stored_bytes(library.flux(whole["flux"], (), "default"))
+        monkeypatch.setattr(
+            Placement,
+            "fits",
+            lambda _, needed: needed <= free + (0 if library._transformer_bytes() else held),
+        )
+        library.vae_encode(whole["vae"], torch.rand(1, side, side, 3))
+        gc.collect()
+        return transformer() is not None
+
+    work = library._module(whole["vae"], load_vae).encoding_bytes(torch.zeros(1, 64, 64, 3), torch.float32)
+    assert stays(vae + work, 64)
+    assert not stays(vae + work - 1, 64)
+    assert stays(vae + work - 1, 32)
+    assert not stays(vae - 1, 32)
+    assert stays(vae - 1 - 10**12, 32)  # where its place would not be enough, the CPU computes
     assert library.placement == CPU32
 
 
@@ -177,10 +191,106 @@ def test_an_encoder_that_fits_nowhere_is_computed_by_the_cpu(
     assert torch.equal(there.context, expected.context)
     assert not caplog.records
     caplog.set_level("INFO")
-    monkeypatch.setattr(Placement, "fits", lambda self, module: False)
+    monkeypatch.setattr(Placement, "fits", lambda self, needed: False)
     there = library.encode_text(whole["clip_l"], whole["t5"], "a cat on a mat")
     assert there.context.device.type == "cpu"
     assert "T5Encoder does not fit" in caplog.text
+
+
+@torch.inference_mode()
+def test_what_a_gpu_has_no_room_for_is_computed_as_a_cpu_does(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the CPU's memory and dtype, not with the little that the GPU has."""
+    whole, _ = components(models)
+    images = torch.rand(1, 64, 64, 3)
+    wanted = ModelLibrary(CPU32).vae_encode(whole["vae"], images)
+    gpu = Placement(torch.device("meta"), torch.bfloat16, budget=1000)
+    assert gpu.on_cpu.budget is None
+    monkeypatch.setattr(Placement, "fits", lambda self, needed: False)
+    assert torch.equal(ModelLibrary(gpu).vae_encode(whole["vae"], images), wanted)
+
+
+@torch.inference_mode()
+def test_long_work_can_be_ended(models: Path) -> None:
+    """Between pictures, and before and after a file is read."""
+    library, (whole, _) = ModelLibrary(CPU32), components(models)
+    asked: list[int] = []
+
+    def check() -> None:
+        asked.append(1)
+        if len(asked) == 5:
+            raise UsoflowError("cancelled", "enough")
+
+    library.begin_run(check)
+    with pytest.raises(UsoflowError, match="enough"):
+        library.vae_decode(whole["vae"], torch.zeros(8, 16, 4, 4))
+    assert len(asked) == 5  # two for the file, three pictures
+    library.begin_run()
+    assert len(library.vae_decode(whole["vae"], torch.zeros(8, 16, 4, 4))) == 8
+
+
+@torch.inference_mode()
+def test_kept_encodings_are_bounded_in_number_and_bytes(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library, (whole, _) = ModelLibrary(CPU32), components(models)
+
+    def encode(seed: int) -> None:
+        torch.manual_seed(seed)
+        library.vae_encode(whole["vae"], torch.rand(1, 32, 32, 3))
+
+    for seed in range(20):
+        encode(seed)
+    assert len(library._encodings) == 16
+    monkeypatch.setattr("usoflow.models.library.KEPT_BYTES", 3 * 16 * 4 * 4 * 4)  # three latents
+    encode(20)
+    assert len(library._encodings) == 3
+    monkeypatch.setattr("usoflow.models.library.KEPT_BYTES", 1)
+    encode(21)
+    assert len(library._encodings) == 1  # the last is always there
+
+
+def test_what_passes_through_a_small_memory_is_not_copied(
+    models: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """fp8 copies beyond the budget would not leave, as pages of the file do."""
+    whole, _ = components(models)
+    small = Placement(torch.device("cpu"), torch.float32, budget=1000)
+    with torch.inference_mode():
+        flux = ModelLibrary(small).flux(whole["flux"], (), "fp8_e4m3fn")
+    assert flux.double_blocks[0].img_attn.qkv.weight.dtype == torch.float16
+    assert "stay as stored" in caplog.text
+
+
+def test_a_file_of_all_of_clip_is_a_text_encoder(models: Path, tmp_path: Path) -> None:
+    """With the vision tower and projections beside it, as openai/clip-vit-large-patch14 has them."""
+    _, split = components(models)
+    whole = load_file(split["clip_l"].file.path)
+    whole |= {
+        "vision_model.embeddings.patch_embedding.weight": torch.ones(2, 3, 2, 2),
+        "vision_model.pre_layrnorm.weight": torch.ones(2),
+        "visual_projection.weight": torch.ones(2, 2),
+    }
+    save_file(whole, tmp_path / "clip.safetensors", metadata=dict(split["clip_l"].file.metadata))
+    found = TensorFile.open(tmp_path / "clip.safetensors").component("clip_l")
+    assert not any(name.startswith("vision_model") for name in found.tensors)
+    for (name, got), wanted in zip(
+        load_clip(found).named_parameters(), load_clip(split["clip_l"]).parameters(), strict=True
+    ):
+        assert torch.equal(got, wanted), name
+
+
+def test_a_transformer_that_is_given_more_than_a_latent_is_named(models: Path, tmp_path: Path) -> None:
+    """FLUX.1 Fill takes the masked picture and the mask beside the latent."""
+    _, split = components(models)
+    tensors = load_file(split["flux"].file.path)
+    wide = tensors["img_in.weight"]
+    tensors["img_in.weight"] = torch.zeros(len(wide), 384, dtype=wide.dtype)
+    save_file(tensors, tmp_path / "fill.safetensors", metadata=dict(split["flux"].file.metadata))
+    with pytest.raises(UsoflowError, match="takes 96 channels and makes 16") as error:
+        load_flux(TensorFile.open(tmp_path / "fill.safetensors").component("flux"))
+    assert error.value.code == "model_unsupported"
 
 
 def test_forgetting_everything_also_forgets_that_memory_ran_out() -> None:

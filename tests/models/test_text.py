@@ -178,6 +178,24 @@ def test_t5_widens_stored_weights_exactly(
     assert torch.equal(stored(tokens), expected)
 
 
+def test_nans_of_a_table_rounded_to_fp8_are_read_as_zero(
+    t5_oracle: T5EncoderModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What fp8 does not have became NaN; as the reference, but a warning says so."""
+    state = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in t5_state(t5_oracle).items()}
+    state["shared.weight"].view(torch.uint8)[7, 3] = 0x7F
+    zeroed = {name: tensor.clone() for name, tensor in state.items()}
+    zeroed["shared.weight"].view(torch.uint8)[7, 3] = 0
+    found, wanted = (
+        load_t5(component_of(tmp_path / f"{n}.safetensors", "t5", tensors))
+        for n, tensors in enumerate((state, zeroed))
+    )
+    assert torch.equal(found(torch.tensor([[1, 2, 3]])), wanted(torch.tensor([[1, 2, 3]])))
+    assert not caplog.records
+    assert torch.equal(found(torch.tensor([[1, 7, 3]])), wanted(torch.tensor([[1, 7, 3]])))
+    assert "read as 0" in caplog.text
+
+
 # --- prompts ------------------------------------------------------------------------------------------
 
 

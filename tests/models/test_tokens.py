@@ -242,6 +242,12 @@ def test_embeddings_are_dropped_with_a_warning(
     assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 
+def test_many_commas_after_an_embedding_take_no_time() -> None:
+    """A pattern that tried every comma as the name's end would take minutes, and hold all threads."""
+    code = "from usoflow.models.tokens import T5Tokenizer as T; T()('embedding:' + ',' * 100_000 + 'x')"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
 def test_a_word_that_only_ends_like_an_embedding_stays() -> None:
     assert T5Tokenizer()("myembedding:foo") != T5Tokenizer()("")
 

@@ -168,6 +168,14 @@ def test_centre_crop(height: int, width: int, scaled: tuple[int, int], corner: t
     assert float((found - expected.clamp(0, 1)).abs().max()) <= 0.51 / 255  # rounded to 8 bits
 
 
+@pytest.mark.parametrize("size", [(4800, 6), (5, 3001)])
+def test_of_a_very_long_picture_only_the_middle_is_scaled(size: tuple[int, int]) -> None:
+    """All of it would be scaled to 48 by 38400 pixels, or as much as that."""
+    image, short = picture(*size), min(size)
+    cut = [slice((side - min(side, 40 * short)) // 2, (side + min(side, 40 * short)) // 2) for side in size]
+    assert torch.equal(preprocess(image, 48, "center"), preprocess(image[:, cut[0], cut[1]], 48, "center"))
+
+
 def test_without_crop_the_picture_is_stretched() -> None:
     expected = pillow(picture(60, 100), (48, 48)).clamp(0, 1)
     found = (preprocess(picture(60, 100), 48, "none")[0].movedim(0, -1) + 1) / 2

@@ -222,6 +222,13 @@ class TestWriting:
         with Image.open(tmp_path / name) as image:
             assert np.asarray(image)[0, :, 0].tolist() == [0, 0, 0, 1, 1, 254, 255, 255]
 
+    def test_one_channel_is_a_grey_picture(self, tmp_path: Path) -> None:
+        levels = np.linspace(0, 1, 12, dtype=np.float32).reshape(1, 3, 4, 1)
+        (name,) = write_pictures(levels, tmp_path, "a", prompt={}, workflow=None)
+        with Image.open(tmp_path / name) as image:
+            assert image.mode == "L"
+            assert np.array_equal(np.asarray(image), (levels[0, ..., 0] * 255).astype(np.uint8))
+
     def test_counts_on(self, tmp_path: Path) -> None:
         assert write(tmp_path, count=2) == ["out_00001_.png", "out_00002_.png"]
         (tmp_path / "out_00007_.png").touch()

@@ -38,6 +38,15 @@ def test_the_same_size_is_the_same_picture(method: str) -> None:
     assert torch.allclose(resize(picture(9, 7), 7, 9, method), picture(9, 7), atol=1 / 255)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_one_channel_stays_one(method: str) -> None:
+    """Custom nodes make such pictures."""
+    grey = picture(20, 30, batch=2)[..., :1]
+    found = resize(grey, 13, 17, method)
+    assert found.shape == (2, 17, 13, 1)
+    assert torch.allclose(found, resize(grey.expand(-1, -1, -1, 3), 13, 17, method)[..., :1], atol=1e-6)
+
+
 def test_area_averages_blocks() -> None:
     image = picture(12, 20)
     blocks = image.reshape(1, 4, 3, 5, 4, 3).mean(dim=(2, 4))

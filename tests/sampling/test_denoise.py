@@ -11,7 +11,7 @@ from usoflow.errors import UsoflowError
 from usoflow.sampling.denoise import StepReport, sample
 from usoflow.sampling.guidance import Guidance
 from usoflow.sampling.noise import initial_noise, step_noise
-from usoflow.sampling.samplers import Denoise, euler
+from usoflow.sampling.samplers import SAMPLERS, Denoise, euler
 from usoflow.sampling.schedule import FluxSchedule, sigmas
 from usoflow.sampling.step_cache import EasyCacheSettings, StepCache
 
@@ -66,6 +66,19 @@ def test_ending_early_scales_the_signal_back() -> None:
 def test_no_steps_leave_the_latent_alone(levels: Tensor) -> None:
     latent = torch.randn(SHAPE)
     assert run(lambda x, sigma: x * torch.nan, levels, latent) is latent
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLERS))
+def test_levels_that_repeat_are_one(name: str) -> None:
+    """As `simple` has them beyond 10000 steps, of which a denoise of 0.01 takes the last."""
+    levels, reports = sigmas("simple", 200, 0.01, schedule=FLUX), []
+    assert len(levels.unique()) < len(levels)
+    found = sample(
+        velocity, SAMPLERS[name], levels, noise=initial_noise(SHAPE, 3), latent=torch.zeros(SHAPE),
+        step_noise=step_noise(3), watch=reports.append,
+    )  # fmt: skip
+    assert bool(found.isfinite().all())
+    assert len(reports) == len(levels.unique()) - 1
 
 
 def test_every_step_is_reported() -> None:

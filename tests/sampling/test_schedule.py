@@ -36,6 +36,16 @@ def test_simple_on_divisors_of_the_table_equals_diffusers() -> None:
     assert torch.allclose(sigmas("simple", 20, 1.0, schedule=FLUX), oracle.sigmas, atol=1e-6)
 
 
+@pytest.mark.parametrize("shift", [-1e4, -100.0, 79.0, 100.0, 1e4])
+def test_levels_of_any_shift_are_numbers(shift: float) -> None:
+    """ModelSamplingFlux takes up to 100, at 1024x1024; the formula as it stands overflows."""
+    schedule = FluxSchedule(shift)
+    for name in SCHEDULERS:
+        assert bool(sigmas(name, 8, 1.0, schedule=schedule).isfinite().all()), name
+    assert float(schedule.table[-1]) == 1.0
+    assert schedule.percent_to_sigma(0.5) == pytest.approx(float(shift > 0), abs=1e-30)
+
+
 @settings(deadline=None)
 @given(st.sampled_from(sorted(SCHEDULERS)), st.integers(1, 60), st.floats(0.02, 1.0))
 def test_levels_fall_from_at_most_one_to_zero(name: str, steps: int, denoise: float) -> None:

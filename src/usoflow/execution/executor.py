@@ -83,15 +83,16 @@ class Executor:
             folders: where files are.
             workflow: the UI graph, to be embedded in pictures.
             listen: is told every event.
-            cancellation: stops the run between nodes and between steps.
+            cancellation: stops the run between nodes, steps, and parts of loading, encoding and decoding.
             reserve: is told the path of each picture before it is written.
 
         Raises:
             NodeError: what went wrong in which node.
             UsoflowError: `cancelled`.
         """
-        self.library.begin_run()
-        run = _Run(self, prompt, folders, workflow, listen, cancellation or Cancellation(), reserve)
+        cancellation = cancellation or Cancellation()
+        self.library.begin_run(cancellation.check)
+        run = _Run(self, prompt, folders, workflow, listen, cancellation, reserve)
         with kept_memory():
             return run.execute(targets)
 
@@ -189,6 +190,9 @@ class _Run:
             if not (smaller and _is_out_of_memory(error)):
                 raise
         library = self.executor.library
+        if not self._schema(node_id).takes_context:  # it has no models: a smaller plan is of no use to it
+            library.forget_models()
+            return self._call(node_id)
         before = library.placement
         library.make_smaller()
         try:

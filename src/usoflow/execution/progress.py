@@ -65,7 +65,10 @@ Listener = Callable[[Event], None]
 
 
 class Cancellation:
-    """Set from any thread or signal handler; the run notices within one step."""
+    """Set from any thread or signal handler.
+
+    The run notices within one step, picture or tile, or once one file is read.
+    """
 
     def __init__(self) -> None:
         self._flag = threading.Event()

@@ -188,7 +188,9 @@ class TensorFile:
             )
 
     def _component(self, kind: str, prefix: str) -> Component:
-        tensors = {n[len(prefix) :]: info for n, info in self.tensors.items() if n.startswith(prefix)}
+        inner = tuple(p for p in self._prefixes().values() if len(p) > len(prefix) and p.startswith(prefix))
+        own = (n for n in self.tensors if n.startswith(prefix) and not (inner and n.startswith(inner)))
+        tensors = {n[len(prefix) :]: self.tensors[n] for n in own}
         tensors = {n: info for n, info in tensors.items() if not matches_any(n, IGNORED_ANYWHERE)}
         return Component(self, kind, prefix, tensors, self._declared(kind))
 
@@ -347,6 +349,12 @@ def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
 def _tensor_info(path: Path, name: str, entry: object, data_bytes: int) -> TensorInfo:
     try:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]  # type: ignore[index]
+        if dtype not in DTYPE_BYTES and isinstance(dtype, str):
+            raise UsoflowError(
+                "model_unsupported",
+                f"{path.name} has tensors in {dtype}.",
+                remedy="Use a file in fp32, bf16, fp16 or fp8 (e4m3, e5m2).",
+            )
         expected = prod(shape) * DTYPE_BYTES[dtype]
         consistent = 0 <= begin <= end and end - begin == expected and all(side >= 0 for side in shape)
     except (KeyError, TypeError, ValueError, IndexError):

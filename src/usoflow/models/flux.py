@@ -72,18 +72,25 @@ class FluxConfig:
             axes=axes,
             theta=component.setting("theta", cls.theta),
         )
-        config._check(component.file.path.name)
+        config._check(component.file.path.name, component.shape("final_layer.linear.weight")[0] // PATCH**2)
         return config
 
     @property
     def heads(self) -> int:
         return self.hidden // self.head_dim
 
-    def _check(self, file: str) -> None:
+    def _check(self, file: str, made: int) -> None:
         if self.hidden % self.head_dim or sum(self.axes) != self.head_dim or any(a % 2 for a in self.axes):
             raise UsoflowError(
                 "model_unsupported",
                 f"{file}: width {self.hidden}, head dim {self.head_dim}, rope axes {self.axes} do not fit.",
+            )
+        if self.channels != made:
+            raise UsoflowError(
+                "model_unsupported",
+                f"{file} takes {self.channels} channels and makes {made}: it is one of FLUX.1's tools (Fill,"
+                " Canny, Depth), which are given a picture or a mask beside the latent.",
+                remedy="Use FLUX.1 [dev], [schnell], Krea or Kontext.",
             )
 
 

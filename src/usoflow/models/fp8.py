@@ -38,6 +38,8 @@ def works_on(device: torch.device) -> bool:
     try:
         with torch.inference_mode():
             y = product(x, x.to(STORED), row_scales(None, TRIED).to(device), x[0])
+    except torch.OutOfMemoryError:
+        raise  # tells nothing about the product
     except (RuntimeError, ValueError) as error:
         logger.info("fp8 weights are widened: %s", error)
         return False

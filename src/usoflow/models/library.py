@@ -11,19 +11,21 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from usoflow.models import flux, pages, style_projector, text, vae, vision
+from usoflow.models import flux, fp8, pages, style_projector, text, vae, vision
 from usoflow.models.checkpoint import Component
+from usoflow.models.finite import require_finite
 from usoflow.models.flux import OFFICIAL_DEPTH, Flux, FluxConfig
 from usoflow.models.lora import attach
 from usoflow.models.passage import give_back_pinned
 from usoflow.models.placement import Placement
 from usoflow.models.regions import Regions
+from usoflow.models.residence import stored_bytes
 from usoflow.models.style_projector import LEVELS, StyleProjector, StyleProjectorConfig
 from usoflow.models.text import ClipText, ClipTextConfig, T5Config, T5Encoder, TextEncoding, encode_prompt
 from usoflow.models.tokens import ClipTokenizer, T5Tokenizer, Tokenizers
@@ -33,7 +35,7 @@ from usoflow.models.weights import Linear, build
 
 logger = logging.getLogger(__name__)
 
-KEPT_ENCODINGS = 16  # of prompts and pictures: up to 13 MB for each picture
+KEPT_ENCODINGS, KEPT_BYTES = 16, 1 << 30  # of prompts and pictures; a picture has up to 13 MB
 M = TypeVar("M", bound=nn.Module)
 E = TypeVar("E")
 L = TypeVar("L", Flux, ClipText, T5Encoder)  # what LoRAs are for
@@ -53,6 +55,7 @@ class ModelLibrary:
 
     Attributes:
         placement: which device computes, in which dtype.
+        check: called between the parts of long work; what it raises ends that.
     """
 
     def __init__(self, placement: Placement) -> None:
@@ -61,10 +64,12 @@ class ModelLibrary:
         self._views: dict[str, tuple[Key, nn.Module]] = {}  # by role: the last LoRAs in use
         self._encodings: OrderedDict[Key, Any] = OrderedDict()  # of prompts and pictures, the last used last
         self._regions = Regions()
+        self.check: Callable[[], None] = _go_on
 
-    def begin_run(self) -> None:
+    def begin_run(self, check: Callable[[], None] | None = None) -> None:
         """Another run begins: shapes that a run before it had may be compiled for (`regions`)."""
         self._regions.begin_run()
+        self.check = check or _go_on
 
     def encode_text(
         self,
@@ -99,15 +104,17 @@ class ModelLibrary:
         t5_module = self._with_loras("t5", self._module(t5, load_t5), loras)
         tokenizers = tokenizers_of(clip_module, t5_module)
         with self._borrowed(clip_module, on_cpu=on_cpu), self._borrowed(t5_module, on_cpu=on_cpu):
+            self.check()
             return encode_prompt(prompt, clip_module, t5_module, tokenizers, clip_text=clip_prompt)
 
     def encode_vision(self, siglip: Component, images: Tensor, crop: str) -> VisionOutput:
         """Pictures [B, H, W, C] in 0..1 through the vision tower, in fp32; `crop` is "center" or "none"."""
 
         def encode() -> VisionOutput:
-            with self._borrowed(self._module(siglip, load_siglip)) as module:
+            module = self._module(siglip, load_siglip)
+            with self._borrowed(module) as placement:
                 pixels = preprocess(images, module.config.image_size, crop)
-                seen = module(pixels.to(_device_of(module)), tuple(LEVELS.values()))
+                seen = module(pixels.to(placement.device), tuple(LEVELS.values()))
                 return VisionOutput({layer: state.cpu() for layer, state in seen.hidden.items()})
 
         return self._encoded(("vision", _key(siglip), crop, _content(images)), encode)
@@ -120,21 +127,26 @@ class ModelLibrary:
 
     def vae_encode_once(self, component: Component, images: Tensor) -> Tensor:
         """The same for what will not be asked for again, as parts of a picture: it is not kept."""
-        with self._borrowed(self._module(component, load_vae)) as module:
-            return module.encode(images, dtype=self.placement.vae_dtype, room=self.placement.room)
+        module = self._module(component, load_vae)
+        work = module.encoding_bytes(images, self.placement.vae_dtype)
+        with self._borrowed(module, work=work) as placement:
+            return module.encode(images, dtype=placement.vae_dtype, room=placement.room, between=self.check)
 
     def vae_decode(self, component: Component, latents: Tensor) -> Tensor:
         """Latents [B, 16, h, w], unscaled, to pictures [B, H, W, 3] in 0..1."""
-        with self._borrowed(self._module(component, load_vae)) as module:
-            return module.decode(latents, dtype=self.placement.vae_dtype, room=self.placement.room)
+        module = self._module(component, load_vae)
+        work = module.decoding_bytes(latents, self.placement.vae_dtype)
+        with self._borrowed(module, work=work) as placement:
+            return module.decode(latents, dtype=placement.vae_dtype, room=placement.room, between=self.check)
 
     def style_tokens(self, projector: Component, states: Mapping[int, Tensor]) -> Tensor:
         """Hidden states of the vision tower, by layer, to style tokens [B, 192, hidden]."""
 
         def project() -> Tensor:
-            with self._borrowed(self._module(projector, load_projector)) as module:
-                on_device = {layer: state.to(_device_of(module)) for layer, state in states.items()}
-                return cast(Tensor, module(on_device).cpu())
+            module = self._module(projector, load_projector)
+            with self._borrowed(module) as placement:
+                on_device = {layer: state.to(placement.device) for layer, state in states.items()}
+                return require_finite(module(on_device).cpu(), "The style projector")
 
         seen = tuple((layer, _content(state)) for layer, state in states.items())
         return self._encoded(("style", _key(projector), seen), project)
@@ -156,7 +168,7 @@ class ModelLibrary:
     def clear(self) -> None:
         """Forget every model and encoding, and give the memory back; what ran out once may be there again."""
         self._encodings.clear()
-        self._forget_models()
+        self.forget_models()
         self.placement = self._asked
 
     @property
@@ -165,8 +177,11 @@ class ModelLibrary:
         return bool(self._modules)
 
     def make_smaller(self) -> None:
-        """After memory ran out: forget the models, and load them with half of the memory for weights."""
-        self._forget_models()
+        """After memory ran out: forget the models, and load them with half of the memory for weights.
+
+        That remains so until `clear`, for the next run is mostly like this one.
+        """
+        self.forget_models()
         self.placement = self.placement.smaller
         logger.warning(
             "Memory ran out: once more, with at most %.1f GB for the transformer's weights.",
@@ -175,10 +190,11 @@ class ModelLibrary:
 
     def plan(self, placement: Placement) -> None:
         """Load models by another plan from now on: those that are here are forgotten."""
-        self._forget_models()
+        self.forget_models()
         self.placement = placement
 
-    def _forget_models(self) -> None:
+    def forget_models(self) -> None:
+        """Give the models' memory back; they are loaded again when they are needed."""
         self._modules, self._views = {}, {}
         self._give_back()
 
@@ -195,49 +211,85 @@ class ModelLibrary:
         self._give_back()
 
     @contextmanager
-    def _borrowed(self, module: M, *, on_cpu: bool = False) -> Iterator[M]:
-        """On the device for a while. What does not fit beside the transformer comes in its place.
+    def _borrowed(self, module: nn.Module, *, work: int = 0, on_cpu: bool = False) -> Iterator[Placement]:
+        """Put a module on the device for a while; yields where it is.
 
-        What does not fit there either is computed by the CPU.
+        What does not fit beside the transformer, with `work` bytes for the computation, comes in its place.
+        What would not fit there either is computed by the CPU.
         """
-        if not (on_cpu or self.placement.fits(module)):
-            self._forget_transformers()
-            if on_cpu := not self.placement.fits(module):
+        weights = stored_bytes(module)
+        if not (on_cpu or self.placement.fits(weights + work)):
+            there = self._transformer_bytes()
+            if on_cpu := not self.placement.fits(weights - there):
                 logger.info("%s does not fit on the device: the CPU computes it.", type(module).__name__)
-        placement = replace(self.placement, device=torch.device("cpu")) if on_cpu else self.placement
-        with placement.borrow(module) as there:
-            yield there
+            elif there:
+                self._forget_transformers()
+        placement = self.placement.on_cpu if on_cpu else self.placement
+        with placement.borrow(module):
+            yield placement
+
+    def _transformer_bytes(self) -> int:
+        """Of the transformers' weights on the device."""
+        held = (m for m in self._modules.values() if isinstance(m, Flux))
+        here = self.placement.device.type
+        return sum(p.nbytes for module in held for p in module.parameters() if p.device.type == here)
 
     def _encoded(self, key: Key, encode: Callable[[], E]) -> E:
         """What is known under this key, else what `encode` gives. Not to be changed."""
         found = self._encodings.pop(key) if key in self._encodings else encode()
         self._encodings[key] = found
-        if len(self._encodings) > KEPT_ENCODINGS:
+        sizes = [_bytes(kept) for kept in self._encodings.values()]
+        while len(sizes) > 1 and (len(sizes) > KEPT_ENCODINGS or sum(sizes) > KEPT_BYTES):
             self._encodings.popitem(last=False)
+            del sizes[0]
         return cast(E, found)
 
     def _module(self, component: Component, load: Callable[[Component], M], *variant: str) -> M:
         key = (*_key(component), *variant)
         if key not in self._modules:
+            self.check()
             self._forget_older(component)
             self._modules[key] = load(component)
+            self.check()
         return cast(M, self._modules[key])
 
     def _forget_older(self, component: Component) -> None:
         """Drop what was loaded from the same path before the file changed."""
         state = component.file.fingerprint
         kept = {key: m for key, m in self._modules.items() if key[0][0] != state[0] or key[0] == state}
-        self._modules = kept
+        if len(kept) < len(self._modules):
+            self._modules, self._views = kept, {}
 
     def _resident_flux(self, component: Component, weight_dtype: str) -> Flux:
         self._forget_transformers()
         module = load_flux(component)
         if weight_dtype == "fp8_e4m3fn":
-            _narrow(module)
+            self._narrow(module)
         self.placement.settle(module, module.blocks, as_stored=weight_dtype != "default")
         if self.placement.compiled:
             self._regions.attach(module)
         return module
+
+    def _narrow(self, module: Flux) -> None:
+        """Hold the weights of the blocks in fp8, without a scale (as `weight_dtype` has it in ComfyUI).
+
+        Not on a CPU without the memory for them: pages of the file can pass through instead, copies cannot.
+        """
+        layers = [
+            layer
+            for block in module.blocks
+            for layer in block.modules()
+            if isinstance(layer, Linear) and layer.quantised is None and layer.weight.dtype != fp8.STORED
+        ]
+        needed, placement = sum(layer.weight.numel() for layer in layers), self.placement
+        if placement.device.type == "cpu" and needed > placement.weight_bytes:
+            logger.warning(
+                "fp8 copies of the weights would take %.1f GB, and there are %.1f: they stay as stored.",
+                needed / 1e9, placement.weight_bytes / 1e9,
+            )  # fmt: skip
+            return
+        for layer in layers:
+            layer.weight = nn.Parameter(layer.weight.to(fp8.STORED), requires_grad=False)
 
     def _with_loras(self, role: str, base: L, loras: tuple[LoraUse, ...]) -> L:
         """The network with the branches of these LoRAs, around the same weights."""
@@ -246,6 +298,7 @@ class ModelLibrary:
             return base
         key = (base, *((_key(use.lora), use.strength) for use in loras))
         if role not in self._views or self._views[role][0] != key:
+            self._views.pop(role, None)  # the branches of before take memory, too
             view = _view(base)
             for use in loras:
                 # Those of text encoders come and go with them.
@@ -324,8 +377,17 @@ def _content(values: Tensor) -> Key:
     return tuple(data.shape), hashlib.sha256(data.view(torch.uint8).numpy().data).hexdigest()
 
 
-def _device_of(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device
+def _bytes(encoding: Tensor | TextEncoding | VisionOutput) -> int:
+    match encoding:
+        case TextEncoding():
+            return encoding.context.nbytes + encoding.pooled.nbytes
+        case VisionOutput():
+            return sum(state.nbytes for state in encoding.hidden.values())
+    return encoding.nbytes
+
+
+def _go_on() -> None:
+    """Where nothing is asked between the parts of long work."""
 
 
 def _key(component: Component) -> Key:
@@ -335,12 +397,3 @@ def _key(component: Component) -> Key:
 def _owners(module: nn.Module) -> list[nn.Module]:
     """The submodule that holds each parameter, in the order of `named_parameters`."""
     return [module.get_submodule(name.rpartition(".")[0]) for name, _ in module.named_parameters()]
-
-
-def _narrow(module: Flux) -> None:
-    """Hold the weights of the blocks in fp8, without a scale (as `weight_dtype` has it in ComfyUI)."""
-    for blocks in (module.double_blocks, module.single_blocks):
-        for layer in blocks.modules():
-            if isinstance(layer, Linear) and layer.quantised is None:
-                narrow = layer.weight.to(torch.float8_e4m3fn)
-                layer.weight = nn.Parameter(narrow, requires_grad=False)

@@ -75,6 +75,12 @@ class Placement:
             chosen = torch.device(_best_device() if device == "auto" else device)
         except RuntimeError:
             raise UsoflowError("device_unavailable", f"{device!r} is no device.") from None
+        if chosen.index is not None:  # streams and events are those of the current device
+            raise UsoflowError(
+                "device_unavailable",
+                f"{device!r} names one of several devices.",
+                remedy=f"Say {chosen.type}, and choose among several with CUDA_VISIBLE_DEVICES.",
+            )
         if chosen.type not in _devices():
             raise UsoflowError("device_unavailable", f"There is no {device} device here.")
         if dtype not in ("auto", *DTYPES):
@@ -136,11 +142,17 @@ class Placement:
             _move(module, self.device)
         return module
 
-    def fits(self, module: nn.Module) -> bool:
-        """Whether a module can be borrowed beside what is on the device."""
-        if self.device.type != "cuda":
-            return True
-        return residence.stored_bytes(module) <= PART_FOR_WORK * _free_on_gpu(self.device)
+    def fits(self, needed: int) -> bool:
+        """Whether so many bytes can be had beside what is on the device."""
+        return self.device.type != "cuda" or needed <= PART_FOR_WORK * _free_on_gpu(self.device)
+
+    @property
+    def on_cpu(self) -> Self:
+        """For what the device has no room for: the CPU, with its own memory and in its own dtype."""
+        if self.device.type == "cpu":
+            return self
+        cpu = torch.device("cpu")
+        return replace(self, device=cpu, dtype=_best_dtype(cpu), budget=None)
 
     @contextmanager
     def borrow(self, module: M) -> Iterator[M]:

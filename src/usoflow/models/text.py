@@ -2,8 +2,8 @@
 
 Weights come from the `text_encoders.` part of a checkpoint or from the split files `clip_l.safetensors` and
 `t5xxl_*.safetensors`; token ids and weights from `tokens`. Both encoders compute in fp32, as the reference
-does, whatever dtype their weights are stored in. The reference replaces NaNs in fp8 T5 weights; here they
-surface as the error `non_finite`.
+does, whatever dtype their weights are stored in. In a T5 table that was rounded to fp8, values that fp8 does
+not have became NaN: they are read as 0, as the reference does; other NaNs surface as the error `non_finite`.
 
 CLIP-L: Radford et al. 2021 (arXiv 2103.00020). T5 v1.1: Raffel et al. 2020 (arXiv 1910.10683), Shazeer 2020
 (arXiv 2002.05202) for the gated feed-forward. Parameter names are those of Hugging Face's published weights.
@@ -11,6 +11,7 @@ CLIP-L: Radford et al. 2021 (arXiv 2103.00020). T5 v1.1: Raffel et al. 2020 (arX
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -37,10 +38,18 @@ from usoflow.models.tokens import (
 )
 from usoflow.models.weights import Embedding, LayerNorm, Linear, RMSNorm
 
+logger = logging.getLogger(__name__)
+
 CLIP_HEADS: Mapping[int, int] = MappingProxyType({768: 12})  # official, by width
 CLIP_EPS = 1e-5
 # FLUX.1 takes the pooled state without CLIP's projection; older files store the position numbers.
-CLIP_IGNORED: tuple[str, ...] = ("text_projection.weight", "text_model.embeddings.position_ids")
+# Files of all of CLIP have its vision tower, too.
+CLIP_IGNORED: tuple[str, ...] = (
+    "text_projection.weight",
+    "text_model.embeddings.position_ids",
+    "vision_model.*",
+    "visual_projection.weight",
+)
 
 T5_EPS = 1e-6
 T5_MAX_DISTANCE = 128  # tokens farther apart share the last bucket of the relative bias
@@ -257,7 +266,11 @@ class T5Encoder(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """int64 [B, T] -> float32 states [B, T, dim] after the final norm."""
-        return self.encoder(self.shared(ids))
+        x = self.shared(ids)
+        if self.shared.weight.itemsize == 1 and bool(x.isnan().any()):
+            logger.warning("T5's table has NaNs for words of this prompt: they are read as 0.")
+            x = x.nan_to_num(nan=0.0)
+        return self.encoder(x)
 
 
 class _T5Stack(nn.Module):

@@ -39,7 +39,7 @@ T5_VOCABULARY = 32100  # tokens; the official embedding table has 28 rows more, 
 
 _ESCAPED = re.compile(r"\\([()])")
 _MARKS = re.compile(r"\\[()]|[()]")
-_EMBEDDING = re.compile(r"(?<!\S)(embedding:\S*?)(,*)(?!\S)")
+_EMBEDDING = re.compile(r"(?<!\S)embedding:\S*")
 
 # The split pattern of OpenAI's CLIP (simple_tokenizer.py), after lower-casing.
 _CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -207,9 +207,13 @@ def _without_embeddings(text: str) -> str:
     ComfyUI reads such a word as the name of a textual-inversion file. None exist for FLUX.1, so, as there
     when the file is missing, the word is dropped with a warning.
     """
-    for name in _EMBEDDING.finditer(text):
-        logger.warning("%r names no embedding that usoflow can load; the word is ignored.", name.group(1))
-    return _EMBEDDING.sub(r"\2", text)
+
+    def commas_after(word: re.Match[str]) -> str:
+        name = word.group().rstrip(",")
+        logger.warning("%r names no embedding that usoflow can load; the word is ignored.", name)
+        return word.group()[len(name) :]
+
+    return _EMBEDDING.sub(commas_after, text)
 
 
 def _fill(groups: Iterable[list[tuple[int, float]]], room: int) -> list[list[tuple[int, float]]]:

@@ -276,7 +276,12 @@ class AutoEncoder(nn.Module):
 
     @torch.no_grad()
     def encode(
-        self, images: Tensor, *, dtype: torch.dtype = torch.float32, room: int | None = None
+        self,
+        images: Tensor,
+        *,
+        dtype: torch.dtype = torch.float32,
+        room: int | None = None,
+        between: Callable[[], None] = lambda: None,
     ) -> Tensor:
         """The posterior's mean: no noise is drawn and no latent format applied.
 
@@ -285,6 +290,7 @@ class AutoEncoder(nn.Module):
                 cropped about the centre to multiples of `config.factor`.
             dtype: the dtype to compute in.
             room: bytes for the computation.
+            between: called before each picture or tile; what it raises ends the computation.
 
         Returns:
             [B, latent_channels, H // factor, W // factor] float32.
@@ -293,14 +299,26 @@ class AutoEncoder(nn.Module):
             UsoflowError: "picture_size" if a side is shorter than one latent; "non_finite".
         """
         pixels = centre_crop(images, self.config.factor)[..., :3].movedim(-1, 1)  # [B, 3, H, W]
-        # At its peak five maps of the finest level are held.
-        grid = self._grid(pixels, 5 * self.config.widths[0] * dtype.itemsize, room, before=self.config.factor)
-        mean = self._each(lambda x: self.encoder(x).chunk(2, dim=1)[0], pixels * 2 - 1, dtype, grid)
-        return require_finite(mean, "VAE encoding")
+        needed = self.encoding_bytes(images, dtype)
+        grid = self._grid(pixels, needed, room, before=self.config.factor)
+
+        def means(x: Tensor) -> Tensor:
+            return self.encoder(x).chunk(2, dim=1)[0]
+
+        return require_finite(self._each(means, pixels * 2 - 1, dtype, grid, between), "VAE encoding")
+
+    def encoding_bytes(self, images: Tensor, dtype: torch.dtype) -> int:
+        """What encoding one of these pictures, [B, H, W, C], takes: five maps of the finest level."""
+        return 5 * self.config.widths[0] * dtype.itemsize * images.shape[1] * images.shape[2]
 
     @torch.no_grad()
     def decode(
-        self, latent: Tensor, *, dtype: torch.dtype = torch.float32, room: int | None = None
+        self,
+        latent: Tensor,
+        *,
+        dtype: torch.dtype = torch.float32,
+        room: int | None = None,
+        between: Callable[[], None] = lambda: None,
     ) -> Tensor:
         """Latents, without latent format, to pictures.
 
@@ -308,6 +326,7 @@ class AutoEncoder(nn.Module):
             latent: [B, latent_channels, h, w].
             dtype: the dtype to compute in.
             room: bytes for the computation.
+            between: called before each picture or tile; what it raises ends the computation.
 
         Returns:
             [B, h * factor, w * factor, 3] float32, clamped to 0..1.
@@ -322,33 +341,45 @@ class AutoEncoder(nn.Module):
                 f"The latent has {latent.shape[1]} channels, the VAE takes {channels}.",
                 remedy="Sample the latent first, or make it with EmptySD3LatentImage.",
             )
-        # At its peak four maps are held, enlarged to the finest level and as wide as the next.
-        wide = self.config.widths[min(1, len(self.config.widths) - 1)]
-        grid = self._grid(latent, 4 * wide * dtype.itemsize, room, after=self.config.factor)
-        pixels = require_finite(self._each(self.decoder, latent, dtype, grid), "VAE decoding")
+        grid = self._grid(latent, self.decoding_bytes(latent, dtype), room, after=self.config.factor)
+        pixels = require_finite(self._each(self.decoder, latent, dtype, grid, between), "VAE decoding")
         return ((pixels + 1) / 2).clamp_(0, 1).movedim(1, -1).contiguous()
 
+    def decoding_bytes(self, latent: Tensor, dtype: torch.dtype) -> int:
+        """What decoding one of these latents, [B, C, h, w], takes.
+
+        At its peak four maps are held, enlarged to the finest level and as wide as the next.
+        """
+        wide = self.config.widths[min(1, len(self.config.widths) - 1)]
+        return 4 * wide * dtype.itemsize * self.config.factor**2 * latent.shape[-2] * latent.shape[-1]
+
     def _grid(
-        self, batch: Tensor, per_pixel: int, room: int | None, *, before: int = 1, after: int = 1
+        self, batch: Tensor, needed: int, room: int | None, *, before: int = 1, after: int = 1
     ) -> Grid | None:
-        """The tiles for pictures or latents [..., H, W] that need `per_pixel` bytes; None where all fits."""
+        """The tiles for pictures or latents [..., H, W] that need so many bytes each; None if they fit."""
+        if room is None or needed <= room:
+            return None
         factor = self.config.factor
         height, width = (factor * side // before for side in batch.shape[-2:])  # in pixels
-        if room is None or height * width * per_pixel <= room:
-            return None
-        side = max(LEAST_TILE, int((room / per_pixel) ** 0.5) // factor)
+        side = max(LEAST_TILE, int((room * height * width / needed) ** 0.5) // factor)
         logger.info(
             "The VAE works in tiles of %d pixels: %dx%d at once would need %.1f GB, and there are %.1f.",
-            side * factor, width, height, height * width * per_pixel / 1e9, room / 1e9,
+            side * factor, width, height, needed / 1e9, room / 1e9,
         )  # fmt: skip
         return Grid(side, side // OVERLAP, before, after)
 
     def _each(
-        self, network: Callable[[Tensor], Tensor], batch: Tensor, dtype: torch.dtype, grid: Grid | None
+        self,
+        network: Callable[[Tensor], Tensor],
+        batch: Tensor,
+        dtype: torch.dtype,
+        grid: Grid | None,
+        between: Callable[[], None],
     ) -> Tensor:
         device = self.encoder.conv_in.weight.device
 
         def compute(item: Tensor) -> Tensor:
+            between()
             return network(item.to(device, dtype)).to(batch.device).float()
 
         items = torch.split(batch, 1)

@@ -29,6 +29,7 @@ EPS = 1e-5
 OFFICIAL_GRID, OFFICIAL_PATCH, OFFICIAL_SIZE = 27, 14, 384  # 378 of 384 pixels are seen
 
 # What comes after the last layer: USO reads the layers themselves.
+LONGEST = 8  # sides of a picture's middle; what is farther away no filter reaches
 IGNORED: tuple[str, ...] = ("post_layernorm.*", "head.*")
 
 
@@ -161,6 +162,10 @@ def preprocess(images: Tensor, size: int, crop: str = "center") -> Tensor:
         float32 [B, 3, size, size] in -1..1.
     """
     x = images[..., :3].movedim(-1, 1).float()
+    if crop == "center":  # of a very long picture the ends would be scaled, only to be cut off
+        longest = LONGEST * min(x.shape[2:])
+        (top, left) = (max(0, side - longest) // 2 for side in x.shape[2:])
+        x = x[..., top : top + longest, left : left + longest]
     height, width = x.shape[2:]
     if (height, width) != (size, size):
         x = F.interpolate(x, _scaled(height, width, size, crop), mode="bicubic", antialias=True)

@@ -85,14 +85,15 @@ def denoise_latent(
         UsoflowError: `latent_channels`, `batch_mismatch`, `non_finite`, and what loading models raises.
     """
     model = guider.model
-    flux = library.flux(model.flux, model.loras, model.weight_dtype)
-    samples = _with_channels(latent["samples"], flux.config.channels)
+    samples = _with_channels(latent["samples"], FluxConfig.from_component(model.flux).channels)
     if len(levels) < 2:
         return Denoised(samples, samples)
+    flux = library.flux(model.flux, model.loras, model.weight_dtype)
     device, format_ = library.placement.device, LatentFormat.from_component(model.flux)
     schedule = schedule_of(model)
     step_cache = StepCache(model.easy_cache, schedule) if model.easy_cache else None
     guidance = _guidance(flux, samples, guider, step_cache, library)
+    library.check()
     start = format_.to_model(samples) if bool(samples.any()) else samples
     estimate = start
 

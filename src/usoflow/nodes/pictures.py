@@ -166,7 +166,7 @@ def write_pictures(
         folder.mkdir(parents=True, exist_ok=True)
         for pixels in (np.clip(images, 0, 1) * 255).astype(np.uint8):
             with _reserved(folder, stem, reserve) as partial:
-                Image.fromarray(pixels).save(
+                Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(
                     partial, format="PNG", pnginfo=metadata, compress_level=compression
                 )
             written.append(PurePosixPath(partial.with_suffix(".png").relative_to(root).as_posix()))

@@ -90,8 +90,11 @@ def _lanczos(image: Tensor, width: int, height: int) -> Tensor:
     from PIL import Image
 
     pixels = (image.cpu().numpy() * 255).clip(0, 255).astype(np.uint8)  # truncated, as the reference does
-    scaled = [Image.fromarray(one).resize((width, height), Image.Resampling.LANCZOS) for one in pixels]
-    return torch.from_numpy(np.stack([np.asarray(one) for one in scaled]).astype(np.float32) / 255)
+    pictures = (Image.fromarray(one.squeeze(-1) if one.shape[-1] == 1 else one) for one in pixels)
+    scaled = [np.asarray(one.resize((width, height), Image.Resampling.LANCZOS)) for one in pictures]
+    return torch.from_numpy(np.stack(scaled).astype(np.float32) / 255).reshape(
+        -1, height, width, image.shape[-1]
+    )
 
 
 def bislerp(image: Tensor, width: int, height: int) -> Tensor:

@@ -61,6 +61,7 @@ def sample(
     Raises:
         UsoflowError: "non_finite", naming the step.
     """
+    sigmas = sigmas.unique_consecutive()  # a very long schedule repeats levels, between which nothing is done
     total = len(sigmas) - 1
     if total < 1:
         return latent

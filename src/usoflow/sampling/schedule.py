@@ -22,6 +22,7 @@ KARRAS_RHO = 7.0
 BETA_SHAPE = 0.6
 QUADRATIC_FROM = 0.025  # how much noise Mochi's linear half removes
 FULL_DENOISE = 0.9999
+MOST_SHIFT = 80.0
 
 # These samplers evaluate a midpoint within the last interval, which would land on sigma 0: one level more
 # is computed and the last but one dropped. (Of them none is offered here; workflows ask for their levels.)
@@ -40,8 +41,13 @@ class FluxSchedule:
 
     def sigma(self, t: Tensor) -> Tensor:
         """Sigma at times `t` in (0, 1], same shape and dtype."""
-        factor = math.exp(self.shift)
+        factor = self._factor
         return factor / (factor + (1 / t - 1))
+
+    @property
+    def _factor(self) -> float:
+        """e^shift, where float32 has it: beyond, all levels are 1, or but for the first 0, anyway."""
+        return math.exp(max(-MOST_SHIFT, min(MOST_SHIFT, self.shift)))
 
     @property
     def table(self) -> Tensor:
@@ -54,7 +60,7 @@ class FluxSchedule:
             return 1.0
         if percent >= 1.0:
             return 0.0
-        factor = math.exp(self.shift)
+        factor = self._factor
         return factor / (factor + (1 / (1 - percent) - 1))
 
 
