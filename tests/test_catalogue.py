@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from usoflow.catalogue import KNOWN_FILES, KnownFile, known_file, missing_file_remedy
+from usoflow.api.at_hand import at_hand
+from usoflow.catalogue import KNOWN_FILES, KnownFile, known_file, missing, missing_file_remedy
 from usoflow.settings import MODEL_FOLDERS, find_folders
 
 # facts of https://docs.comfy.org/tutorials/flux/flux-1-uso, written down a second time
@@ -84,6 +85,25 @@ def test_names_of_bytedance(models: Path, small_models: Path, folder: str, their
     assert f"You have {theirs}" in remedy(models, folder, ours)
 
 
+def test_a_file_in_a_subfolder_or_of_bytedances_name_is_not_missing(models: Path, small_models: Path) -> None:
+    shutil.copytree(small_models, models)
+    for folder, name in (
+        ("checkpoints", "flux/flux1-dev-fp8.safetensors"),
+        ("loras", "dit_lora.safetensors"),
+        ("model_patches", "uso/projector.safetensors"),
+    ):
+        (found,) = (models / folder).iterdir()
+        (models / folder / name).parent.mkdir(exist_ok=True)
+        found.rename(models / folder / name)
+    folders = find_folders(models=models)
+    assert missing(folders) == []
+    assert set(at_hand(folders).names.values()) == {
+        "flux/flux1-dev-fp8.safetensors", "dit_lora.safetensors", "uso/projector.safetensors",
+        "sigclip_vision_patch14_384.safetensors",
+    }  # fmt: skip
+    assert at_hand(folders).notes == ()
+
+
 def test_other_kinds_and_damaged_files_are_no_twins(models: Path, small_models: Path) -> None:
     (models / "loras").mkdir(parents=True)
     for path in small_models.rglob("*projector*.safetensors"):
@@ -112,6 +132,7 @@ def test_unknown_file_is_answered_with_what_there_is(models: Path) -> None:
 
 def test_unknown_file_in_an_empty_folder(models: Path) -> None:
     assert "--models" in remedy(models, "vae", "my.safetensors")
+    assert f"Put a.safetensors into {models / 'loras'}," in remedy(models, "loras", "/tmp/a.safetensors")
 
 
 @pytest.mark.parametrize("name", ["a.ckpt", "a.pt", "a.bin"])

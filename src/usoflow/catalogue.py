@@ -14,7 +14,7 @@ from typing import Final
 
 from usoflow.errors import UsoflowError
 from usoflow.models.checkpoint import TensorFile
-from usoflow.settings import Folders, own_models
+from usoflow.settings import POCKET_MODELS, Folders, own_models
 
 _HUB = "https://huggingface.co"
 
@@ -75,6 +75,8 @@ KNOWN_FILES: tuple[KnownFile, ...] = (
     ),
 )
 
+CHECKPOINT: Final = KNOWN_FILES[0]  # all of FLUX.1 in one file
+
 PULLS: Final = "usoflow models pull"
 
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
@@ -86,6 +88,35 @@ ALIASES = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class SplitFiles:
+    """The files of black-forest-labs and comfyanonymous that hold together what the checkpoint holds.
+
+    Attributes:
+        transformer: in the folder diffusion_models.
+        clip_l, t5: in text_encoders.
+        vae: in vae.
+    """
+
+    transformer: str
+    clip_l: str
+    t5: str
+    vae: str
+
+
+# Folder and kind of component of each, and which names are taken where there are several of the kind.
+_SPLIT: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("diffusion_models", "flux", ("flux1-dev.safetensors", "flux1-dev-fp8.safetensors")),
+    ("text_encoders", "clip_l", ("clip_l.safetensors",)),
+    (
+        "text_encoders",
+        "t5",
+        ("t5xxl_fp8_e4m3fn_scaled.safetensors", "t5xxl_fp8_e4m3fn.safetensors", "t5xxl_fp16.safetensors"),
+    ),
+    ("vae", "vae", ("ae.safetensors",)),
+)
+
+
 def missing_file_remedy(folder: str, name: str, folders: Folders) -> str:
     """What to do about a model file that is not offered: which local file would do, else where to get it."""
     wanted = known_file(folder, name)
@@ -94,17 +125,28 @@ def missing_file_remedy(folder: str, name: str, folders: Folders) -> str:
         lines.append(f"{name} is a pickle, which can execute code when it is loaded: it is refused.")
     if twins := list(same_kind(wanted, folders)) if wanted else []:
         names = " or ".join(twins)
+        small = ""
+        if folders.models[folder][-1].is_relative_to(POCKET_MODELS):
+            small = " (usoflow's own small one, for pictures of 128x128)"
         lines.append(
-            f"You have {names} in {folder}, which holds the same kind of model: use that name instead."
+            f"You have {names} in {folder}{small}, which holds the same kind of model: use that name instead."
+        )
+    if wanted is CHECKPOINT and (split := split_files(folders)):
+        parts = f"{split.transformer}, {split.clip_l}, {split.t5} and {split.vae}"
+        lines.append(
+            f"You have {parts}, which hold the same: load them with UNETLoader, DualCLIPLoader and VAELoader"
+            " instead, as `usoflow generate` does."
         )
     place = folders.models[folder][0] if folders.models.get(folder) else folder
+    base = PurePosixPath(name).name
     if wanted:
         lines.append(f"Download {wanted.url} ({wanted.size}; {wanted.licence}) into {place}.")
-        lines.append(f"`{pull_command(folders)}` downloads all of the tutorial's files that are missing.")
+        if wanted in missing(folders):
+            lines.append(f"`{pull_command(folders)}` downloads all of the tutorial's files that are missing.")
     elif available := folders.list(folder):
-        lines.append(f"There are: {', '.join(available)}. Choose one, or put {name} into {place}.")
+        lines.append(f"There are: {', '.join(available)}. Choose one, or put {base} into {place}.")
     else:
-        lines.append(f"Put {name} into {place}, or name your models folder with --models.")
+        lines.append(f"Put {base} into {place}, or name your models folder with --models.")
     return "\n".join(lines)
 
 
@@ -126,13 +168,44 @@ def same_kind(wanted: KnownFile, folders: Folders) -> Iterator[str]:
     return (name for name in folders.list(wanted.folder) if _holds(wanted, name, folders))
 
 
+def name_of(file: KnownFile, folders: Folders) -> str | None:
+    """Under which name a file of the tutorial is there: its own, in a subfolder, or ByteDance's.
+
+    None if it is not, or not as it must be: damaged, or something else.
+    """
+    names = [name for name in folders.list(file.folder) if known_file(file.folder, name) == file]
+    names.sort(key=lambda name: name != file.name)  # its own first
+    return next((name for name in names if _holds(file, name, folders)), None)
+
+
+def split_files(folders: Folders) -> SplitFiles | None:
+    """What can take the checkpoint's place; None where a part is lacking, or could be one of several."""
+    found = [_one_of(folder, kind, usual, folders) for folder, kind, usual in _SPLIT]
+    names = [name for name in found if name is not None]
+    return SplitFiles(*names) if len(names) == len(found) else None
+
+
 def missing(folders: Folders) -> list[KnownFile]:
-    """The tutorial's files that are not there, or not as they must be: damaged, or something else."""
-    return [file for file in KNOWN_FILES if not _holds(file, file.name, folders)]
+    """The tutorial's files for which there is nothing that holds exactly the same."""
+    lacking = [file for file in KNOWN_FILES if name_of(file, folders) is None]
+    return [file for file in lacking if not (file is CHECKPOINT and split_files(folders))]
+
+
+def _one_of(folder: str, kind: str, usual: tuple[str, ...], folders: Folders) -> str | None:
+    """The file of a kind: the first of the usual names, else the only one."""
+    offered = [name for name in folders.list(folder) if kind in _components(folder, name, folders)]
+    named = {PurePosixPath(name).name: name for name in reversed(offered)}
+    chosen = next((named[name] for name in usual if name in named), None)
+    return offered[0] if chosen is None and len(offered) == 1 else chosen
 
 
 def _holds(wanted: KnownFile, name: str, folders: Folders) -> bool:
+    return wanted.holds <= _components(wanted.folder, name, folders)
+
+
+def _components(folder: str, name: str, folders: Folders) -> set[str]:
+    """Kinds of component in a file; none in one that cannot be read."""
     try:
-        return wanted.holds <= set(TensorFile.open(folders.model(wanted.folder, name)).components())
+        return set(TensorFile.open(folders.model(folder, name)).components())
     except UsoflowError:
-        return False
+        return set()

@@ -11,11 +11,15 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from usoflow.api.at_hand import TUTORIAL, ModelFiles, at_hand
+from usoflow.api.engine import Engine
 from usoflow.api.official import LAYOUT_NOTE, Request, adapted, build, output_size
 from usoflow.api.workflow import Workflow
+from usoflow.catalogue import CHECKPOINT, SplitFiles, missing, missing_file_remedy
 from usoflow.errors import UsoflowError
+from usoflow.models.checkpoint import TensorFile
 from usoflow.settings import POCKET_MODELS, find_folders
 
 PAIRS = Path(__file__).parents[1] / "pairs"
@@ -288,3 +292,85 @@ def test_missing_and_broken_pictures(tmp_path: Path) -> None:
     with pytest.raises(UsoflowError) as caught:
         build(Request("a", subjects=(tmp_path / "huge.png",), keep_size=True))
     assert caught.value.code == "image_too_large"
+
+
+PARTS = {
+    "diffusion_models/flux1-dev.safetensors": "model.diffusion_model.",
+    "text_encoders/clip_l.safetensors": "text_encoders.clip_l.transformer.",
+    "text_encoders/t5xxl_fp16.safetensors": "text_encoders.t5xxl.transformer.",
+    "vae/ae.safetensors": "vae.",
+}
+
+
+@pytest.fixture
+def split_models(tmp_path: Path) -> Path:
+    """The pocket models as the files that black-forest-labs and comfyanonymous publish."""
+    root = tmp_path / "split"
+    shutil.copytree(POCKET_MODELS, root)
+    (checkpoint,) = (root / "checkpoints").iterdir()
+    tensors, metadata = load_file(checkpoint), dict(TensorFile.open(checkpoint).metadata)
+    for path, prefix in PARTS.items():
+        (root / path).parent.mkdir(exist_ok=True)
+        own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+        save_file(own, root / path, metadata=metadata)
+    checkpoint.unlink()
+    return root
+
+
+def test_split_files_take_the_checkpoints_place(split_models: Path, picture: Path, tmp_path: Path) -> None:
+    """All four uses give the same pictures; the workflow in them opens as what was run."""
+    others = {"steps": 1, "seed": 3, "size": (64, 64), "subject_size": 64}
+    with (
+        Engine(models=split_models, output=tmp_path / "a", device="cpu", dtype="fp32") as split,
+        Engine(models=POCKET_MODELS, output=tmp_path / "b", device="cpu", dtype="fp32") as whole,
+    ):
+        for given in (
+            {},
+            {"subject": picture},
+            {"style": picture},
+            {"subject": [picture] * 2, "style": picture},
+        ):
+            found, wanted = (engine.generate("a fox", **given, **others) for engine in (split, whole))
+            assert found.images[0].tobytes() == wanted.images[0].tobytes()
+            again = Workflow.load(found.paths[0])
+            assert again.prompt.to_json() == found.workflow.prompt.to_json()
+            kinds = {node.class_type for node in again.prompt.nodes.values()}
+            assert {"UNETLoader", "DualCLIPLoader", "VAELoader"} < kinds
+            assert "CheckpointLoaderSimple" not in kinds
+    assert any("flux1-dev.safetensors, clip_l.safetensors" in warning for warning in found.warnings)
+
+
+def test_the_field_of_the_subgraphs_node_chooses_the_split_transformer(split_models: Path) -> None:
+    files = at_hand(find_folders(models=split_models))
+    workflow = build(Request("a fox"), files).set("113:72.unet_name", "other.safetensors")
+    assert workflow.ui is not None
+    (host,) = (node for node in workflow.ui["nodes"] if node["id"] == 113)
+    assert "other.safetensors" in host["widgets_values"]
+
+
+def test_a_checkpoint_in_parts_is_not_missing(split_models: Path) -> None:
+    """Where a workflow asks for it, the parts are named."""
+    folders = find_folders(models=split_models)
+    assert CHECKPOINT not in missing(folders)
+    advice = missing_file_remedy("checkpoints", CHECKPOINT.name, folders)
+    assert "You have flux1-dev.safetensors, clip_l.safetensors" in advice
+    assert "models pull" not in advice
+
+
+def test_of_several_split_files_the_usual_ones_are_taken(split_models: Path) -> None:
+    encoders, transformers = split_models / "text_encoders", split_models / "diffusion_models"
+    shutil.copy(encoders / "t5xxl_fp16.safetensors", encoders / "another.safetensors")
+    found = at_hand(find_folders(models=split_models)).split
+    assert found is not None
+    assert (found.transformer, found.t5) == ("flux1-dev.safetensors", "t5xxl_fp16.safetensors")
+    for name in ("a", "b"):  # which one would have to be chosen
+        shutil.copy(transformers / "flux1-dev.safetensors", transformers / f"{name}.safetensors")
+    (transformers / "flux1-dev.safetensors").unlink()
+    assert at_hand(find_folders(models=split_models)).split is None
+
+
+def test_a_quantised_transformer_has_a_loader_of_its_own() -> None:
+    split = SplitFiles("flux1-dev-Q4_K.gguf", "clip_l.safetensors", "t5.gguf", "ae.safetensors")
+    nodes = build(Request("a fox"), replace(TUTORIAL, split=split)).prompt.nodes
+    (loader,) = (node for node in nodes.values() if node.class_type == "UnetLoaderGGUF")
+    assert loader.inputs == {"unet_name": "flux1-dev-Q4_K.gguf"}

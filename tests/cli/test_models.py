@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -155,6 +156,7 @@ class Hub:
         self.breaks_after: int | None = None
         self.most_at_once: int | None = None
         self.flips_a_bit = False
+        self.gated = False
         self.url = ""
 
 
@@ -168,9 +170,9 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
 
         def answer(self, *, with_body: bool) -> None:
             data = hub.files.get(self.path.partition("?")[0])
-            if data is None:
-                self.send_response(404)
-                self.send_header("X-Error-Code", "EntryNotFound")
+            if data is None or hub.gated:
+                self.send_response(401 if hub.gated else 404)
+                self.send_header("X-Error-Code", "GatedRepo" if hub.gated else "EntryNotFound")
                 self.end_headers()
                 return
             wanted = self.headers.get("Range")
@@ -221,7 +223,7 @@ class TestPull:
     """In processes of their own: huggingface_hub reads its variables when it is imported."""
 
     def pull(
-        self, models: Path, endpoint: str, *arguments: str, **variables: str
+        self, models: Path, endpoint: str, *arguments: str, before: str = "", **variables: str
     ) -> subprocess.CompletedProcess[str]:
         models.mkdir(parents=True, exist_ok=True)
         environment = {
@@ -229,7 +231,8 @@ class TestPull:
             "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1", **variables,
         }  # fmt: skip
-        command = [sys.executable, "-m", "usoflow", "models", "pull", "--models", str(models), *arguments]
+        code = f"{before}from usoflow.cli.main import main; main()"
+        command = [sys.executable, "-c", code, "models", "pull", "--models", str(models), *arguments]
         return subprocess.run(
             command, env=environment, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
         )
@@ -306,6 +309,44 @@ class TestPull:
         done = self.pull(tmp_path / "models", hub.url, "--yes")
         assert done.returncode == 4
         assert "404" in done.stderr
+        assert "See https://huggingface.co/Comfy-Org/flux1-dev" in done.stderr
+
+    def test_a_licence_that_is_agreed_to_on_the_site(self, hub: Hub, tmp_path: Path) -> None:
+        hub.gated = True
+        done = self.pull(tmp_path / "models", hub.url, "--yes")
+        assert done.returncode == 4
+        assert "Agree to the licence at https://huggingface.co/Comfy-Org/flux1-dev" in done.stderr
+
+    def test_a_folder_may_be_a_link_to_another_disk(self, hub: Hub, tree: Path) -> None:
+        """Where a file cannot be moved to from beside the folders."""
+        with tempfile.TemporaryDirectory(dir="/dev/shm") as other:
+            assert os.stat(other).st_dev != os.stat(tree).st_dev
+            (tree / LORA).unlink()
+            (tree / "loras").rmdir()
+            (tree / "loras").symlink_to(other)
+            done = self.pull(tree, hub.url, "--yes")
+            assert done.returncode == 0, done.stderr
+            assert [path.name for path in Path(other).iterdir()] == [Path(LORA).name]
+
+    def test_a_disk_without_room_is_no_matter_of_the_network(self, hub: Hub, tree: Path) -> None:
+        """A limit of this process's files, as a full disk beyond what it told."""
+        (tree / CHECKPOINT).unlink()
+        limit = "import resource as r; r.setrlimit(r.RLIMIT_FSIZE, (5_000_000, 5_000_000));"
+        ignore = "import signal as s; s.signal(s.SIGXFSZ, s.SIG_IGN);"
+        done = self.pull(tree, hub.url, "--yes", before=limit + ignore)
+        assert done.returncode == 2
+        assert "File too large" in done.stderr
+        assert "space left" in done.stderr
+        assert hub.ranges == []  # it is not asked for again
+        assert self.pull(tree, hub.url, "--yes").returncode == 0
+        assert len(hub.ranges) == 1  # what was there is not lost
+
+    def test_room_is_looked_for_before_it_begins(self, hub: Hub, tree: Path) -> None:
+        (tree / CHECKPOINT).unlink()
+        full = "import shutil; shutil.disk_usage = lambda path: shutil._ntuple_diskusage(9, 8, 1);"
+        done = self.pull(tree, hub.url, "--yes", before=full)
+        assert done.returncode == 2
+        assert "are to come, and there is room for 0.0" in done.stderr
 
     def test_there_is_one_set(self, tmp_path: Path) -> None:
         assert usoflow("models", "pull", "sdxl").code == 2

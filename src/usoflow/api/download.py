@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -17,7 +19,7 @@ from usoflow.errors import UsoflowError
 from usoflow.models.checkpoint import TensorFile
 from usoflow.settings import Folders
 
-STAGING: Final = ".download"  # beside the model folders; what is half there stays, to be continued
+STAGING: Final = ".download"  # within a model folder, on its disk; what is half there stays, to be continued
 _URL_PATH = re.compile(r"^/(?P<repo>[^/]+/[^/]+)/resolve/main/(?P<file>.+)$")
 _SHA256 = re.compile(r"^[0-9a-f]{64}$")
 _BLOCK: Final = 1 << 20
@@ -38,21 +40,26 @@ def pull(file: KnownFile, folders: Folders, progress: Progress = lambda done, to
         progress: is told how many bytes of how many are there.
 
     Raises:
-        UsoflowError: `download_failed`; `model_damaged` or `model_kind` if it is not what was asked for.
+        UsoflowError: `download_failed`; `output_unwritable` if there is no room; `model_damaged` or
+            `model_kind` if it is not what was asked for.
     """
     match = _URL_PATH.match(urlparse(file.url).path)
     assert match is not None
     target = folders.models[file.folder][0] / file.name
     source = _source(match["repo"], match["file"])
-    part = target.parents[1] / STAGING / f"{file.name}.{source.etag[:16]}.part"
+    part = target.parent / STAGING / f"{file.name}.{source.etag[:16]}.part"
     try:
         part.parent.mkdir(parents=True, exist_ok=True)
-        _fetch(source, part, progress)
+        _require_room(part, source)
+        _fetch(file.name, source, part, progress)
         _verify(file, source, part)
-        target.parent.mkdir(parents=True, exist_ok=True)
         part.replace(target)
+        with contextlib.suppress(OSError):  # others may lie there
+            part.parent.rmdir()
     except OSError as error:
-        raise UsoflowError("download_failed", f"{file.name}: {error}") from None
+        raise UsoflowError(
+            "output_unwritable", f"{error.filename or part.parent}: {error.strerror or error}"
+        ) from None
     return target
 
 
@@ -77,33 +84,70 @@ def _source(repo: str, name: str) -> _Source:
         metadata = get_hf_file_metadata(url)
     except Exception as error:  # which classes there are depends on the version of the library
         reason = str(error).strip().split("\n")[0]
-        raise UsoflowError("download_failed", f"{url}: {reason}") from None
+        raise UsoflowError("download_failed", f"{url}: {reason}", remedy=_remedy(repo, error)) from None
     own = urlparse(metadata.location).netloc == urlparse(url).netloc
     headers = build_hf_headers() if own else {}  # a token is no business of the server behind a redirect
     return _Source(metadata.location, headers, metadata.size or 0, metadata.etag or "")
 
 
-def _fetch(source: _Source, part: Path, progress: Progress) -> None:
+def _remedy(repo: str, error: Exception) -> str | None:
+    """What to do where the hub itself refuses; None where the network may be the reason."""
+    page, kinds = f"https://huggingface.co/{repo}", {kind.__name__ for kind in type(error).__mro__}
+    if "GatedRepoError" in kinds:
+        return f"Agree to the licence at {page}, make a token in your settings there, and set HF_TOKEN to it."
+    if kinds & {"EntryNotFoundError", "RepositoryNotFoundError"}:
+        return f"See {page} for where the file is now; a mirror that HF_ENDPOINT names may lack it."
+    return None
+
+
+def _require_room(part: Path, source: _Source) -> None:
+    lacking, free = source.size - _size(part), shutil.disk_usage(part.parent).free
+    if lacking > free:
+        raise UsoflowError(
+            "output_unwritable",
+            f"{part.parent}: {lacking / 1e9:.1f} GB are to come, and there is room for {free / 1e9:.1f}.",
+            remedy="Make room, or let the folder be a link to one on a larger disk.",
+        )
+
+
+def _fetch(name: str, source: _Source, part: Path, progress: Progress) -> None:
     """Append what is missing, beginning again where a connection breaks, as long as something arrives."""
     while (before := _size(part)) < source.size or not part.exists():
         ending: Exception | None = None
         try:
-            _append(source, part, progress)
-        except (OSError, HTTPException) as error:
+            for block in _blocks(source, part):
+                with part.open("ab") as stream:  # what is wrong with the disk is no matter of the network
+                    stream.write(block)
+                progress(_size(part), source.size)
+        except _ConnectionError as error:
             ending = error
         if _size(part) == before and source.size:
-            raise OSError(str(ending or "the connection ends without data"))
+            raise UsoflowError("download_failed", f"{name}: {ending or 'the connection ends without data'}")
 
 
-def _append(source: _Source, part: Path, progress: Progress) -> None:
+class _ConnectionError(Exception):
+    """A connection that could not be made, or ended early."""
+
+
+def _blocks(source: _Source, part: Path) -> Iterator[bytes]:
+    """What comes of a file beyond the part that is there, which is emptied if all of it comes."""
     begin = _size(part)
     headers = source.headers | ({"Range": f"bytes={begin}-"} if begin else {})
-    with urlopen(Request(source.url, headers=headers), timeout=TIMEOUT) as answer:
-        continued = answer.status == PARTIAL_CONTENT
-        with part.open("ab" if continued else "wb") as stream:
-            while block := answer.read(_BLOCK):
-                stream.write(block)
-                progress(stream.tell(), source.size)
+    try:
+        answer = urlopen(Request(source.url, headers=headers), timeout=TIMEOUT)
+    except (OSError, HTTPException) as error:
+        raise _ConnectionError(error) from None
+    with answer:
+        if answer.status != PARTIAL_CONTENT:
+            part.write_bytes(b"")
+        while True:
+            try:
+                block = answer.read(_BLOCK)
+            except (OSError, HTTPException) as error:
+                raise _ConnectionError(error) from None
+            if not block:
+                return
+            yield block
 
 
 def _verify(file: KnownFile, source: _Source, part: Path) -> None:

@@ -117,6 +117,30 @@ class Graph:
             }
         )
 
+    def move_links(self, source: Source, to: Source) -> None:
+        """Let everything that an output is linked to come from another one."""
+        for key in list(self._node(source[0])["outputs"][source[1]]["links"]):
+            link = self._link(key)
+            target = self._node(link["target_id"])
+            self.connect(to, target["id"], target["inputs"][link["target_slot"]]["name"])
+
+    def retype(self, node: int, type_: str, field: str, values: Sequence[Any]) -> None:
+        """Make a loader another one, whose first field and only output take the place of its first ones.
+
+        Args:
+            node: which.
+            type_: its new type.
+            field: name of the first field, which a node around the subgraph may show.
+            values: of its fields.
+        """
+        data = self._node(node)
+        (slot,) = data["inputs"]
+        shown = [item for item in self.data["inputs"] if slot["link"] in item["linkIds"]]
+        for named in (slot, slot["widget"], *shown):
+            named |= {key: field for key in ("name", "localized_name") if key in named}
+        data |= {"type": type_, "outputs": data["outputs"][:1], "widgets_values": list(values)}
+        data["properties"]["Node name for S&R"] = type_
+
     def insert_before(
         self,
         node: int,

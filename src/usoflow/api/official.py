@@ -17,6 +17,7 @@ from typing import Any, Final
 from usoflow.api.at_hand import TUTORIAL, ModelFiles
 from usoflow.api.graph import NODE_SIZE, Graph
 from usoflow.api.workflow import Workflow, check_picture, free_name
+from usoflow.catalogue import SplitFiles
 from usoflow.errors import UsoflowError
 
 TEMPLATE: Final = "flux1_dev_uso_reference_image_gen"
@@ -80,6 +81,7 @@ class _Half:
     latent: int
     sampler: int
     checkpoint: int
+    decode: int
     lora: int
     patch: int
     vision: int
@@ -89,15 +91,15 @@ class _Half:
 
 
 _SUBJECT: Final = _Half(
-    host=112, save=9, text=6, latent=110, sampler=31, checkpoint=30, lora=43, patch=39, vision=40,
+    host=112, save=9, text=6, latent=110, sampler=31, checkpoint=30, decode=8, lora=43, patch=39, vision=40,
     styles=((55, 53), (56, 46)), loaders_on_top=False, free=(-700, 1400),
 )  # fmt: skip
 _STYLE: Final = _Half(
-    host=113, save=73, text=90, latent=87, sampler=78, checkpoint=72, lora=76, patch=75, vision=74,
+    host=113, save=73, text=90, latent=87, sampler=78, checkpoint=72, decode=77, lora=76, patch=75, vision=74,
     styles=((89, 88), (83, 91)), loaders_on_top=True, free=(-700, 2700),
 )  # fmt: skip
 _FIRST_NAME: Final = 4  # of a model file, among the values that a subgraph's node shows
-_VAE: Final = 2  # output of the checkpoint's loader
+_CLIP, _VAE = 1, 2  # outputs of the checkpoint's loader
 _COLUMN, _ROW = NODE_SIZE[0] + 50, 400  # a LoadImage that shows its picture is higher than others
 _SUBJECT_LOADER, _SUBJECT_SCALE, _REFERENCE, _REFERENCE_GUIDANCE = 47, 109, 57, 35
 
@@ -134,6 +136,8 @@ def adapted(files: ModelFiles) -> dict[str, Any]:
     graph = Graph(copy.deepcopy(template(TEMPLATE)))
     for half in (_SUBJECT, _STYLE):
         _name_models(graph, half, files)
+        if files.split:
+            _split(graph, half, files.split)
         graph.set_values(half.host, {1: files.side, 2: files.side})
         graph.subgraph(half.host).set_values(half.latent, {0: files.side, 1: files.side})
     graph.subgraph(_SUBJECT.host).set_values(_SUBJECT_SCALE, {1: files.subject_side})
@@ -209,6 +213,26 @@ def _name_models(graph: Graph, half: _Half, files: ModelFiles) -> None:
             inner.drop_property(loader, "models")  # the editor would ask for the tutorial's file
 
 
+def _split(graph: Graph, half: _Half, files: SplitFiles) -> None:
+    """Loaders of single files instead of the checkpoint's.
+
+    The transformer's takes its place, and so the field that the subgraph's node shows.
+    """
+    inner = graph.subgraph(half.host)
+    left, top = half.free
+    encoders = (files.clip_l, files.t5, "flux", "default")
+    clip = inner.add("DualCLIPLoader", {}, ("CLIP",), encoders, (left - 2 * _COLUMN, top)), 0
+    vae = inner.add("VAELoader", {}, ("VAE",), (files.vae,), (left - 2 * _COLUMN, top + _ROW)), 0
+    inner.move_links((half.checkpoint, _CLIP), clip)
+    inner.move_links((half.checkpoint, _VAE), vae)
+    if files.transformer.endswith(".gguf"):
+        inner.retype(half.checkpoint, "UnetLoaderGGUF", "unet_name", (files.transformer,))
+    else:
+        inner.retype(half.checkpoint, "UNETLoader", "unet_name", (files.transformer, "default"))
+    graph.set_values(half.host, {_FIRST_NAME: files.transformer})
+    inner.drop_property(half.checkpoint, "models")
+
+
 def _fill_in(graph: Graph, half: _Half, request: Request) -> None:
     """Values that the subgraph's node shows, there and within; then those that only its nodes have."""
     width, height = output_size(request)
@@ -233,7 +257,7 @@ def _insert_pictures(inner: Graph, half: _Half, request: Request, names: Mapping
         if is_subject:
             size = ("area", request.subject_size)
             small = inner.add("ImageScaleToMaxDimension", {"image": picture}, ("IMAGE",), size, places[1]), 0
-            encoded = {"pixels": small, "vae": (half.checkpoint, _VAE)}
+            encoded = {"pixels": small, "vae": inner.origin(half.decode, "vae")}
             latent = inner.add("VAEEncode", encoded, ("LATENT",), (), places[2]), 0
             inner.insert_before(
                 half.sampler, "positive", "ReferenceLatent", "conditioning", (), {"latent": latent}, places[3]
