@@ -20,16 +20,37 @@ if TYPE_CHECKING:
     from usoflow.api.generate import generate as generate
     from usoflow.api.workflow import Workflow as Workflow
     from usoflow.errors import UsoflowError as UsoflowError
+    from usoflow.execution.progress import Cancellation as Cancellation
+    from usoflow.execution.progress import NodeFinished as NodeFinished
+    from usoflow.execution.progress import NodeProgress as NodeProgress
+    from usoflow.execution.progress import NodesCached as NodesCached
+    from usoflow.execution.progress import NodeStarted as NodeStarted
 
 __version__ = "0.1.0"
-__all__ = ["Engine", "Result", "UsoflowError", "Workflow", "__version__", "generate"]
+__all__ = [
+    "Cancellation",
+    "Engine",
+    "NodeFinished",
+    "NodeProgress",
+    "NodeStarted",
+    "NodesCached",
+    "Result",
+    "UsoflowError",
+    "Workflow",
+    "__version__",
+    "generate",
+]
 
 
 def __getattr__(name: str) -> Any:
     """Public names are imported when they are asked for (PEP 562)."""
     import importlib
 
+    progress = "usoflow.execution.progress"
     places = {
+        **dict.fromkeys(
+            ("Cancellation", "NodeFinished", "NodeProgress", "NodeStarted", "NodesCached"), progress
+        ),
         "Engine": "usoflow.api.engine",
         "Result": "usoflow.api.engine",
         "UsoflowError": "usoflow.errors",

@@ -139,17 +139,17 @@ def find_folders(
     """
     models, inputs = (folder and folder.expanduser() for folder in (models, inputs))
     roots = [models] if models else _from_variable(MODELS_VARIABLE)
-    for root in roots:
-        _check_folder(root, "models")
-    if inputs:
-        _check_folder(inputs, "input")
+    named_inputs = [inputs] if inputs else _from_variable(INPUT_VARIABLE)
+    for what, folders in (("models", roots), ("input", named_inputs)):
+        for folder in folders:
+            _check_folder(folder, what)
     roots = roots or _default_models()
     default_inputs = [Path("input"), *(r / "input" for r in roots), *(r.parent / "input" for r in roots)]
     default_inputs.sort(key=lambda folder: not folder.is_dir())  # uploads go into the first
     default_inputs += [beside.parent] if beside else []
     return Folders(
         models=_model_directories(roots),
-        inputs=tuple([inputs] if inputs else _from_variable(INPUT_VARIABLE) or default_inputs),
+        inputs=tuple(named_inputs or default_inputs),
         output=(output or Path(os.environ.get(OUTPUT_VARIABLE) or "output")).expanduser(),
         temp=platformdirs.user_cache_path("usoflow") / "temp",
         given_images=given_images or {},
@@ -166,11 +166,15 @@ def check_writable(folder: Path) -> None:
     """Before minutes are spent on what could not be kept there.
 
     Raises:
-        UsoflowError: `save_failed`.
+        UsoflowError: `output_unwritable`.
     """
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-        raise UsoflowError("save_failed", f"{folder} is no folder that can be written to.")
+        raise UsoflowError(
+            "output_unwritable",
+            f"{folder} is no folder that can be written to.",
+            remedy="Let it be one, or name another with --output or USOFLOW_OUTPUT.",
+        )
 
 
 def compiled_folder() -> Path:

@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import small
 import usoflow
 from usoflow import Engine, UsoflowError, Workflow
 from usoflow.execution.progress import Cancellation, NodeProgress, NodeStarted
+from usoflow.settings import POCKET_MODELS
 
 
 @pytest.fixture
@@ -67,6 +69,55 @@ def test_progress_is_told(engine: Engine, file: Path) -> None:
     engine.run(file, progress=events.append)
     assert [e.step for e in events if isinstance(e, NodeProgress)] == [1, 2]
     assert any(isinstance(e, NodeStarted) and e.class_type == "KSampler" for e in events)
+
+
+def test_what_a_listener_raises_is_the_callers_own(engine: Engine, file: Path) -> None:
+    class MineError(Exception):
+        pass
+
+    def fail(event: object) -> None:
+        if isinstance(event, NodeProgress):
+            raise MineError
+
+    with pytest.raises(MineError):
+        engine.run(file, progress=fail)
+
+
+def test_generating_can_be_stopped(engine: Engine) -> None:
+    cancellation = usoflow.Cancellation()
+    cancellation.set()
+    with pytest.raises(UsoflowError, match="stopped"):
+        engine.generate("a fox", size=(32, 32), steps=1, cancellation=cancellation)
+
+
+def test_numbers_of_numpy_are_numbers(engine: Engine, file: Path) -> None:
+    """They are written into the picture, as JSON."""
+    given = {"seed": np.int64(3), "steps": np.int32(1), "guidance": np.float32(2.5)}
+    result = engine.generate("a fox", size=(np.int64(32), 32), **given)
+    assert result.seeds == (3,)
+    assert json.loads(result.images[0].info["workflow"])
+    workflow = Workflow.load(file).set("KSampler.steps", np.int64(1)).with_seed(torch.tensor(9))
+    assert engine.run(workflow).seeds == (9,)
+
+
+@pytest.mark.parametrize("loras", ["x.safetensors", ("x.safetensors", 0.5), ["x.safetensors"]])
+def test_one_lora_needs_no_list(engine: Engine, loras: Any) -> None:
+    with pytest.raises(UsoflowError, match=r"'x\.safetensors' not in") as error:
+        engine.generate("a fox", loras=loras)
+    assert error.value.code == "model_missing"
+
+
+def test_the_template_has_the_models_that_are_there(tmp_path: Path) -> None:
+    """As the served editor has it; other templates are as they are."""
+    with Engine(models=POCKET_MODELS, output=tmp_path, device="cpu") as engine:
+        workflow = engine.load("template:flux1_dev_uso_reference_image_gen")
+        inputs = [node.inputs for node in workflow.prompt.nodes.values()]
+        assert {"usoflow-pocket.safetensors"} == {
+            given["ckpt_name"] for given in inputs if "ckpt_name" in given
+        }
+        assert {given["width"] for given in inputs if "width" in given} == {128}
+        assert any("Taken: usoflow-pocket" in warning for warning in workflow.warnings)
+        assert engine.load("template:flux_dev_checkpoint_example").warnings == ()
 
 
 def test_a_run_can_be_stopped(engine: Engine, file: Path) -> None:

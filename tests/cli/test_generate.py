@@ -76,6 +76,7 @@ def test_a_sweep_is_a_grid_of_every_combination(small_options: list[str], pictur
     prompts = [Workflow.load(path).to_prompt() for path in found["images"]]
     tried = [(p["112:31"]["inputs"]["steps"], p["112:109"]["inputs"]["largest_size"]) for p in prompts]
     assert tried == [(1, 16), (1, 32), (1, 48), (2, 16), (2, 32), (2, 48)]
+    assert [run["label"] for run in found["runs"]][1] == "steps 1 · subject-size 32 · seed 1"
     assert Path(found["sheet"]).is_file()
 
 
@@ -217,12 +218,41 @@ def test_keeping_proportions_and_saving_the_workflow(
         (["--keep-size"], 2, "without a subject"),
         (["--subject=none.png"], 5, "none.png"),
         (["--lora=none.safetensors"], 4, "none.safetensors"),
+        (["--sweep", "steps=2,3", "steps=4"], 2, "swept once"),
+        (["--sweep=steps=2,2"], 2, "would be the same"),
+        (["--sweep=steps=1,2", "--set=KSampler.steps=1"], 2, "would be the same"),
+        (["--count=3", "--seed=1", "--set=KSampler.seed=5"], 2, "would be the same"),
+        (["--count=2", "--sweep=seed=1,2"], 2, "would be the same"),
     ],
 )
 def test_mistakes(small_options: list[str], arguments: list[str], code: int, said: str) -> None:
     done = usoflow("generate", "a cat", *small_options, *arguments)
     assert done.code == code
     assert said in done.err
+
+
+def test_a_picture_where_the_prompt_belongs(small_options: list[str], pictures: Path) -> None:
+    done = usoflow("generate", "--style", pictures / "style.png", pictures / "subject.png", *small_options)
+    assert done.code == 2
+    assert "where the prompt belongs" in done.err
+
+
+def test_help_is_no_picture() -> None:
+    done = usoflow("generate", "a cat", "--subject", "a.png", "-h")
+    assert done.code == 0
+    assert "Usage" in done.out
+
+
+def test_json_tells_what_is_done_when_the_sheet_fails(
+    small_options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise UsoflowError("save_failed", "no space")
+
+    monkeypatch.setattr("usoflow.api.sheet.contact_sheet", full)
+    done = usoflow("generate", "a cat", "--seed=1", "--sheet", "--json", *small_options)
+    said = json.loads(done.out)
+    assert (done.code, said["error"]["code"], len(said["images"])) == (6, "save_failed", 1)
 
 
 def test_json_tells_what_is_done_when_a_later_picture_fails(
@@ -252,7 +282,7 @@ def test_an_output_that_cannot_be_written_is_told_before_anything_is_computed(
 ) -> None:
     (tmp_path / "file").write_text("")
     done = usoflow("generate", "a cat", *small_options, "--output", tmp_path / "file" / "folder")
-    assert (done.code, done.out) == (6, "")
+    assert (done.code, done.out) == (2, "")
     assert "--output" in done.err
     assert "KSampler" not in done.err
 

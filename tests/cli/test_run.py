@@ -402,7 +402,9 @@ class TestText:
 
     def test_json_is_one_object(self, run: Any) -> None:
         record = run(small.text_to_image())
-        assert set(record) == {"images", "seeds", "seconds", "device", "dtype", "nodes", "warnings"}
+        keys = {"images", "seeds", "seconds", "device", "dtype", "nodes", "outputs", "warnings"}
+        assert set(record) == keys
+        assert record["outputs"]["save"]["images"][0]["filename"] == Path(record["images"][0]).name
         assert {node["class_type"] for node in record["nodes"]} >= {"KSampler", "VAEDecode", "SaveImage"}
         assert record["warnings"] == []
 
@@ -467,6 +469,59 @@ def test_what_a_custom_node_prints_is_not_the_result(small_models: Path, tmp_pat
     assert json.loads(done.out)["images"]
     assert "imported" in done.err
     assert "run" in done.err
+
+
+def test_what_a_node_shows_as_text_is_told(small_models: Path, tmp_path: Path) -> None:
+    (tmp_path / "nodes").mkdir()
+    (tmp_path / "nodes" / "told.py").write_text(TOLD, encoding="utf-8")
+    prompt = {"t": {"class_type": "Told", "inputs": {"number": 2}}}
+    (tmp_path / "told.json").write_text(json.dumps(prompt))
+    given = (tmp_path / "told.json", "--custom-nodes", tmp_path / "nodes")
+    done = raw(*given, "--json", models=small_models, output=tmp_path / "out")
+    assert json.loads(done.out)["outputs"] == {"t": {"text": ["4"]}}
+    done = raw(*given, models=small_models, output=tmp_path / "out")
+    assert 'node t shows text: ["4"]' in done.out
+    described = usoflow("nodes", "Told", "--custom-nodes", tmp_path / "nodes")
+    assert "one of 1, 2, 3" in described.out
+    failed = raw(*given, "--set", "t.number=3", models=small_models, output=tmp_path / "out")
+    assert failed.code == 6
+    assert "told.py" in failed.err  # whoever wrote it is told the place
+    assert "KeyError: 'three'" in failed.err
+
+
+def test_several_words_after_an_option(small_models: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompt.json").write_text(json.dumps(small.text_to_image()))
+    done = raw(
+        tmp_path / "prompt.json", "--set", "sampler.steps=1", "sampler.seed=9", "--json",
+        models=small_models, output=tmp_path / "out",
+    )  # fmt: skip
+    assert json.loads(done.out)["seeds"] == [9]
+
+
+@pytest.mark.parametrize("stdout", ["/dev/full", "closed"])
+def test_an_error_that_nobody_reads_keeps_its_exit_code(tmp_path: Path, stdout: str) -> None:
+    command = [sys.executable, "-m", "usoflow", "run", str(tmp_path / "none.json"), "--json"]
+    if stdout == "closed":
+        reading, writing = os.pipe()
+        os.close(reading)
+    else:
+        writing = os.open(stdout, os.O_WRONLY)
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "none.json" in done.stderr
+
+
+TOLD = """
+class Told:
+    CATEGORY, RETURN_TYPES, FUNCTION, OUTPUT_NODE = "test", (), "run", True
+    @classmethod
+    def INPUT_TYPES(s): return {"required": {"number": ([1, 2, 3], {"default": 2})}}
+    def run(self, number):
+        return {"ui": {"text": [str({1: 1, 2: 4}[number] if number < 3 else {}["three"])]}}
+NODE_CLASS_MAPPINGS = {"Told": Told}
+"""
 
 
 LOUD = """

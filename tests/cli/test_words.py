@@ -27,6 +27,8 @@ SEVERAL = {"--subject", "--style"}
         ("--easycache P", "--easycache 0.2 P"),
         ("P --style a --flag b", "P --style a --flag b"),  # one word too many: the parser says so
         ("--subject a -- --P", "--subject a -- --P"),
+        ("P --subject a -h", "P --subject a -h"),
+        ("P --subject - a", "P --subject - --subject a"),
         ("", ""),
     ],
 )

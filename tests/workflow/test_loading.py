@@ -112,6 +112,31 @@ def test_a_node_called_prompt_is_no_request() -> None:
     assert list(load_json(graph, registry()).prompt.nodes) == ["prompt"]
 
 
+def test_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = (PAIRS / "uso_style_on.ui.json").read_bytes()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
+    assert plain(load("-", registry()).prompt.to_json()) == plain(pair("uso_style_on")[1])
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig"])
+def test_what_powershell_writes(encoding: str) -> None:
+    data = (PAIRS / "uso_style_on.api.json").read_text().encode(encoding)
+    assert plain(load_bytes(data, registry()).prompt.to_json()) == plain(pair("uso_style_on")[1])
+
+
+def test_what_is_nearly_a_prompt_is_told() -> None:
+    data = {**pair("uso_style_on")[1], "version": 0.4}
+    with pytest.raises(UsoflowError, match="it has nodes, but 'version' is none"):
+        load_json(data, registry())
+
+
+def test_a_jpeg_is_named() -> None:
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(stream, "JPEG")
+    with pytest.raises(UsoflowError, match="a JPEG carries no workflow"):
+        load_bytes(stream.getvalue(), registry())
+
+
 def test_missing_file(tmp_path: Path) -> None:
     for name in (tmp_path / "nothing.json", tmp_path, "a\0b"):
         with pytest.raises(UsoflowError) as raised:

@@ -13,25 +13,28 @@ import secrets
 import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from usoflow.api.at_hand import ModelFiles, at_hand
 from usoflow.api.checking import Job, check
-from usoflow.api.official import RANDOM_SEEDS, Request, build
-from usoflow.api.workflow import Workflow
+from usoflow.api.official import RANDOM_SEEDS, TEMPLATE, Request, adapted, build
+from usoflow.api.workflow import Workflow, plain
 from usoflow.settings import Folders, bytes_of, find_folders
+from usoflow.workflow.loading import TEMPLATE as TEMPLATE_PREFIX
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from usoflow.execution.executor import Executor, RunResult
     from usoflow.execution.progress import Cancellation, Event, NodeFinished
+    from usoflow.nodes.context import Shown
     from usoflow.schema.node import NodeRegistry
 
     Picture = str | Path | Image
+    Lora = str | tuple[str, float]
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Result:
         paths: the files that were written, in the order of the output nodes.
         seeds: of the samplers.
         seconds: for the whole run.
+        shown: what each output node has to show (`Shown`), by its id.
         nodes: one record for each node that ran: id, type, seconds, peak memory.
         cached: ids of the nodes whose outputs were known from an earlier run.
         warnings: what was odd about the workflow.
@@ -53,6 +57,7 @@ class Result:
     paths: tuple[Path, ...]
     seeds: tuple[int, ...]
     seconds: float
+    shown: Mapping[str, Shown]
     nodes: Sequence[NodeFinished]
     cached: Sequence[str]
     warnings: tuple[str, ...]
@@ -147,13 +152,27 @@ class Engine:
         """
         return at_hand(find_folders(models=self._models))
 
+    def load(self, file: str | Path | Mapping[str, Any]) -> Workflow:
+        """`Workflow.load` with this engine's node types.
+
+        The official template has the names and sizes of the models that are there, as in our editor.
+
+        Raises:
+            UsoflowError: as `Workflow.load` does.
+        """
+        if file != f"{TEMPLATE_PREFIX}{TEMPLATE}":
+            return Workflow.load(file, nodes=self.nodes)
+        files = self.model_files()
+        workflow = Workflow.load(adapted(files), nodes=self.nodes)
+        return replace(workflow, warnings=(*files.notes, *workflow.warnings))
+
     def check(self, workflow: Workflow | str | Path | Mapping[str, Any]) -> Job:
         """Whether a workflow (or a file, or JSON, with one) can be run. Imports no torch.
 
         Raises:
             UsoflowError: what is wrong with it or missing, and what to do about it.
         """
-        workflow = workflow if isinstance(workflow, Workflow) else Workflow.load(workflow, nodes=self.nodes)
+        workflow = workflow if isinstance(workflow, Workflow) else self.load(workflow)
         return check(workflow, self._folders(workflow), self.nodes)
 
     def start(self) -> None:
@@ -216,12 +235,14 @@ class Engine:
         subject_size: int | None = None,
         keep_size: bool = False,
         easycache: float | None = None,
-        loras: Sequence[str | tuple[str, float]] = (),
+        loras: Sequence[Lora] | Lora = (),
         progress: Callable[[Event], None] | None = None,
+        cancellation: Cancellation | None = None,
     ) -> Result:
-        """One picture by the official USO workflow; the arguments are those of `Request`.
+        """One picture by the official USO workflow; the arguments are those of `Request` and of `run`.
 
-        Subject and style are a picture each, or several. Without a seed one is drawn; `Result.seeds` has it.
+        Subject and style are a picture each, or several; so are further LoRAs, names in the loras folder,
+        also with a strength: ("name.safetensors", 0.8). Without a seed one is drawn; `Result.seeds` has it.
         Sizes that are not given are those that the transformer was trained for.
 
         Raises:
@@ -231,16 +252,17 @@ class Engine:
             prompt,
             subjects=self._files(subject),
             styles=self._files(style),
-            size=size,
-            steps=steps,
-            guidance=guidance,
-            seed=secrets.randbelow(RANDOM_SEEDS) if seed is None else seed,
-            subject_size=subject_size,
+            size=plain(size),
+            steps=plain(steps),
+            guidance=plain(guidance),
+            seed=secrets.randbelow(RANDOM_SEEDS) if seed is None else plain(seed),
+            subject_size=plain(subject_size),
             keep_size=keep_size,
-            easycache=easycache,
-            loras=tuple((item, 1.0) if isinstance(item, str) else item for item in loras),
+            easycache=plain(easycache),
+            loras=_loras(loras),
         )
-        return self.run(build(request, self.model_files()), progress=progress)
+        workflow = build(request, self.model_files())
+        return self.run(workflow, progress=progress, cancellation=cancellation)
 
     def _files(self, pictures: Sequence[Picture] | Picture | None) -> tuple[Path, ...]:
         if pictures is None:
@@ -280,6 +302,7 @@ class Engine:
             paths=tuple(path for path in images if path is not None),
             seeds=job.workflow.seeds,
             seconds=done.seconds,
+            shown=done.shown,
             nodes=done.finished,
             cached=done.cached,
             warnings=job.warnings,
@@ -287,6 +310,15 @@ class Engine:
             dtype=str(placement.dtype).removeprefix("torch."),
             workflow=job.workflow,
         )
+
+
+def _loras(loras: Sequence[Lora] | Lora) -> tuple[tuple[str, float], ...]:
+    match loras:
+        case str():
+            return ((loras, 1.0),)
+        case (str() as name, int() | float() as strength):
+            return ((name, strength),)
+    return tuple((item, 1.0) if isinstance(item, str) else item for item in loras)
 
 
 def _path(value: str | Path | None) -> Path | None:

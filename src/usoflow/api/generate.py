@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from usoflow.api.engine import Engine, Result
 
 if TYPE_CHECKING:
-    from usoflow.api.engine import Picture
-    from usoflow.execution.progress import Event
+    from usoflow.api.engine import Lora, Picture
+    from usoflow.execution.progress import Cancellation, Event
 
 
 def generate(
@@ -25,18 +25,19 @@ def generate(
     subject_size: int | None = None,
     keep_size: bool = False,
     easycache: float | None = None,
-    loras: Sequence[str | tuple[str, float]] = (),
+    loras: Sequence[Lora] | Lora = (),
     models: str | Path | None = None,
     output: str | Path | None = None,
     device: str = "auto",
     dtype: str = "auto",
     vram: str | None = None,
     progress: Callable[[Event], None] | None = None,
+    cancellation: Cancellation | None = None,
 ) -> Result:
     """One picture by the official USO workflow, with models that are loaded for it alone.
 
     For more than one picture use `Engine`, which keeps them. The first arguments are those of
-    `official.Request`, the others those of `Engine`.
+    `Engine.generate`, the others those of `Engine`.
 
     Raises:
         UsoflowError: what is wrong, and what to do about it.
@@ -55,4 +56,5 @@ def generate(
             easycache=easycache,
             loras=loras,
             progress=progress,
+            cancellation=cancellation,
         )

@@ -58,7 +58,7 @@ class Workflow:
             loaded, source = load_json(dict(file), nodes or registry()), None
         else:
             loaded = load(file, nodes or registry())
-            source = None if str(file).startswith(TEMPLATE) else Path(file)
+            source = None if str(file).startswith(TEMPLATE) else Path(file).expanduser()
         return cls(loaded.prompt, loaded.workflow, source=source, warnings=loaded.warnings, nodes=nodes)
 
     def set(self, target: str, value: object) -> Self:
@@ -148,7 +148,9 @@ class Workflow:
         data = self.to_prompt() if self.ui is None else self.ui
         text = json.dumps(data, indent=2, ensure_ascii=False)
         try:
-            Path(file).write_bytes(text.encode(errors="backslashreplace"))  # a lone surrogate: JSON's escape
+            Path(file).expanduser().write_bytes(
+                text.encode(errors="backslashreplace")
+            )  # a lone surrogate: JSON's escape
         except OSError as reason:
             raise UsoflowError("output_unwritable", f"{file}: {reason}") from None
 
@@ -195,7 +197,7 @@ class Workflow:
     def _set(self, values: Mapping[tuple[str, str], object]) -> Prompt:
         prompt = self.prompt
         for (key, name), value in values.items():
-            prompt = prompt.set(key, name, value, optional=self._fields(key))
+            prompt = prompt.set(key, name, plain(value), optional=self._fields(key))
         return prompt
 
     def _fields(self, key: str) -> tuple[str, ...]:
@@ -207,6 +209,14 @@ class Workflow:
         from usoflow.nodes import registry
 
         return registry() if self.nodes is None else self.nodes
+
+
+def plain(value: Any) -> Any:
+    """What JSON can hold: numbers of numpy and torch become Python's, also those of a pair."""
+    if isinstance(value, tuple | list):
+        return type(value)(plain(part) for part in value)
+    item = getattr(value, "item", None)
+    return item() if callable(item) and getattr(value, "shape", None) == () else value
 
 
 def check_picture(path: Path) -> None:

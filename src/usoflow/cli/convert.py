@@ -15,7 +15,8 @@ from usoflow.errors import UsoflowError
 
 def convert(
     file: Annotated[
-        str, typer.Argument(help="Workflow or prompt JSON, a PNG or WebP with one, or template:NAME.")
+        str,
+        typer.Argument(help="Workflow or prompt JSON, a PNG or WebP with one, template:NAME, or - (stdin)."),
     ],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write to this file.")] = None,
     custom_nodes: CustomNodes = None,

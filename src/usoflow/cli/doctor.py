@@ -132,6 +132,8 @@ def _memory() -> Iterator[Finding]:
 
 def _folders(folders: Folders) -> Iterator[Finding]:
     from usoflow.catalogue import missing, pull_command
+    from usoflow.errors import UsoflowError
+    from usoflow.settings import check_writable
 
     lacking = [file.name for file in missing(folders)]
     place = folders.models["checkpoints"][0].parent
@@ -140,8 +142,11 @@ def _folders(folders: Folders) -> Iterator[Finding]:
     output = folders.output.resolve()
     existing = next(path for path in (output, *output.parents) if path.exists())
     free = shutil.disk_usage(existing).free / GB
-    writable = os.access(existing, os.W_OK)
-    advice = "" if writable else "It cannot be written to: choose another with --output or USOFLOW_OUTPUT."
+    advice = ""
+    try:
+        check_writable(output)
+    except UsoflowError:
+        advice = "It cannot be written to: choose another with --output or USOFLOW_OUTPUT."
     yield Finding("output", f"{output}, {free:.0f} GB free", advice)
 
 

@@ -18,6 +18,7 @@ from usoflow.cli.options import AsJson, Compiled, Device, Dtype, InDtype, Models
 from usoflow.cli.run import execute
 from usoflow.cli.words import SeveralWords
 from usoflow.errors import UsoflowError
+from usoflow.settings import IMAGE_SUFFIXES
 
 if TYPE_CHECKING:
     from usoflow.api.engine import Engine, Result
@@ -117,8 +118,16 @@ def generate(
         loras=tuple(_lora(item) for item in lora or ()),
     )
     sweeps = [_sweep(item) for item in sweep or ()]
-    if not subject and any(name == "subject-size" for name, _ in sweeps):
+    swept = [name for name, _ in sweeps]
+    if not subject and "subject-size" in swept:
         raise UsoflowError("request_invalid", "--sweep subject-size without a --subject changes nothing.")
+    if len(set(swept)) < len(swept):
+        raise UsoflowError("request_invalid", "An option can be swept once: --sweep steps=4,8,20.")
+    if Path(prompt).suffix.lower() in IMAGE_SUFFIXES and Path(prompt).is_file():
+        raise UsoflowError(
+            "request_invalid", f"{prompt} is a picture, where the prompt belongs.",
+            remedy='The prompt comes first, "" for none: usoflow generate "a cat" --style a.png b.png',
+        )  # fmt: skip
     wanted = list(_variants(request, count, sweeps))
     engine = Engine(
         models=models,
@@ -134,14 +143,18 @@ def generate(
             results.append(result)
             if not as_json:  # at once: what is done is not lost with what fails later
                 print(report.as_text(result), flush=True)
+        columns = len(sweeps[-1][1]) * count if sweeps else None
+        written = _write_sheet(wanted, results, columns) if sheet or sweeps else None
     except UsoflowError as error:
         if not (as_json and results):
             raise
-        print(json.dumps(_record(request, results) | {"error": report.error_record(error)}))
+        print(json.dumps(_record(request, wanted, results) | {"error": report.error_record(error)}))
         raise typer.Exit(error.exit_code) from None
-    columns = len(sweeps[-1][1]) * count if sweeps else None
-    written = _write_sheet(wanted, results, columns) if sheet or sweeps else None
-    _print(request, results, written, as_json=as_json)
+    if as_json:
+        print(json.dumps(_record(request, wanted, results, written)))
+        return
+    for line in ([f"sheet: {written}"] if written else []) + [f"note: {note}" for note in request.notes]:
+        print(line)
 
 
 @dataclass(frozen=True)
@@ -167,6 +180,13 @@ def _run(
     workflows = [build(item.request, files) for item in wanted]
     for assignment in assignments:
         workflows = [workflow.assign(assignment) for workflow in workflows]
+    told = {json.dumps(workflow.to_prompt(), sort_keys=True) for workflow in workflows}
+    if len(told) < len(workflows):
+        raise UsoflowError(
+            "request_invalid",
+            "Some of the pictures would be the same, under different labels.",
+            remedy="Do not --set what is swept or, by --count, the seed; and sweep each value once.",
+        )
     jobs = [engine.check(workflow) for workflow in workflows]
     report.warn(dict.fromkeys(warning for job in jobs for warning in job.warnings))
     if save_workflow is not None:
@@ -187,21 +207,18 @@ def _variants(request: Request, count: int, sweeps: Sequence[tuple[str, Sequence
             yield _Wanted(replace(swept, seed=seed), SEPARATOR.join([*parts, f"seed {seed}"]))
 
 
-def _print(request: Request, results: Sequence[Result], sheet: Path | None, *, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(_record(request, results, sheet)))
-        return
-    for line in ([f"sheet: {sheet}"] if sheet else []) + [f"note: {note}" for note in request.notes]:
-        print(line)
-
-
-def _record(request: Request, results: Sequence[Result], sheet: Path | None = None) -> dict[str, Any]:
+def _record(
+    request: Request, wanted: Sequence[_Wanted], results: Sequence[Result], sheet: Path | None = None
+) -> dict[str, Any]:
     return {
         "images": [str(path) for result in results for path in result.paths],
         "seeds": [seed for result in results for seed in result.seeds],
         "sheet": None if sheet is None else str(sheet),
         "notes": list(request.notes),
-        "runs": [report.as_record(result) for result in results],
+        "runs": [
+            {"label": item.label} | report.as_record(result)
+            for item, result in zip(wanted, results, strict=False)  # fewer, where something went wrong
+        ],
     }
 
 

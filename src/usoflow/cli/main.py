@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import sys
+import traceback
 from typing import Annotated, Any
 
 import typer
@@ -23,6 +24,7 @@ from usoflow.cli.report import error_record
 from usoflow.cli.run import run
 from usoflow.cli.serve import serve
 from usoflow.cli.train import train
+from usoflow.cli.words import SeveralWords
 from usoflow.errors import EXIT_CANCELLED, UsoflowError
 
 HELP = """USO style and subject generation on FLUX.1: runs ComfyUI's official USO workflows.
@@ -38,6 +40,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+DEFECTS = ("node_failed", "custom_node_failed")  # of usoflow's code, or of a custom node's
 UsageError: Any = typer.BadParameter.__mro__[1]  # of the click that typer brings
 
 
@@ -57,7 +60,7 @@ def _root(
     pass
 
 
-app.command()(run)
+app.command(cls=SeveralWords)(run)
 app.command(cls=Generate)(generate)
 app.command()(convert)
 app.command()(nodes)
@@ -89,8 +92,7 @@ def main() -> None:
             sys.exit(missing.exit_code)
         if error.errno != errno.ENOSPC:
             raise
-        # What is left cannot be written either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _close_stdout()
         unwritable = UsoflowError("output_unwritable", f"Standard output: {error.strerror}.")
         _show(unwritable, as_json=False)
         sys.exit(unwritable.exit_code)
@@ -113,9 +115,19 @@ def _wants_json() -> bool:
     return "--json" in sys.argv
 
 
+def _close_stdout() -> None:
+    """What is left cannot be written either."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _show(error: UsoflowError, *, as_json: bool = True) -> None:
+    if error.code in DEFECTS and error.__cause__ is not None:  # whoever mends it needs the place
+        traceback.print_exception(error.__cause__)
     if as_json and _wants_json():
-        print(json.dumps({"error": error_record(error)}))
-        return
+        try:
+            print(json.dumps({"error": error_record(error)}), flush=True)
+            return
+        except OSError:  # nobody reads it, or the disk is full: the exit code and stderr remain
+            _close_stdout()
     typer.secho(f"error: {error.detail}", fg="red", err=True)
     typer.secho(error.remedy, err=True)

@@ -68,7 +68,10 @@ def pull(
     if what != "uso":
         advice = "`usoflow models pull` gets the files of the tutorial."
         raise UsoflowError("request_invalid", f"There is no set of files {what!r}, only uso.", remedy=advice)
-    folders = find_folders(models=models or context.obj)
+    chosen = models or context.obj
+    if chosen is not None:
+        chosen.expanduser().mkdir(parents=True, exist_ok=True)
+    folders = find_folders(models=chosen)
     wanted = missing(folders)
     for file in wanted:
         print(f"{file.name}  {file.size}\n  {file.url}\n  licence: {file.licence}")

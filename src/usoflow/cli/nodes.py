@@ -50,7 +50,7 @@ def _kind(spec: InputSpec) -> str:
     if (folder := getattr(kind, "folder", None)) is not None:
         words.append(f"a file of {folder}/")
     if options := getattr(kind, "options", ()):
-        words.append("one of " + ", ".join(dict.fromkeys(options)))
+        words.append("one of " + ", ".join(dict.fromkeys(map(str, options))))
     if isinstance(kind, Int | Float) and kind.min is not None:
         words.append(f"{kind.min} to {kind.max}")
     if spec.default is not None and spec.is_widget:

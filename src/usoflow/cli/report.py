@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -67,6 +68,11 @@ def as_text(result: Result) -> str:
         name = f"{node.class_type} {node.node_id}"
         lines.append(f"  {name:<{width}}  {node.seconds:8.2f} s  {_memory(node.peak_bytes):>12}")
     lines.append(f"  {'other nodes':<{width}}  {rest:8.2f} s")
+    lines += [
+        f"  node {key} shows {name}: {json.dumps(value, ensure_ascii=False)}"
+        for key, shown in result.shown.items()
+        for name, value in shown.other.items()
+    ]
     return "\n".join(lines)
 
 
@@ -87,6 +93,7 @@ def as_record(result: Result) -> dict[str, Any]:
             }
             for node in result.nodes
         ],
+        "outputs": {key: shown.record() for key, shown in result.shown.items()},
         "warnings": list(result.warnings),
     }
 

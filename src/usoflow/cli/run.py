@@ -35,15 +35,18 @@ if TYPE_CHECKING:
 
 def run(
     file: Annotated[
-        str, typer.Argument(help="Workflow or prompt JSON, a PNG or WebP with one, or template:NAME.")
+        str,
+        typer.Argument(help="Workflow or prompt JSON, a PNG or WebP with one, template:NAME, or - (stdin)."),
     ],
     assignments: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="NODE.INPUT=VALUE", help="Set an input; NODE is an id, title or type."),
+        typer.Option(
+            "--set", metavar="NODE.INPUT=VALUE ...", help="Set an input; NODE is an id, title or type."
+        ),
     ] = None,
     images: Annotated[
         list[str] | None,
-        typer.Option("--image", metavar="NODE=PATH", help="Give a LoadImage node this picture."),
+        typer.Option("--image", metavar="NODE=PATH ...", help="Give a LoadImage node this picture."),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of every sampler.", min=0, max=2**64 - 1)] = None,
     inputs: Input = None,
@@ -56,9 +59,11 @@ def run(
     compiled: Compiled = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run a workflow and save its pictures."""
+    """Run a workflow and save its pictures.
+
+    With the file first, options that show ... take several words: --set a.steps=4 b.cfg=2.
+    """
     from usoflow.api.engine import Engine
-    from usoflow.api.workflow import Workflow
 
     with redirect_stdout(sys.stderr):  # what custom nodes print is not the result
         engine = Engine(
@@ -71,7 +76,7 @@ def run(
             compiled=compiled,
             custom_nodes=custom_nodes,
         )
-        workflow = Workflow.load(file, nodes=engine.nodes)
+        workflow = engine.load(file)
         for item in images or []:
             node, equals, path = item.partition("=")
             if not equals:

@@ -48,7 +48,7 @@ def written_out(
         elif word == "--":
             yield from words[place:]
             return
-        elif word.startswith("--"):
+        elif word.startswith("-") and word != "-" and not _is_number(word):
             name, equals, _ = word.partition("=")
             waiting = name if name in valued and not equals else ""
             current = name if name in repeatable else ""

@@ -30,6 +30,14 @@ from usoflow.settings import Folders
 from usoflow.workflow.prompt import Prompt, link_of, unwrapped
 
 
+class _ListenerError(Exception):
+    """What a listener raised while a node ran: it is the caller's own."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__()
+        self.cause = cause
+
+
 class NodeError(UsoflowError):
     """An error inside a node, with the node's id and type."""
 
@@ -170,6 +178,8 @@ class _Run:
             if error.code == "cancelled":
                 raise
             raise self._at(node_id, error.code, error.detail, error.remedy) from None
+        except _ListenerError as error:
+            raise error.cause from None
         except Exception as error:
             if _is_out_of_memory(error):
                 raise self._at(node_id, "out_of_memory", str(error) or "Memory ran out.") from error
@@ -222,7 +232,10 @@ class _Run:
 
     def _context(self, node_id: str) -> NodeContext:
         def report(step: int, steps: int, latent: Tensor | None = None) -> None:
-            self.listen(NodeProgress(node_id, step, steps, latent))
+            try:
+                self.listen(NodeProgress(node_id, step, steps, latent))
+            except Exception as error:
+                raise _ListenerError(error) from None
             self.cancellation.check()
 
         return NodeContext(

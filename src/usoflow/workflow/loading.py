@@ -5,9 +5,11 @@ The command line and the Python API load everything through `load`.
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,7 @@ from usoflow.workflow.prompt import Prompt, looks_like_prompt
 
 TEMPLATE: Final = "template:"
 TEMPLATE_PACKAGE: Final = "comfyui_workflow_templates_json"
+JPEG: Final = b"\xff\xd8\xff"
 MAX_DEPTH: Final = 100
 QUARANTINE: Final = "proxyWidgetErrorQuarantine"
 
@@ -35,7 +38,7 @@ class LoadedWorkflow:
 
 
 def load(source: str | Path, registry: NodeRegistry) -> LoadedWorkflow:
-    """Load a file by its content, or `template:NAME`.
+    """Load a file by its content, or `template:NAME`; "-" is standard input.
 
     A picture's prompt is taken as it was executed; its workflow is converted only if it has no prompt.
     Raises UsoflowError: "file_not_found", "template_unknown", "not_a_workflow", "workflow_invalid",
@@ -45,7 +48,7 @@ def load(source: str | Path, registry: NodeRegistry) -> LoadedWorkflow:
     if name.startswith(TEMPLATE):
         return load_json(template(name.removeprefix(TEMPLATE)), registry)
     try:
-        data = Path(source).read_bytes()
+        data = sys.stdin.buffer.read() if name == "-" else Path(source).expanduser().read_bytes()
     except (OSError, ValueError) as reason:
         why = getattr(reason, "strerror", None) or reason
         raise UsoflowError("file_not_found", f"{name}: {why}") from None
@@ -57,6 +60,8 @@ def load(source: str | Path, registry: NodeRegistry) -> LoadedWorkflow:
 
 def load_bytes(data: bytes, registry: NodeRegistry) -> LoadedWorkflow:
     """Load what a file holds."""
+    if data.startswith(JPEG):
+        raise UsoflowError("not_a_workflow", "a JPEG carries no workflow")
     if not metadata.is_picture(data):
         return load_json(read_json(data), registry)
     found = {key: _json_or_none(text) for key, text in metadata.read(data).items()}
@@ -93,7 +98,7 @@ def read_json(text: str | bytes) -> Any:
     Raises UsoflowError("not_a_workflow").
     """
     try:
-        decoded = text.decode("utf-8-sig") if isinstance(text, bytes) else text
+        decoded = text if isinstance(text, str) else text.decode(_encoding(text))
         data = json.loads(decoded, parse_constant=lambda _: None, parse_float=_finite)
     except RecursionError:
         raise UsoflowError("not_a_workflow", "the JSON is nested too deeply") from None
@@ -101,6 +106,11 @@ def read_json(text: str | bytes) -> Any:
         raise UsoflowError("not_a_workflow", f"not JSON, PNG or WebP ({str(reason)[:200]})") from None
     _check_depth(data)
     return data
+
+
+def _encoding(data: bytes) -> str:
+    """UTF-8, but for what PowerShell's `>` writes."""
+    return "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
 
 
 def _check_depth(data: object) -> None:

@@ -35,7 +35,11 @@ class Prompt:
     def parse(cls, data: object) -> Prompt:
         """Read decoded JSON. Raises UsoflowError("not_a_workflow") unless it is shaped as a prompt."""
         if not looks_like_prompt(data):
-            raise UsoflowError("not_a_workflow", "the JSON is neither a workflow nor a prompt")
+            detail = "the JSON is neither a workflow nor a prompt"
+            others = _no_nodes(data) if isinstance(data, dict) else []
+            if isinstance(data, dict) and 0 < len(others) < len(data):
+                detail += f": it has nodes, but {', '.join(map(repr, others[:3]))} is none"
+            raise UsoflowError("not_a_workflow", detail)
         assert isinstance(data, dict)
         return cls({str(key): _node(str(key), value) for key, value in data.items()})
 
@@ -99,11 +103,16 @@ class Prompt:
 
 def looks_like_prompt(data: object) -> bool:
     """Whether decoded JSON maps ids to nodes."""
-    return (
-        isinstance(data, dict)
-        and bool(data)
-        and all(isinstance(node, dict) and isinstance(node.get("inputs"), dict) for node in data.values())
-    )
+    return isinstance(data, dict) and bool(data) and not _no_nodes(data)
+
+
+def _no_nodes(data: Mapping[str, Any]) -> list[str]:
+    """The ids of what is no node."""
+    return [
+        key
+        for key, node in data.items()
+        if not (isinstance(node, dict) and isinstance(node.get("inputs"), dict))
+    ]
 
 
 def link_of(value: object) -> tuple[str, int] | None:
