@@ -258,7 +258,9 @@ def _raw(found: Measured | str) -> Any:
 
 def _loops(results: Results, extent: Extent) -> Table:
     def cell(found: Measured | str) -> str:
-        return found if isinstance(found, str) else f"{found.loop:.2f}"
+        if isinstance(found, str):
+            return found
+        return ("wrong answers: " if found.wrong else "") + f"{found.loop:.2f}"
 
     return Table(
         extent.title(f"Loop of {extent.steps} steps"),

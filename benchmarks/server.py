@@ -2,13 +2,15 @@
 
     python benchmarks/server.py --models DIR
 
-DIR holds models of the tutorial's names; `usoflow.pocket.untrained.write_untrained` makes such in a second.
+DIR holds the tutorial's models or some that take their places; `usoflow.pocket.untrained.write_untrained`
+makes small ones in a second.
 Prints one Markdown table row a measure.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import socket
@@ -21,21 +23,30 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from websockets.sync.client import connect
 
-from usoflow.nodes import registry
-from usoflow.workflow.loading import load
+from usoflow import Engine, Workflow
 
 TEMPLATE = "template:flux1_dev_uso_reference_image_gen"
 JOBS = 200
 
 
+@dataclass(frozen=True)
+class Running:
+    """A server: its address, its process, and the seconds from its start to the first 200."""
+
+    address: str
+    pid: int
+    seconds: float
+
+
 @contextmanager
-def server(models: Path) -> Iterator[tuple[str, float]]:
-    """A server on a free port: its address, and the seconds from its start to the first 200."""
+def server(models: Path) -> Iterator[Running]:
+    """Start a server on a free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -53,7 +64,7 @@ def server(models: Path) -> Iterator[tuple[str, float]]:
                 if process.poll() is not None:
                     raise SystemExit(f"usoflow serve --models {models} ended: {process.returncode}.")
                 time.sleep(0.005)
-            yield address, time.perf_counter() - start
+            yield Running(address, process.pid, time.perf_counter() - start)
         finally:
             process.terminate()
             process.wait()
@@ -67,13 +78,18 @@ def _answers(address: str) -> bool:
         return False
 
 
-def prompt(seed: int, steps: int) -> dict[str, Any]:
-    """The official template's prompt, small."""
-    found = load(TEMPLATE, registry()).prompt
+def prompt(models: Path, seed: int, steps: int) -> dict[str, Any]:
+    """The official template's prompt, small, for the models that are there."""
+    found = _template(models).prompt
     for name in ("width", "height"):
         found = found.set("EmptySD3LatentImage", name, 64)
     found = found.set("ImageScaleToMaxDimension", "largest_size", 64)
     return found.set("KSampler", "seed", seed).set("KSampler", "steps", steps).to_json()
+
+
+@functools.cache
+def _template(models: Path) -> Workflow:
+    return Engine(models=models).load(TEMPLATE)
 
 
 def post(address: str, body: dict[str, Any]) -> float:
@@ -85,13 +101,13 @@ def post(address: str, body: dict[str, Any]) -> float:
     return time.perf_counter() - start
 
 
-def events_per_second(address: str) -> float:
+def events_per_second(address: str, models: Path) -> float:
     """Messages a second to the client of a job that does little but report."""
     with connect(f"ws://{address}/ws?clientId=bench") as client:
-        post(address, {"prompt": prompt(1, 1), "client_id": "bench"})
+        post(address, {"prompt": prompt(models, 1, 1), "client_id": "bench"})
         _until_end(client)
         start = time.perf_counter()
-        post(address, {"prompt": prompt(2, 300), "client_id": "bench"})
+        post(address, {"prompt": prompt(models, 2, 300), "client_id": "bench"})
         return _until_end(client) / (time.perf_counter() - start)
 
 
@@ -114,11 +130,12 @@ def main() -> None:
     models = parser.parse_args().models
     starts = []
     for _ in range(3):
-        with server(models) as (_, seconds):
-            starts.append(seconds)
-    with server(models) as (address, _):
-        rate = events_per_second(address)
-        latencies = sorted(post(address, {"prompt": prompt(number, 1)}) for number in range(JOBS))
+        with server(models) as running:
+            starts.append(running.seconds)
+    with server(models) as running:
+        rate = events_per_second(running.address, models)
+        prompts = [{"prompt": prompt(models, number, 1)} for number in range(JOBS)]
+        latencies = sorted(post(running.address, body) for body in prompts)
     print(f"| start to first 200 (median of 3) | {statistics.median(starts):.2f} s |")
     middle, slow = latencies[JOBS // 2] * 1e3, latencies[int(JOBS * 0.99)] * 1e3
     print(f"| accept a job, p50 / p99 of {JOBS} | {middle:.1f} / {slow:.1f} ms |")

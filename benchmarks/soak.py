@@ -12,13 +12,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import socket
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 import urllib.request
 from dataclasses import dataclass, field
@@ -27,7 +23,7 @@ from typing import Any
 
 from websockets.sync.client import ClientConnection, connect
 
-from server import post, prompt
+from server import Running, post, prompt, server
 
 STALLED = 50
 WARM_UP = 200  # jobs before memory is first looked at
@@ -87,9 +83,9 @@ def stall(port: int) -> socket.socket:
     return client
 
 
-def one_job(address: str, listener: ClientConnection, seed: int) -> tuple[int, int]:
+def one_job(address: str, models: Path, listener: ClientConnection, seed: int) -> tuple[int, int]:
     """Run a job; how many of its events were missed, and how many steps were replaced by newer ones."""
-    post(address, {"prompt": prompt(seed, STEPS), "client_id": "soak"})
+    post(address, {"prompt": prompt(models, seed, STEPS), "client_id": "soak"})
     steps = {f"progress {step}" for step in range(1, STEPS)}
     seen: set[str] = set()
     while "execution_success" not in seen:
@@ -108,16 +104,17 @@ def sockets(address: str) -> int:
     return int(float(match.group(1))) if match else -1
 
 
-def soak(port: int, pid: int, minutes: float) -> dict[str, Any]:
+def soak(running: Running, models: Path, minutes: float) -> dict[str, Any]:
     """Run jobs for some minutes."""
-    address = f"127.0.0.1:{port}"
-    stalled = [stall(port) for _ in range(STALLED)]
+    address, pid = running.address, running.pid
+    stalled = [stall(int(address.partition(":")[2])) for _ in range(STALLED)]
     before, jobs, next_sample = sockets(address), 0, 0.0
-    missed = replaced = 0
+    memory: dict[str, Memory] = {}
+    files = missed = replaced = 0
     with connect(f"ws://{address}/ws?clientId=soak") as listener:
         end = time.monotonic() + minutes * 60
         while time.monotonic() < end:
-            lost, skipped = one_job(address, listener, jobs)
+            lost, skipped = one_job(address, models, listener, jobs)
             missed, replaced = missed + lost, replaced + skipped
             jobs += 1
             if jobs == WARM_UP:
@@ -127,6 +124,8 @@ def soak(port: int, pid: int, minutes: float) -> dict[str, Any]:
                 next_sample = time.monotonic() + PERIOD
                 for process in memory.values():
                     process.sample()
+        if any(len(process.sizes) < 2 for process in memory.values()) or not memory:
+            raise SystemExit(f"{jobs} jobs in {minutes} minutes: memory is looked at after {WARM_UP}.")
         after = {"sockets at end": sockets(address), "files at end": descriptors(pid)}
     for client in stalled:
         client.close()
@@ -145,22 +144,8 @@ def main() -> None:
     parser.add_argument("--models", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=30)
     arguments = parser.parse_args()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "usoflow", "serve", "--models", arguments.models, "--output", folder,
-             "--port", str(port), "--no-ui"],
-            env={**os.environ, "USOFLOW_STATE": folder, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        try:
-            time.sleep(5)
-            print(json.dumps(soak(port, process.pid, arguments.minutes), indent=1))
-        finally:
-            process.terminate()
-            process.wait()
+    with server(arguments.models) as running:
+        print(json.dumps(soak(running, arguments.models, arguments.minutes), indent=1))
 
 
 if __name__ == "__main__":
