@@ -175,6 +175,17 @@ def test_only_what_is_in_the_mask_is_made_anew(tools: Tools) -> None:
     assert torch.equal(again["samples"], output["samples"])
 
 
+@pytest.mark.parametrize("masks", [2, 4])
+def test_several_masks_are_for_the_latents_in_turn(tools: Tools, masks: int) -> None:
+    """As many as there are latents, or not."""
+    planes = torch.rand(masks, 32, 48, generator=torch.Generator().manual_seed(0)).round()
+    batch = latent_batch.repeat_batch(latents(0), 3)
+    found = whole(tools, latent_batch.set_noise_mask(batch, planes))
+    chosen = torch.stack([planes[n % masks] for n in range(3)])
+    assert torch.equal(found, whole(tools, latent_batch.set_noise_mask(batch, chosen)))
+    assert not torch.allclose(found[0], found[1], atol=1e-3)
+
+
 def test_a_latent_of_a_batch_keeps_its_noise(tools: Tools) -> None:
     batch = whole(tools, {"samples": torch.zeros(3, 16, 4, 6)})
     third = latent_batch.from_batch({"samples": torch.zeros(3, 16, 4, 6)}, 2, 1)

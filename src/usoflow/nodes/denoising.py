@@ -124,11 +124,15 @@ def _drawn(noise: NoiseHandle, samples: Tensor, places: Sequence[int] | None) ->
 
 
 def _mask(mask: Tensor | None, samples: Tensor, device: torch.device) -> Tensor | None:
-    """[B, H, W] in pixels, or [B, 1, H, W] as custom nodes have it, to [B or 1, 1, h, w] in latents."""
+    """[N, H, W] in pixels, or [N, 1, H, W] as custom nodes have it, to [B or 1, 1, h, w] in latents.
+
+    Several are for the latents in turn.
+    """
     if mask is None:
         return None
-    planes = mask.reshape(-1, 1, *mask.shape[-2:])
-    _check_batch([planes], len(samples), "noise masks")
+    planes, batch = mask.reshape(-1, 1, *mask.shape[-2:]), len(samples)
+    if len(planes) > 1:
+        planes = planes.repeat(-(-batch // len(planes)), 1, 1, 1)[:batch]
     scaled = F.interpolate(planes.float(), size=samples.shape[-2:], mode="bilinear")
     return scaled.to(device)
 
