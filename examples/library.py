@@ -2,7 +2,7 @@
 
     python examples/library.py --models ~/ComfyUI
 
-Without --models it makes small untrained ones, whose pictures are noise.
+Without --models it draws with usoflow's own small ones.
 """
 
 from __future__ import annotations
@@ -20,16 +20,13 @@ def main() -> None:
     parser.add_argument("--models", type=Path)
     parser.add_argument("--output", type=Path, default=Path("out") / "library")
     options = parser.parse_args()
-    models = options.models or untrained(options.output / "models")
-
-    with usoflow.Engine(models=models, output=options.output) as engine:
+    with usoflow.Engine(models=options.models, output=options.output) as engine:
         first = engine.generate(
             "a glass astronaut",
             subject=HERE / "astronaut.jpg",
             style=HERE / "stained_glass.png",
             seed=7,
-            size=(64, 64),
-            steps=2,
+            steps=4,
         )
         print(f"{first.paths[0]}: {first.seconds:.1f} s, seed {first.seeds[0]}")
 
@@ -38,15 +35,6 @@ def main() -> None:
         workflow = workflow.with_picture("112:53", HERE / "stained_glass.png")
         again = engine.run(workflow, progress=lambda event: print(" ", event))
         print(f"{again.paths[0]}: {len(again.nodes)} nodes ran, the others were known")
-
-
-def untrained(models: Path) -> Path:
-    """Small models in the layout of the official ones."""
-    from usoflow.pocket.untrained import write_untrained
-
-    if not models.exists():
-        write_untrained(models)
-    return models
 
 
 if __name__ == "__main__":

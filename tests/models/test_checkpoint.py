@@ -141,6 +141,23 @@ def test_another_architecture_is_named(tmp_path: Path) -> None:
     assert caught.value.code == "model_kind"
 
 
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("flux", "transformer_blocks.0.attn.to_q.weight"),
+        ("flux", "single_transformer_blocks.37.norm.linear.bias"),
+        ("vae", "decoder.up_blocks.0.resnets.0.conv1.weight"),
+    ],
+)
+def test_the_layout_of_diffusers_is_named(tmp_path: Path, kind: str, name: str) -> None:
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    save_file({name: torch.ones(1), "decoder.conv_in.weight": torch.ones(1)}, path)
+    with pytest.raises(UsoflowError, match="layout of diffusers") as caught:
+        TensorFile.open(path).component(kind)
+    assert caught.value.code == "model_kind"
+    assert "flux1-dev.safetensors" in caught.value.remedy
+
+
 def test_a_gap_in_block_numbers(tmp_path: Path) -> None:
     path = tmp_path / "gap.safetensors"
     keys = [FLUX_KEY, FLUX_KEY.replace(".0.", ".2.")]

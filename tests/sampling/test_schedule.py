@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from golden.compare import Golden
 from usoflow.sampling.schedule import (
-    DROP_PENULTIMATE,
     SCHEDULERS,
     FluxSchedule,
     sigmas,
@@ -70,13 +69,6 @@ def test_denoise_takes_the_end_of_a_longer_schedule(name: str) -> None:
     assert len(sigmas(name, 8, 0.0, schedule=FLUX)) == 0
 
 
-@pytest.mark.parametrize("sampler", sorted(DROP_PENULTIMATE))
-def test_midpoint_samplers_drop_the_last_but_one(sampler: str) -> None:
-    longer = sigmas("simple", 21, 1.0, schedule=FLUX)
-    levels = sigmas("simple", 20, 1.0, schedule=FLUX, sampler_name=sampler)
-    assert torch.equal(levels, torch.cat([longer[:20], torch.zeros(1)]))
-
-
 def test_official_step_cache_boundaries_round_as_the_reference() -> None:
     levels = sigmas("simple", 20, 1.0, schedule=FLUX)
     start, end = (np.float32(FLUX.percent_to_sigma(p)) for p in (0.15, 0.95))
@@ -120,6 +112,8 @@ def test_goldens(golden: Callable[[str], Golden]) -> None:
             assert FLUX.table[[0, -1]].tolist() == pytest.approx(arrays[key].tolist(), abs=1e-7)
         elif key != "kl_optimal.1.euler.1.0":  # NaN, see above
             name, steps, sampler, denoise = key.split(".", 3)
-            levels = sigmas(name, int(steps), float(denoise), schedule=FLUX, sampler_name=sampler).numpy()
+            if sampler != "euler":  # one that usoflow does not have, with levels of its own
+                continue
+            levels = sigmas(name, int(steps), float(denoise), schedule=FLUX).numpy()
             assert levels.shape == arrays[key].shape, key
             assert np.abs(levels - arrays[key]).max(initial=0) < 1e-6, key

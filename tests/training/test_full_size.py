@@ -74,7 +74,6 @@ def test_official_width(synth_models: Path, workshop: Workshop, fp8: bool) -> No
     """FLUX.1's width, few blocks: the same two lessons again and again are learnt."""
     name = "flux1-dev-fp8.safetensors"
     assert (synth_models / "checkpoints" / name).exists()
-    losses = run(task("style", synth_models, workshop, fp8=fp8, rate=1e-3), Accelerator(cpu=True))
-    assert min(losses[3:]) < losses[0]
-    losses = run(task("subject", synth_models, workshop, fp8=fp8, rate=1e-3), Accelerator(cpu=True))
-    assert min(losses[3:]) < losses[0]
+    for stage in ("style", "subject"):
+        losses = run(task(stage, synth_models, workshop, fp8=fp8, rate=1e-3), Accelerator(cpu=True))
+        assert max(losses[-2:]) < losses[0]

@@ -17,7 +17,7 @@ from usoflow.models.vae import LatentFormat
 from usoflow.sampling.schedule import FluxSchedule, sigmas
 
 PATH = Path(str(resources.files("usoflow.pocket"))) / "models" / "checkpoints" / "usoflow-pocket.safetensors"
-FAMILY_BYTES = 32_000_000  # with the LoRA, projector and vision tower that are to come
+FAMILY_BYTES = 32_000_000  # with LoRA, projector and vision tower
 
 
 @pytest.fixture(scope="module")

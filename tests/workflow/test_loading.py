@@ -14,6 +14,7 @@ from reference_nodes import registry
 from usoflow.errors import UsoflowError
 from usoflow.workflow import metadata
 from usoflow.workflow.loading import load, load_bytes, load_json, read_json, template
+from webp import webp_exif
 
 PAIRS = Path(__file__).parents[1] / "pairs"
 EXAMPLES = Path(__file__).parents[3] / "shared" / "assets" / "examples"
@@ -68,7 +69,7 @@ def picture(prompt: Any, extra: dict[str, Any], format: str) -> bytes:
     if format == "PNG":
         image.save(buffer, format, pnginfo=metadata.png_info(prompt, extra))
     else:
-        image.save(buffer, format, exif=metadata.webp_exif(prompt, extra))
+        image.save(buffer, format, exif=webp_exif(prompt, extra))
     return buffer.getvalue()
 
 

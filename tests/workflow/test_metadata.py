@@ -13,6 +13,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from usoflow.workflow import metadata
+from webp import webp_exif
 
 PROMPT = {"1": {"class_type": "A", "inputs": {"text": "ünïcödé 漢字 😀"}}}
 WORKFLOW = {"nodes": [], "version": 0.4}
@@ -29,7 +30,7 @@ def png() -> bytes:
 
 
 def webp() -> bytes:
-    return picture("WEBP", exif=metadata.webp_exif(PROMPT, {"workflow": WORKFLOW}))
+    return picture("WEBP", exif=webp_exif(PROMPT, {"workflow": WORKFLOW}))
 
 
 @pytest.mark.parametrize("make", [png, webp])

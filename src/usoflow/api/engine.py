@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
 
 from usoflow.api.at_hand import ModelFiles, at_hand
 from usoflow.api.checking import Job, check
@@ -35,6 +35,21 @@ if TYPE_CHECKING:
 
     Picture = str | Path | Image
     Lora = str | tuple[str, float]
+
+
+class Asked(TypedDict, total=False):
+    """What `Engine.workflow` can be asked for besides the prompt."""
+
+    subject: Sequence[Picture] | Picture | None
+    style: Sequence[Picture] | Picture | None
+    size: tuple[int, int] | None
+    steps: int
+    guidance: float
+    seed: int | None
+    subject_size: int | None
+    keep_size: bool
+    easycache: float | None
+    loras: Sequence[Lora] | Lora
 
 
 @dataclass(frozen=True)
@@ -222,7 +237,7 @@ class Engine:
             )
             return self._result(job, done)
 
-    def generate(
+    def workflow(
         self,
         prompt: str,
         *,
@@ -236,13 +251,11 @@ class Engine:
         keep_size: bool = False,
         easycache: float | None = None,
         loras: Sequence[Lora] | Lora = (),
-        progress: Callable[[Event], None] | None = None,
-        cancellation: Cancellation | None = None,
-    ) -> Result:
-        """One picture by the official USO workflow; the arguments are those of `Request` and of `run`.
+    ) -> Workflow:
+        """The official USO workflow for a picture; the arguments are those of `Request`.
 
         Subject and style are a picture each, or several; so are further LoRAs, names in the loras folder,
-        also with a strength: ("name.safetensors", 0.8). Without a seed one is drawn; `Result.seeds` has it.
+        also with a strength: ("name.safetensors", 0.8). Without a seed one is drawn; `seeds` has it.
         Sizes that are not given are those that the transformer was trained for.
 
         Raises:
@@ -261,7 +274,27 @@ class Engine:
             easycache=plain(easycache),
             loras=_loras(loras),
         )
-        workflow = build(request, self.model_files())
+        return build(request, self.model_files())
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        progress: Callable[[Event], None] | None = None,
+        cancellation: Cancellation | None = None,
+        **asked: Unpack[Asked],
+    ) -> Result:
+        """One picture by the official USO workflow.
+
+        Args:
+            prompt: what it shows.
+            progress, cancellation: as for `run`.
+            asked: the other arguments of `workflow`: subject, style, size, steps, guidance, seed, ...
+
+        Raises:
+            UsoflowError: what is wrong, and what to do about it.
+        """
+        workflow = self.workflow(prompt, **asked)
         return self.run(workflow, progress=progress, cancellation=cancellation)
 
     def _files(self, pictures: Sequence[Picture] | Picture | None) -> tuple[Path, ...]:

@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
-from usoflow.api.engine import Engine, Result
+from usoflow.api.engine import Asked, Engine, Result
 
 if TYPE_CHECKING:
-    from usoflow.api.engine import Lora, Picture
     from usoflow.execution.progress import Cancellation, Event
 
 
 def generate(
     prompt: str,
     *,
-    subject: Sequence[Picture] | Picture | None = None,
-    style: Sequence[Picture] | Picture | None = None,
-    size: tuple[int, int] | None = None,
-    steps: int = 20,
-    guidance: float = 3.5,
-    seed: int | None = None,
-    subject_size: int | None = None,
-    keep_size: bool = False,
-    easycache: float | None = None,
-    loras: Sequence[Lora] | Lora = (),
     models: str | Path | None = None,
     output: str | Path | None = None,
     device: str = "auto",
@@ -33,28 +22,20 @@ def generate(
     vram: str | None = None,
     progress: Callable[[Event], None] | None = None,
     cancellation: Cancellation | None = None,
+    **asked: Unpack[Asked],
 ) -> Result:
     """One picture by the official USO workflow, with models that are loaded for it alone.
 
-    For more than one picture use `Engine`, which keeps them. The first arguments are those of
-    `Engine.generate`, the others those of `Engine`.
+    For more than one picture use `Engine`, which keeps them.
+
+    Args:
+        prompt: what it shows.
+        models, output, device, dtype, vram: as for `Engine`.
+        progress, cancellation: as for `Engine.run`.
+        asked: as for `Engine.workflow`: subject, style, size, steps, guidance, seed, ...
 
     Raises:
         UsoflowError: what is wrong, and what to do about it.
     """
     with Engine(models=models, output=output, device=device, dtype=dtype, vram=vram) as engine:
-        return engine.generate(
-            prompt,
-            subject=subject,
-            style=style,
-            size=size,
-            steps=steps,
-            guidance=guidance,
-            seed=seed,
-            subject_size=subject_size,
-            keep_size=keep_size,
-            easycache=easycache,
-            loras=loras,
-            progress=progress,
-            cancellation=cancellation,
-        )
+        return engine.generate(prompt, progress=progress, cancellation=cancellation, **asked)

@@ -121,9 +121,9 @@ def _speed(device: torch.device, dtype: torch.dtype) -> Finding:
 
 
 def _memory() -> Iterator[Finding]:
-    if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
-        return
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GB
+    import psutil
+
+    total = psutil.virtual_memory().total / GB
     if CGROUP.exists() and (limit := CGROUP.read_text().strip()).isdecimal():
         total = min(total, int(limit) / GB)
     advice = f"The checkpoint ({CHECKPOINT_GB} GB) is read from disk again at each step."

@@ -89,7 +89,8 @@ def need_training() -> None:
     Raises:
         UsoflowError: `extra_missing`.
     """
-    lacking = [name for name in ("cv2", "resvg_py", "matplotlib") if importlib.util.find_spec(name) is None]
+    needed = ("cv2", "resvg_py", "matplotlib", "accelerate", "pydantic")
+    lacking = [name for name in needed if importlib.util.find_spec(name) is None]
     if lacking:
         raise UsoflowError(
             "extra_missing", f"Not installed: {', '.join(lacking)}.", remedy='pip install "usoflow[train]"'

@@ -28,7 +28,7 @@ def train(
     ] = "auto",
     full_precision: Annotated[bool, typer.Option(help="Compute in fp32 instead of bf16.")] = False,
 ) -> None:
-    """Run a stage of training, or all behind the shipped weights; interrupted, it continues where it was."""
+    """Run a stage of training, or all of them; run again, one goes on from its last saved state."""
     need_training()
     import torch
 

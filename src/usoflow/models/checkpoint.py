@@ -87,6 +87,15 @@ KIND_NAMES: Mapping[str, str] = MappingProxyType(
     }
 )
 
+# A part of a folder that diffusers' `from_pretrained` reads: the transformer, maybe one of several, or the VAE.
+OF_DIFFUSERS = re.compile(
+    r"^(single_)?transformer_blocks\.\d+\.(attn|norm)|^decoder\.up_blocks\.\d+\.resnets\."
+)
+SINGLE_FILES = (
+    "usoflow reads single files, as ComfyUI does: instead of diffusers' folders transformer and vae,"
+    " flux1-dev.safetensors and ae.safetensors of the same repository."
+)
+
 # Tensors of no model in an all-in-one file: CLIP's training temperature and ComfyUI's "this file is
 # scaled fp8" marker.
 IGNORED_ANYWHERE = ("*logit_scale", "*scaled_fp8")
@@ -149,16 +158,22 @@ class TensorFile:
         Raises:
             UsoflowError: `model_kind` if the file holds none, naming what it holds instead; `tensor_unknown`.
         """
-        if kind not in self._prefixes():
+        if kind not in self._prefixes() or self._of_diffusers():
             raise UsoflowError(
                 "model_kind",
                 f"{self.path.name} holds no {KIND_NAMES[kind]}; it holds {self.describe()}.",
+                remedy=SINGLE_FILES if self._of_diffusers() else None,
             )
         return self.components()[kind]
 
     def describe(self) -> str:
         """What the file holds, in words: 'FLUX.1 transformer, FLUX VAE' or 'nothing usoflow knows'."""
+        if self._of_diffusers():
+            return "a model in the layout of diffusers"
         return ", ".join(KIND_NAMES[kind] for kind in self._prefixes()) or "nothing usoflow knows"
+
+    def _of_diffusers(self) -> bool:
+        return any(OF_DIFFUSERS.match(name) for name in self.tensors)
 
     def _prefixes(self) -> dict[str, str]:
         """The kinds of model in this file, with what precedes the names of their tensors."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from usoflow.models.library import ModelLibrary
 
 PARTIAL_SUFFIX: Final = ".part"  # of a picture that is being written, beside its final name
+TAKEN_NAME: Final = re.compile(rf"_\d{{5,}}_{re.escape(PARTIAL_SUFFIX)}$")  # of such a picture
 PREVIEW_PREFIX: Final = "preview_"  # of the files that PreviewImage makes
 Reserve = Callable[[Path], None]
 

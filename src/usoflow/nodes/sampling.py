@@ -46,7 +46,7 @@ def k_sampler(
     from usoflow.nodes.denoising import denoise_latent, schedule_of
     from usoflow.sampling.schedule import sigmas
 
-    levels = sigmas(scheduler, steps, denoise, schedule=schedule_of(model), sampler_name=sampler_name)
+    levels = sigmas(scheduler, steps, denoise, schedule=schedule_of(model))
     guider, noise = GuiderHandle(model, positive, negative, cfg), NoiseHandle(seed)
     denoised = denoise_latent(
         guider, latent_image, noise, sampler_name, levels, library=context.library, report=context.report
@@ -76,7 +76,7 @@ def k_sampler_advanced(
     from usoflow.nodes.denoising import denoise_latent, schedule_of
     from usoflow.sampling.schedule import sigmas, window
 
-    levels = sigmas(scheduler, steps, 1.0, schedule=schedule_of(model), sampler_name=sampler_name)
+    levels = sigmas(scheduler, steps, 1.0, schedule=schedule_of(model))
     levels = window(levels, start_at_step, end_at_step, leftover=return_with_leftover_noise == "enable")
     noise = NoiseHandle(noise_seed, initial=add_noise == "enable")
     guider = GuiderHandle(model, positive, negative, cfg)

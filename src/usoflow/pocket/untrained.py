@@ -1,7 +1,7 @@
 """A folder of small models with random weights, in the layout and under the names of the official files.
 
-Loaded by the ordinary loaders and run by the official workflows; the pictures are noise. Serves the demo
-until trained pocket models are there, and the tests that need whole runs in a second.
+Loaded by the ordinary loaders and run by the official workflows; the pictures are noise. Serves the tests
+that need whole runs in a second.
 """
 
 from __future__ import annotations

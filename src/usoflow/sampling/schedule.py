@@ -24,10 +24,6 @@ QUADRATIC_FROM = 0.025  # how much noise Mochi's linear half removes
 FULL_DENOISE = 0.9999
 MOST_SHIFT = 80.0
 
-# These samplers evaluate a midpoint within the last interval, which would land on sigma 0: one level more
-# is computed and the last but one dropped. (Of them none is offered here; workflows ask for their levels.)
-DROP_PENULTIMATE = frozenset({"dpm_2", "dpm_2_ancestral", "uni_pc", "uni_pc_bh2"})
-
 
 @dataclass(frozen=True, slots=True)
 class FluxSchedule:
@@ -67,9 +63,7 @@ class FluxSchedule:
 Scheduler = Callable[[FluxSchedule, int], Tensor]
 
 
-def sigmas(
-    name: str, steps: int, denoise: float, *, schedule: FluxSchedule, sampler_name: str = "euler"
-) -> Tensor:
+def sigmas(name: str, steps: int, denoise: float, *, schedule: FluxSchedule) -> Tensor:
     """The levels of a run, descending.
 
     Args:
@@ -78,7 +72,6 @@ def sigmas(
         denoise: 1 starts from pure noise; less takes the last `steps` of int(steps / denoise) steps;
             0 gives no levels at all.
         schedule: the model's time shift.
-        sampler_name: some samplers need other levels, see `DROP_PENULTIMATE`.
 
     Returns:
         float32 [steps + 1] ending in 0, or [0]. `ddim_uniform` may give more levels than asked for, as
@@ -87,8 +80,8 @@ def sigmas(
     if denoise <= 0.0:
         return torch.empty(0)
     if denoise > FULL_DENOISE:
-        return _levels(name, steps, schedule, sampler_name)
-    return _levels(name, int(steps / denoise), schedule, sampler_name)[-(steps + 1) :]
+        return SCHEDULERS[name](schedule, steps)
+    return SCHEDULERS[name](schedule, int(steps / denoise))[-(steps + 1) :]
 
 
 def window(levels: Tensor, first: int, last: int, *, leftover: bool) -> Tensor:
@@ -117,13 +110,6 @@ def resolution_shift(width: int, height: int, *, base: float, most: float) -> fl
     """
     tokens = width * height / 16**2
     return base + (most - base) * (tokens - 256) / (4096 - 256)
-
-
-def _levels(name: str, steps: int, schedule: FluxSchedule, sampler_name: str) -> Tensor:
-    if sampler_name not in DROP_PENULTIMATE:
-        return SCHEDULERS[name](schedule, steps)
-    levels = SCHEDULERS[name](schedule, steps + 1)
-    return torch.cat([levels[:-2], levels[-1:]])
 
 
 def simple(schedule: FluxSchedule, steps: int) -> Tensor:

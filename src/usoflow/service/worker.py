@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from usoflow.errors import UsoflowError
-from usoflow.nodes.context import PARTIAL_SUFFIX, PREVIEW_PREFIX
+from usoflow.nodes.context import PARTIAL_SUFFIX, PREVIEW_PREFIX, TAKEN_NAME
 from usoflow.nodes.custom_folder import with_custom
 from usoflow.schema.node import NodeRegistry
 from usoflow.schema.wire import to_json
@@ -187,9 +187,9 @@ def clear_abandoned(output: Path) -> None:
     What it had reserved is the store's to remove. Another program that takes a name at this very moment loses
     nothing: it opens its file anew to write it.
     """
-    for partial in output.rglob(f"*{PARTIAL_SUFFIX}"):
+    for partial in output.rglob(f"*_{PARTIAL_SUFFIX}"):
         with suppress(OSError):
-            if partial.stat().st_size == 0:
+            if TAKEN_NAME.search(partial.name) and partial.stat().st_size == 0:
                 partial.unlink()
 
 

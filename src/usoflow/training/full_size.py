@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -37,6 +37,7 @@ from usoflow.models.text import ClipText, T5Encoder
 from usoflow.settings import find_folders
 from usoflow.training.base import Base, BaseStage
 from usoflow.training.captions import Ids, end_positions
+from usoflow.training.kept import write_tensors
 from usoflow.training.loop import LossFunction, Recipe, read_state, require_settings, write_state
 from usoflow.training.lora import add_lora, lora_parameters
 from usoflow.training.plan import Plan
@@ -233,7 +234,7 @@ def run(task: Task, accelerator: Accelerator) -> list[float]:
     losses = learn(step, task.recipe, accelerator, state, _settings(task, parts["flux"]))
     if accelerator.is_main_process:
         written = {name: p.detach().to("cpu", torch.bfloat16).contiguous() for name, p in learned.items()}
-        save_file(written, workshop.folder / OUTPUT[task.name])
+        write_tensors(workshop.folder / OUTPUT[task.name], written)
     return losses
 
 
@@ -285,8 +286,13 @@ def _learned(task: Task, teaching: Teaching) -> dict[str, nn.Parameter]:
 
 def main(arguments: Sequence[str] | None = None) -> list[float]:
     """The command line; returns the losses."""
-    from accelerate import Accelerator
-    from accelerate.utils import InitProcessGroupKwargs
+    try:
+        from accelerate import Accelerator
+        from accelerate.utils import InitProcessGroupKwargs
+    except ImportError:
+        raise UsoflowError(
+            "extra_missing", "Not installed: accelerate.", remedy='pip install "usoflow[train]"'
+        ) from None
 
     parser = argparse.ArgumentParser(description="Train USO's projector or LoRA on FLUX.1.")
     parser.add_argument("stage", choices=tuple(OUTPUT))

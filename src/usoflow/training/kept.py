@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -21,6 +22,12 @@ def whole(path: Path) -> Iterator[Path]:
     partial = path.with_name(f"part-{path.name}")
     yield partial
     partial.replace(path)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file."""
+    with whole(path) as partial:
+        save_file(dict(tensors), partial, metadata=metadata)
 
 
 def fingerprint(*made_by: nn.Module | str | int) -> str:

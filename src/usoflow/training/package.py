@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from usoflow.models import fp8
@@ -25,6 +24,7 @@ from usoflow.models.vae import AutoEncoder
 from usoflow.models.vision import SiglipVision
 from usoflow.models.weights import SCALE
 from usoflow.training.base import PREFIXES, BaseStage, Pocket
+from usoflow.training.kept import write_tensors
 
 T5_ROWS = 32128
 T5_TABLE = PREFIXES["t5"] + "shared.weight"
@@ -68,7 +68,7 @@ def write(path: Path, pocket: Pocket, vae: AutoEncoder) -> None:
     """Write the checkpoint; the VAE must be `autoencoder.folded`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {CONFIG_KEY: declaration(pocket.stage, vae)}
-    save_file(tensors(pocket, vae), path, metadata=metadata)
+    write_tensors(path, tensors(pocket, vae), metadata)
 
 
 def _values(module: nn.Module) -> dict[str, Tensor]:
@@ -84,11 +84,9 @@ def write_uso(
     config = tower.config
     declared = json.dumps({"siglip": {"heads": config.heads, "image_size": config.image_size}})
     seen = {"vision_model." + name: value for name, value in _values(tower).items()}
-    save_file(
-        stored(seen, TOWER_MATRICES), folder / USO_FILES["clip_vision"], metadata={CONFIG_KEY: declared}
-    )
-    save_file(stored(_values(projector)), folder / USO_FILES["model_patches"])
-    save_file(stored(lora), folder / USO_FILES["loras"])
+    write_tensors(folder / USO_FILES["clip_vision"], stored(seen, TOWER_MATRICES), {CONFIG_KEY: declared})
+    write_tensors(folder / USO_FILES["model_patches"], stored(_values(projector)))
+    write_tensors(folder / USO_FILES["loras"], stored(lora))
 
 
 def stored(values: Mapping[str, Tensor], narrow: re.Pattern[str] | None = None) -> dict[str, Tensor]:

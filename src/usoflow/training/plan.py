@@ -1,6 +1,7 @@
 """A training file: what each stage is told.
 
-Read by `usoflow train`; `configs/pocket.toml`, the default, made the shipped weights.
+Read by `usoflow train`; the default, `configs/pocket.toml`, is the recipe of the shipped weights
+(docs/pocket.md tells where their way differed).
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Plan:
 
     @classmethod
     def read(cls, path: Path | None) -> Plan:
-        """Read a TOML file; without one, the plan that made the shipped weights.
+        """Read a TOML file; without one, the recipe of the shipped weights.
 
         Raises:
             UsoflowError: "training_config" naming everything that is wrong.

@@ -40,7 +40,7 @@ PROMPTS: Sequence[str] = (
 
 def levels_of(steps: int) -> Tensor:
     """The noise levels of a workflow's run, descending to 0."""
-    return sigmas("simple", steps, 1.0, schedule=FluxSchedule(), sampler_name="euler")
+    return sigmas("simple", steps, 1.0, schedule=FluxSchedule())
 
 
 def euler(x: Tensor, levels: Tensor, velocity: Callable[[Tensor, Tensor], Tensor]) -> Tensor:

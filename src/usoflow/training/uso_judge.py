@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load, save_file
+from safetensors.torch import load
 from torch import Tensor, nn
 
 from usoflow.training.backgrounds import BACKGROUNDS
 from usoflow.training.drawings import Sprites
+from usoflow.training.kept import write_tensors
 from usoflow.training.loop import LossFunction, Recipe, Training, swap
 from usoflow.training.package import stored
 from usoflow.training.painting import softened
@@ -126,7 +127,7 @@ def train_uso_judge(sprites: Sprites, recipe: Recipe, folder: Path) -> UsoJudge:
 
 def write_uso_judge(judge: UsoJudge, folder: Path) -> None:
     """Write a trained judge as the package holds it, in fp16."""
-    save_file(stored(dict(judge.named_parameters())), folder / FILE)
+    write_tensors(folder / FILE, stored(dict(judge.named_parameters())))
 
 
 def shipped_uso_judge(world: World) -> UsoJudge:

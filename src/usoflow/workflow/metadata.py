@@ -20,9 +20,6 @@ PNG_SIGNATURE: Final = b"\x89PNG\r\n\x1a\n"
 KEYS: Final = ("prompt", "workflow")
 MAX_TEXT: Final = 64 * 2**20  # bytes that a compressed text may unfold to
 
-_EXIF_PROMPT: Final = 0x0110
-_EXIF_EXTRA: Final = 0x010F
-
 
 def is_picture(data: bytes) -> bool:
     """Whether the bytes are of a format whose metadata can be read."""
@@ -50,17 +47,6 @@ def png_info(prompt: object, extra: Mapping[str, Any]) -> PngInfo:
     for key, value in extra.items():
         info.add_text(key, json.dumps(value))
     return info
-
-
-def webp_exif(prompt: object, extra: Mapping[str, Any]) -> bytes:
-    """EXIF for Pillow's `save(..., exif=...)` that carries the same."""
-    from PIL.Image import Exif
-
-    exif = Exif()
-    exif[_EXIF_PROMPT] = f"prompt:{json.dumps(prompt)}"
-    for tag, (key, value) in zip(range(_EXIF_EXTRA, 0, -1), extra.items(), strict=False):
-        exif[tag] = f"{key}:{json.dumps(value)}"
-    return exif.tobytes()
 
 
 def _png_texts(data: bytes) -> Iterator[tuple[str, str]]:
