@@ -71,6 +71,18 @@ def test_progress_is_told(engine: Engine, file: Path) -> None:
     assert any(isinstance(e, NodeStarted) and e.class_type == "KSampler" for e in events)
 
 
+def test_what_generate_runs_can_be_changed(engine: Engine, small_models: Path) -> None:
+    subject = small_models.parent / "input" / "subject.png"
+    asked = {"subject": subject, "size": (32, 32), "subject_size": 32, "steps": 1, "seed": 3}
+    workflow = engine.workflow("a fox", **asked)
+    assert engine.generate("a fox", **asked).workflow.to_prompt() == workflow.to_prompt()
+    changed = engine.run(workflow.set("KSampler.sampler_name", "heun"))
+    (sampler,) = (n for n in changed.workflow.prompt.nodes.values() if n.class_type == "KSampler")
+    assert sampler.inputs["sampler_name"] == "heun"
+    with pytest.raises(TypeError, match="stepz"):
+        engine.generate("a fox", stepz=3)  # type: ignore[call-arg]
+
+
 def test_what_a_listener_raises_is_the_callers_own(engine: Engine, file: Path) -> None:
     class MineError(Exception):
         pass

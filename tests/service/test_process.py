@@ -224,8 +224,10 @@ def test_names_that_a_killed_worker_had_taken_are_free_again(tmp_path: Path) -> 
         (tmp_path / name).touch()
     (tmp_path / "c_00001_.part").write_bytes(b"half a picture")
     (tmp_path / "d_00001_.png").touch()
+    (tmp_path / "sub" / "ubuntu.iso.part").touch()  # another program's
     clear_abandoned(tmp_path)
-    assert sorted(path.name for path in tmp_path.rglob("*.*")) == ["c_00001_.part", "d_00001_.png"]
+    kept = ["c_00001_.part", "d_00001_.png", "ubuntu.iso.part"]
+    assert sorted(path.name for path in tmp_path.rglob("*.*")) == kept
     clear_abandoned(tmp_path / "absent")
 
 

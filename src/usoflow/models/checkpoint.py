@@ -87,7 +87,7 @@ KIND_NAMES: Mapping[str, str] = MappingProxyType(
     }
 )
 
-# A part of a folder that diffusers' `from_pretrained` reads: the transformer, maybe one of several, or the VAE.
+# A part of a folder that diffusers' `from_pretrained` reads: the transformer (or a part of it), or the VAE.
 OF_DIFFUSERS = re.compile(
     r"^(single_)?transformer_blocks\.\d+\.(attn|norm)|^decoder\.up_blocks\.\d+\.resnets\."
 )
