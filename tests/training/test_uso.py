@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -27,6 +28,18 @@ from usoflow.training.autoencoder import VaeStage
 from usoflow.training.backgrounds import BACKGROUNDS
 from usoflow.training.base import GUIDANCE, PREFIXES, BaseStage, Batches, Pocket
 from usoflow.training.captions import CaptionTokenizer, Vocabulary
+from usoflow.training.content import (
+    MARGIN,
+    SEEN_SIDE,
+    ContentEncoder,
+    ContentReward,
+    ContentStage,
+    Subjects,
+    content_scene,
+    cut_out,
+    train_content_encoder,
+    wrong_by,
+)
 from usoflow.training.drawings import Sprites
 from usoflow.training.initial import initialise
 from usoflow.training.latents import LatentSet
@@ -36,7 +49,7 @@ from usoflow.training.lora import add_lora, extract, lora_parameters
 from usoflow.training.painting import paint
 from usoflow.training.redraw import Pool, Redrawing, RedrawStage
 from usoflow.training.reward import StyleEncoder, StyleReward
-from usoflow.training.scenes import style_words
+from usoflow.training.scenes import pictures_of, style_words
 from usoflow.training.tower import (
     Captioned,
     Contrast,
@@ -59,6 +72,7 @@ from usoflow.training.uso import (
     TOLD_STYLE,
     Batch,
     Lessons,
+    RewardedStage,
     Teaching,
     UsoStage,
     new_projector,
@@ -430,3 +444,67 @@ def test_reward_is_least_for_the_style_picture_itself_and_flows_back(teaching: T
     teaching.projector.zero_grad()
     rewarded(0).backward()
     assert all(p.grad is not None for p in teaching.projector.parameters())
+
+
+def content_encoder() -> ContentEncoder:
+    torch.manual_seed(0)
+    return ContentEncoder(len(WORLD.lesson_subjects))
+
+
+def test_what_is_cut_out_is_where_the_subject_is() -> None:
+    """A square of one colour, wherever it is and however large, fills the middle of what is cut out."""
+    pictures, places = torch.zeros(2, 96, 96, 3), torch.tensor([[0.25, 0.5, 0.25], [0.625, 0.375, 0.5]])
+    for picture, (x, y, side) in zip(pictures, (96 * places).int().tolist(), strict=True):
+        picture[y - side // 2 : y + side // 2, x - side // 2 : x + side // 2] = 1
+    found = cut_out(pictures, places)
+    assert found.shape == (2, 3, SEEN_SIDE, SEEN_SIDE)
+    inner = round(SEEN_SIDE * (1 - 1 / MARGIN) / 2)
+    assert bool((found[..., inner + 2 : -inner - 2, inner + 2 : -inner - 2] == 1).all())
+    assert bool((found[..., : inner - 2, :] == 0).all())
+    rng = np.random.default_rng(0)
+    off = wrong_by(places.repeat(200, 1), rng, 0.1, 0.1) - places.repeat(200, 1)
+    assert off[:, :2].std(dim=0).tolist() == pytest.approx([0.04, 0.04], rel=0.2)  # of sides 1/4 and 1/2
+
+
+def test_the_content_encoder_learns_who_is_shown(sprites: Sprites, tmp_path: Path) -> None:
+    recipe = Recipe(samples=480, batch=8, rate=3e-3, warmup=0, save_every=1000)
+    encoder = train_content_encoder(sprites, ContentStage(recipe, drawn=12), tmp_path / "content", side=64)
+    scenes = [content_scene(WORLD, i) for i in range(12)]
+    assert not {placed.subject for scene in scenes for placed in scene.placed} & WORLD.held_out
+    pictures = pictures_of(sprites, scenes, 64)
+    shown = Subjects.of(WORLD, [scene.placed[0] for scene in scenes])
+    with torch.no_grad():
+        learnt = F.cross_entropy(encoder(pictures, shown.places), shown.numbers)
+        fresh = F.cross_entropy(content_encoder()(pictures, shown.places), shown.numbers)
+    assert learnt < 0.8 * fresh
+
+
+def test_rewards_teach_the_lora_alone(teaching: Teaching, tmp_path: Path) -> None:
+    """Both together; of a content picture alone, half of the target is what the model answered before."""
+    model, before = copy.deepcopy(teaching), copy.deepcopy(teaching.base)
+    lora = lora_parameters(add_lora(model.base.flux, 2, 0, 1))
+    model = dataclasses.replace(model, plain=teaching.base, before=before)
+    vae = autoencoder.new_autoencoder(VaeStage(RECIPE, widths=(8, 8, 8, 16))).requires_grad_(False)
+    style = StyleReward(StyleEncoder(5).requires_grad_(False), vae, torch.float32, side=64)
+    shown = {use: Subjects.of_lessons(WORLD, use, 51, 8) for use in ("style", "both", "subject")}
+    content = ContentReward(content_encoder().requires_grad_(False), shown)
+    for use in shown:
+        stage = RewardedStage(RECIPE, ((use, 1.0),), (("subject", 1.0),), 1.0, 0.1, flow_batch=2)
+        loss = model.rewarded_loss(stage, style, content)
+        loss(0).backward()
+        assert all(p.grad is not None for p in lora.values())
+        assert teaching.projector.feature_embedder["low_projection"].weight.grad is None
+        assert all(p.grad is None for p in before.parameters())
+    first = model.lessons.first("subject", 2)
+    x, sigma = torch.randn(2, 16, 8, 8), torch.full((2,), 0.5)
+    straight, got = torch.randn(2, 16, 8, 8), torch.randn(2, 16, 8, 8)
+    alone = dataclasses.replace(model, before=None).target(first, x, sigma, straight, got)
+    known = teaching.velocity(first, x, sigma, guidance=GUIDANCE)
+    assert torch.allclose(model.target(first, x, sigma, straight, got), (alone + known) / 2, atol=1e-5)
+
+
+def test_only_what_is_given_can_be_rewarded() -> None:
+    with pytest.raises(ValueError, match="no reward for text"):
+        RewardedStage(RECIPE, (("text", 1.0),), (("text", 1.0),), 1.0, 1.0)
+    with pytest.raises(ValueError, match="flow_every at least 1"):
+        RewardedStage(RECIPE, (("both", 1.0),), (("text", 1.0),), 1.0, 1.0, flow_every=0)

@@ -15,8 +15,8 @@ def train(
     stage: Annotated[
         str,
         typer.Argument(
-            help="render, vae, base, large, guided, tower, redraw, reward, style, subject, package, judge,"
-            " evaluate, uso-judge."
+            help="render, vae, base, large, guided, tower, redraw, reward, content, style, subject,"
+            " rewarded, package, judge, evaluate, uso-judge."
         ),
     ],
     config: Annotated[Path | None, typer.Option(help="Training file; default: the shipped one.")] = None,

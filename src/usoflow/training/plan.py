@@ -19,11 +19,12 @@ from pydantic import TypeAdapter, ValidationError
 from usoflow.errors import UsoflowError
 from usoflow.training.autoencoder import VaeStage
 from usoflow.training.base import BaseStage
+from usoflow.training.content import ContentStage
 from usoflow.training.loop import Recipe
 from usoflow.training.redraw import RedrawStage
 from usoflow.training.reward import RewardStage
 from usoflow.training.tower import TowerStage
-from usoflow.training.uso import UsoStage
+from usoflow.training.uso import RewardedStage, UsoStage
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,8 @@ class Plan:
     redraw: RedrawStage
     uso: UsoStage
     reward: RewardStage
+    content: ContentStage
+    rewarded: RewardedStage
     judge: Recipe
     uso_judge: Recipe
 

@@ -156,13 +156,21 @@ class StyleReward:
             style_pictures: [B, S, S, 3] in 0..1.
             first: see `first_pixel`.
         """
+        return self.distance(self.decoded(latents), style_pictures, first=first)
+
+    def decoded(self, latents: Tensor) -> Tensor:
+        """Latents in the model's scale to pictures, [B, S, S, 3] in 0..1; gradients flow."""
         pixels = self.vae.decoder(LatentFormat().from_model(latents).to(self.dtype)).float()
-        made, wanted = ((pixels + 1) / 2).clamp(0, 1), style_pictures.permute(0, 3, 1, 2)
+        return ((pixels + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1)
+
+    def distance(self, made: Tensor, wanted: Tensor, *, first: tuple[int, int] = (0, 0)) -> Tensor:
+        """What `loss` is of pictures, [B, S, S, 3] in 0..1."""
         return 1 - (self._features(made, first) * self._features(wanted, first)).sum(dim=1).mean()
 
     def _features(self, pictures: Tensor, first: tuple[int, int]) -> Tensor:
-        """[B, 3, S, S] in 0..1 -> unit vectors; larger pictures are seen at the encoder's side."""
-        if pictures.shape[-1] > self.side:
-            pictures = F.interpolate(pictures, size=self.side, mode="area")
-        features: Tensor = self.encoder(pictures.permute(0, 2, 3, 1), first=first)
+        """Unit vectors; larger pictures are seen at the encoder's side."""
+        if pictures.shape[1] > self.side:
+            small = F.interpolate(pictures.permute(0, 3, 1, 2), size=self.side, mode="area")
+            pictures = small.permute(0, 2, 3, 1)
+        features: Tensor = self.encoder(pictures, first=first)
         return features

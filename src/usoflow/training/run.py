@@ -8,8 +8,10 @@ guided    distil guidance into the transformer
 tower     train the vision tower that USO's projector reads
 redraw    teach a copy of the base to draw a given picture anew: the LoRA's teacher
 reward    train the style encoder of style reward learning
+content   train the encoder of content reward
 style     train the projector on the frozen base
 subject   train the LoRA beside the frozen projector
+rewarded  train it further, for both rewards
 package   write the files
 judge     train the encoder that measures, used for nothing else
 evaluate  measure the base's modules on the fixed prompt list
@@ -34,8 +36,10 @@ STAGES: Mapping[str, Callable[[Workshop], None]] = MappingProxyType(
         "tower": uso_stages.tower,
         "redraw": uso_stages.redraw,
         "reward": uso_stages.reward,
+        "content": uso_stages.content,
         "style": uso_stages.style,
         "subject": uso_stages.subject,
+        "rewarded": uso_stages.rewarded,
         "package": uso_stages.package_all,
         "judge": Workshop.judge,
         "evaluate": Workshop.evaluate,

@@ -8,6 +8,7 @@ Both then add style reward learning (`reward`). Token order, position ids and mo
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from torch import Tensor
 from usoflow.models.style_projector import StyleProjector, StyleProjectorConfig
 from usoflow.training.base import GUIDANCE, Base, at_rest, noised, random_numbers
 from usoflow.training.captions import CaptionTokenizer, Ids, silenced
+from usoflow.training.content import ContentReward
 from usoflow.training.initial import initialise
 from usoflow.training.loop import LossFunction, Recipe
 from usoflow.training.redraw import redrawn
@@ -103,6 +105,35 @@ class UsoStage:
     def of(self, name: StageName) -> tuple[Recipe, Mix]:
         """Length, speed and lessons of a stage."""
         return (self.style, self.style_mix) if name == "style" else (self.subject, self.subject_mix)
+
+
+@dataclass(frozen=True, slots=True)
+class RewardedStage:
+    """What the `rewarded` section of a training file says.
+
+    Attributes:
+        recipe: length and speed; its batch is that of the rewarded samples.
+        mix: how often each use is rewarded: its style where it is given one, its subject always.
+        style_weight, content_weight: of the two rewards in the loss.
+        flow_mix, flow_batch, flow_every: flow matching beside them: how often each use, how many samples, and
+            how many steps from one to the next.
+    """
+
+    recipe: Recipe
+    mix: Mix
+    flow_mix: Mix
+    style_weight: float
+    content_weight: float
+    flow_batch: int = 32
+    flow_every: int = 2
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for uses that have no reward, and for weights and numbers below nothing."""
+        unknown = sorted({use for use, _ in self.mix} - {*STYLED, *PICTURED})
+        if unknown:
+            raise ValueError(f"there is no reward for {', '.join(unknown)}")
+        if min(self.style_weight, self.content_weight) < 0 or min(self.flow_batch, self.flow_every) < 1:
+            raise ValueError("weights must not be below 0, flow_batch and flow_every at least 1")
 
 
 def new_projector(stage: UsoStage, patches: int, vision_dim: int, hidden: int) -> StyleProjector:
@@ -205,7 +236,8 @@ class Teaching:
     """The frozen base, the projector, the lessons, and how the model is asked.
 
     `plain` is the base once more, to which no LoRA is added. Without it nothing is taught of guidance.
-    `expert` has learnt to redraw pictures (`redraw`).
+    `expert` has learnt to redraw pictures (`redraw`). `before` is the model as it was, whose answers to a
+    content picture alone are half of what it is taught further, so that it does not lose what it can.
     """
 
     base: Base
@@ -215,6 +247,7 @@ class Teaching:
     dtype: torch.dtype
     plain: Base | None = None
     expert: Base | None = None
+    before: Base | None = None
 
     def velocity(self, batch: Batch, x: Tensor, sigma: Tensor, *, guidance: float) -> Tensor:
         """The transformer's answer to a batch, with the content and style that its use has; float32."""
@@ -266,7 +299,11 @@ class Teaching:
             text = self.expert.encode(*batch.told)
             return redrawn(self.expert, x_s, sigma, text, content, dtype=self.dtype)
         away = words(self.lessons.silence(len(x_s)), guidance=1.0)
-        return at_rest(straight, got, away, self.stage.guidance)
+        own = at_rest(straight, got, away, self.stage.guidance)
+        if self.before is None or batch.use != "subject":
+            return own
+        known = dataclasses.replace(self, base=self.before).velocity(batch, x_s, sigma, guidance=GUIDANCE)
+        return (own + known) / 2
 
     def reward_loss(self, mix: Mix, recipe: Recipe, reward: StyleReward) -> LossFunction:
         """Style reward of pictures begun without and finished with gradients, as a loss.
@@ -285,6 +322,27 @@ class Teaching:
             x, sigma = self._rollout(batch, rng)
             clean = x - sigma * self.velocity(batch, x, sigma.expand(len(x)), guidance=GUIDANCE)
             return reward.loss(clean, self.lessons.sets[batch.use].pictures(batch.indices), first=first)
+
+        return loss_of
+
+    def rewarded_loss(self, stage: RewardedStage, style: StyleReward, content: ContentReward) -> LossFunction:
+        """Both rewards at every step, and flow matching now and then, so that nothing else is unlearnt."""
+        recipe = stage.recipe
+        flow = self.flow_loss(stage.flow_mix, dataclasses.replace(recipe, batch=stage.flow_batch))
+
+        def loss_of(done: int) -> Tensor:
+            rng = np.random.default_rng((recipe.seed, done, 2))
+            batch = self.lessons.choose(stage.mix, rng, recipe.batch, told=1.0)
+            x, sigma = self._rollout(batch, rng)
+            clean = x - sigma * self.velocity(batch, x, sigma.expand(len(x)), guidance=GUIDANCE)
+            made = style.decoded(clean)
+            loss = stage.content_weight * content.loss(made, batch.use, batch.indices, rng)
+            if batch.use in STYLED:
+                wanted = self.lessons.sets[batch.use].pictures(batch.indices)
+                loss = loss + stage.style_weight * style.distance(made, wanted, first=first_pixel(rng))
+            if done // recipe.batch % stage.flow_every == 0:
+                loss = loss + flow(done)
+            return loss
 
         return loss_of
 

@@ -6,6 +6,7 @@ Each reads what the ones before left there and continues where it was interrupte
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from usoflow.models.vae import LatentFormat
 from usoflow.models.vision import SiglipVision
 from usoflow.training import autoencoder, package
 from usoflow.training.base import Base, Pocket
+from usoflow.training.content import ContentEncoder, ContentReward, Subjects, train_content_encoder
 from usoflow.training.loop import LossFunction, load_average
 from usoflow.training.lora import LoraPair, add_lora, extract, lora_parameters
 from usoflow.training.redraw import Pool, Redrawing
@@ -25,6 +27,7 @@ from usoflow.training.stages import Workshop
 from usoflow.training.tower import train_tower
 from usoflow.training.triplets import (
     PICTURED,
+    USES,
     Encoders,
     Use,
     draw_triplet,
@@ -91,6 +94,32 @@ def subject(workshop: Workshop) -> None:
     _run(workshop, teaching, lora_parameters(pairs), "subject")
 
 
+def content(workshop: Workshop) -> None:
+    """Train the encoder of content reward."""
+    _content(workshop)
+
+
+def rewarded(workshop: Workshop) -> None:
+    """Style and content reward learning: the LoRA of `subject` learns on."""
+    plain, before = workshop.finished().requires_grad_(False), workshop.finished()
+    teaching = dataclasses.replace(_teaching(workshop), plain=plain, before=before)
+    _load_projector(workshop, teaching.projector)
+    subject_recipe = workshop.plan.uso.subject
+    pairs = lora_parameters(_lora(workshop, teaching.base))
+    for found in (pairs, lora_parameters(_lora(workshop, before))):
+        load_average(workshop.folder / "subject", found, subject_recipe)
+    before.requires_grad_(False)
+    stage, world = workshop.plan.rewarded, workshop.world
+    shown = {
+        use: Subjects.of_lessons(world, use, LESSON_SEED, len(teaching.lessons.sets[use].prompts))
+        for use, _ in stage.mix
+    }
+    style, content = _style_reward(workshop), ContentReward(_content(workshop), shown)
+    loss_of = teaching.rewarded_loss(stage, style, content)
+    frozen = [style.encoder, content.encoder, plain, before, teaching.projector]
+    workshop.train(pairs, stage.recipe, loss_of, "rewarded", _show(workshop, teaching, USES), frozen)
+
+
 def package_all(workshop: Workshop) -> None:
     """Write the checkpoint and, once they are trained, the files of USO."""
     workshop.package()
@@ -111,7 +140,9 @@ def trained(workshop: Workshop, pocket: Pocket) -> tuple[StyleProjector, dict[st
     projector = _projector(workshop)
     _load_projector(workshop, projector)
     lora = lora_parameters(_lora(workshop, pocket))
-    load_average(workshop.folder / "subject", lora, workshop.plan.uso.subject)
+    plan, on = workshop.plan, (workshop.folder / "rewarded" / "state.pt").exists()
+    stage, recipe = ("rewarded", plan.rewarded.recipe) if on else ("subject", plan.uso.subject)
+    load_average(workshop.folder / stage, lora, recipe)
     return projector, lora
 
 
@@ -133,19 +164,24 @@ def _teaching(workshop: Workshop) -> Teaching:
 def _run(
     workshop: Workshop, teaching: Teaching, parameters: dict[str, nn.Parameter], name: StageName
 ) -> None:
-    vae = workshop.trained_vae.requires_grad_(False)
-    rewarding = StyleReward(_reward(workshop), vae, workshop.dtype, workshop.plan.base.large_side)
+    rewarding = _style_reward(workshop)
     loss_of: LossFunction = teaching.loss(name, rewarding)
     recipe, mix = teaching.stage.of(name)
-
-    def show(stem: str) -> None:
-        for use, _ in mix:
-            write_sheet(Path(f"{stem}-{use}.png"), teaching, workshop, use)
-
     aligned = teaching.projector if name == "subject" else None
     beside = (rewarding.encoder, teaching.plain, teaching.expert, aligned)
     frozen = [network for network in beside if isinstance(network, nn.Module)]
+    show = _show(workshop, teaching, [use for use, _ in mix])
     workshop.train(parameters, recipe, loss_of, name, show, frozen)
+
+
+def _show(workshop: Workshop, teaching: Teaching, uses: Iterable[Use]) -> Callable[[str], None]:
+    """What draws a sheet for each use; it is told how their paths begin."""
+
+    def show(stem: str) -> None:
+        for use in uses:
+            write_sheet(Path(f"{stem}-{use}.png"), teaching, workshop, use)
+
+    return show
 
 
 def write_sheet(path: Path, teaching: Teaching, workshop: Workshop, use: Use) -> None:
@@ -182,6 +218,17 @@ def _lora(workshop: Workshop, base: Base) -> list[LoraPair]:
 def _projector(workshop: Workshop) -> StyleProjector:
     plan = workshop.plan
     return new_projector(plan.uso, plan.tower.grid**2, plan.tower.dim, plan.base.hidden).to(workshop.device)
+
+
+def _style_reward(workshop: Workshop) -> StyleReward:
+    vae = workshop.trained_vae.requires_grad_(False)
+    return StyleReward(_reward(workshop), vae, workshop.dtype, workshop.plan.base.large_side)
+
+
+def _content(workshop: Workshop) -> ContentEncoder:
+    stage, side = workshop.plan.content, workshop.plan.base.large_side
+    encoder = train_content_encoder(workshop.sprites, stage, workshop.folder / "content", side=side)
+    return encoder.to(workshop.device)
 
 
 def _reward(workshop: Workshop) -> StyleEncoder:
