@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
 import subprocess
 import sys
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +97,34 @@ def test_commands_of_the_cookbook_have_options_that_there_are() -> None:
     used = {option for command in commands for option in re.findall(r"(?<!\w)(--[a-z-]+)", command)}
     assert len(used) >= 10
     assert {option for option in used if option not in offered} == set()
+
+
+def test_the_model_card_measured_the_files_that_are_shipped() -> None:
+    """`usoflow evaluate` wrote docs/pocket/evaluation.json of these files, and the card has its figures."""
+    measured = json.loads((ROOT / "docs" / "pocket" / "evaluation.json").read_text())
+    files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in shipped_files()}
+    assert measured["files"] == files
+    assert measured["count"] >= 200
+    card = (ROOT / "docs" / "pocket.md").read_text()
+    cells = {
+        "Subject-driven (": ("subject", ("subject", "background", "moved", "all")),
+        "Style-driven, seen styles (": ("style seen", ("style", "subject", "background", "leaked")),
+        "Style-driven, held-out styles (": ("style held out", ("style", "subject", "background", "leaked")),
+        "Both, seen styles (": ("both", ("subject", "style", "background", "all")),
+        "Both, held-out styles:": ("both, style held out", ("subject", "style", "background", "all")),
+    }
+    rows = {"**pocket USO**": "whole", "no LoRA": "no LoRA", "real target (ceiling)": "real target"}
+    for heading, (cell, columns) in cells.items():
+        table = card[card.index(heading) :]
+        for said, row in rows.items():
+            figures = table.split(f"| {said} |")[1].splitlines()[0].strip(" |").split(" | ")
+            found = [f"{100 * measured[cell][row][column]:.1f}" for column in columns]
+            assert figures == found, (cell, row)
+
+
+def shipped_files() -> list[Path]:
+    models = Path(str(resources.files("usoflow.pocket"))) / "models"
+    return [path for path in models.rglob("*.safetensors") if path.is_file()]
 
 
 def test_the_first_figures_are_those_of_the_model_card() -> None:

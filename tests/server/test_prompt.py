@@ -190,7 +190,7 @@ def test_every_refusal_has_a_remedy(client: TestClient, body: dict[str, Any], re
 
 @pytest.mark.parametrize(
     ("body", "reason"),
-    [(b"{not json", "column 2"), (b"\xff\xfe", "utf-8"), (b"[" * 150 + b"]" * 150, "nested")],
+    [(b"{not json", "column 2"), (b"\xff\xfa", "utf-8"), (b"[" * 150 + b"]" * 150, "nested")],
 )
 def test_a_body_is_json_and_no_picture(client: TestClient, body: bytes, reason: str) -> None:
     message = client.post("/prompt", content=body).json()["error"]["message"]

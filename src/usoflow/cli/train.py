@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from usoflow.cli.options import need_training
+from usoflow.cli.options import Device, need_training
 from usoflow.errors import UsoflowError
 
 
@@ -23,9 +23,7 @@ def train(
     work: Annotated[Path, typer.Option(help="Folder for caches, states and sheets.")] = Path("training"),
     threads: Annotated[int, typer.Option(help="Threads of torch; 0 leaves it to torch.", min=0)] = 0,
     compiled: Annotated[bool, typer.Option(help="Compile the transformer's steps.")] = False,
-    device: Annotated[
-        str, typer.Option(help="Where transformer and vision tower learn: auto, cpu, cuda.")
-    ] = "auto",
+    device: Annotated[Device, typer.Option(help="Where transformer and vision tower learn.")] = Device.auto,
     full_precision: Annotated[bool, typer.Option(help="Compute in fp32 instead of bf16.")] = False,
 ) -> None:
     """Run a stage of training, or all of them; run again, one goes on from its last saved state."""
@@ -45,6 +43,6 @@ def train(
     if threads:
         torch.set_num_threads(threads)
     dtype = torch.float32 if full_precision else torch.bfloat16
-    workshop = Workshop(work, Plan.read(config), dtype, compiled, Placement.choose(device).device)
+    workshop = Workshop(work, Plan.read(config), dtype, compiled, Placement.choose(device.value).device)
     for name in STAGES if stage == "all" else (stage,):
         STAGES[name](workshop)

@@ -5,6 +5,7 @@ Asks `uso_evaluate` for everything, and decides nothing.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -41,6 +42,7 @@ def evaluate(
         Marks by cell and row.
     """
     output.mkdir(parents=True, exist_ok=True)
+    files = {path.name: _sha256(path) for path in contender.files}
     tables: dict[str, dict[str, Marks]] = {}
     for name, cell in CELLS.items():
         asked = questions(sprites.world, cell, count)
@@ -52,7 +54,9 @@ def evaluate(
             sheet = output / f"{_file(name)}-{_file(row)}.png"
             lesson_sheet(sheet, sprites, asked[:SHOWN], pictures[:SHOWN], columns=8)
         rows |= bounds(judge, sprites, asked, contender.side)
-        (output / "evaluation.json").write_text(json.dumps({"count": count} | tables, indent=1), "utf-8")
+        (output / "evaluation.json").write_text(
+            json.dumps({"count": count, "files": files} | tables, indent=1), "utf-8"
+        )
         (output / "evaluation.md").write_text(as_markdown(tables, count), "utf-8")
     return tables
 
@@ -76,6 +80,11 @@ def in_words(found: Marks) -> str:
 
 def _cell(found: Marks, column: str) -> str:
     return f"{100 * found[column]:.1f}" if column in found else ""
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _file(name: str) -> str:
