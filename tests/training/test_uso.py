@@ -493,7 +493,6 @@ def test_rewards_teach_the_lora_alone(teaching: Teaching, tmp_path: Path) -> Non
         loss = model.rewarded_loss(stage, style, content)
         loss(0).backward()
         assert all(p.grad is not None for p in lora.values())
-        assert teaching.projector.feature_embedder["low_projection"].weight.grad is None
         assert all(p.grad is None for p in before.parameters())
     first = model.lessons.first("subject", 2)
     x, sigma = torch.randn(2, 16, 8, 8), torch.full((2,), 0.5)
