@@ -33,7 +33,6 @@ from usoflow.training.content import (
     SEEN_SIDE,
     ContentEncoder,
     ContentReward,
-    ContentStage,
     Subjects,
     content_scene,
     cut_out,
@@ -48,7 +47,7 @@ from usoflow.training.loop import Recipe, Training
 from usoflow.training.lora import add_lora, extract, lora_parameters
 from usoflow.training.painting import paint
 from usoflow.training.redraw import Pool, Redrawing, RedrawStage
-from usoflow.training.reward import StyleEncoder, StyleReward
+from usoflow.training.reward import RewardStage, StyleEncoder, StyleReward
 from usoflow.training.scenes import pictures_of, style_words
 from usoflow.training.tower import (
     Captioned,
@@ -468,7 +467,7 @@ def test_what_is_cut_out_is_where_the_subject_is() -> None:
 
 def test_the_content_encoder_learns_who_is_shown(sprites: Sprites, tmp_path: Path) -> None:
     recipe = Recipe(samples=480, batch=8, rate=3e-3, warmup=0, save_every=1000)
-    encoder = train_content_encoder(sprites, ContentStage(recipe, drawn=12), tmp_path / "content", side=64)
+    encoder = train_content_encoder(sprites, RewardStage(recipe, drawn=12), tmp_path / "content", side=64)
     scenes = [content_scene(WORLD, i) for i in range(12)]
     assert not {placed.subject for scene in scenes for placed in scene.placed} & WORLD.held_out
     pictures = pictures_of(sprites, scenes, 64)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from usoflow.training.drawings import Sprites
 from usoflow.training.loop import LossFunction, Recipe, Training, swap
 from usoflow.training.painting import Pictures, painted, softened
+from usoflow.training.reward import RewardStage
 from usoflow.training.scenes import Placed, Scene, draw_scene, generator
 from usoflow.training.triplets import LOOKED, RENDERED, Use, draw_triplet, lesson_cast, seen_styles
 from usoflow.training.world import World
@@ -35,19 +36,6 @@ TEMPERATURE = 1 / 12  # of the cosines with the subjects' own vectors
 BLUR = 1.2  # pixels: what is made in one step is soft
 MISPLACED, MISSIZED = 0.06, 0.12  # deviations in sides, and of the logarithm of the side, in training
 REWARD_MISPLACED, REWARD_MISSIZED = 0.04, 0.08  # the same, of what is made
-
-
-@dataclass(frozen=True, slots=True)
-class ContentStage:
-    """What the `content` section of a training file says.
-
-    Attributes:
-        recipe: length and speed.
-        drawn: pictures, of which batches are chosen at random.
-    """
-
-    recipe: Recipe
-    drawn: int = 60_000
 
 
 class ContentEncoder(nn.Module):
@@ -100,9 +88,7 @@ def content_scene(world: World, index: int) -> Scene:
     return seen_styles(world, RENDERED, LOOKED).give(scene, generator(CONTENT_SEED + 1, index))
 
 
-def train_content_encoder(
-    sprites: Sprites, stage: ContentStage, folder: Path, *, side: int
-) -> ContentEncoder:
+def train_content_encoder(sprites: Sprites, stage: RewardStage, folder: Path, *, side: int) -> ContentEncoder:
     """Run the stage to its end from wherever its folder is."""
     recipe, world = stage.recipe, sprites.world
     torch.manual_seed(recipe.seed)

@@ -19,7 +19,6 @@ from pydantic import TypeAdapter, ValidationError
 from usoflow.errors import UsoflowError
 from usoflow.training.autoencoder import VaeStage
 from usoflow.training.base import BaseStage
-from usoflow.training.content import ContentStage
 from usoflow.training.loop import Recipe
 from usoflow.training.redraw import RedrawStage
 from usoflow.training.reward import RewardStage
@@ -37,7 +36,7 @@ class Plan:
     redraw: RedrawStage
     uso: UsoStage
     reward: RewardStage
-    content: ContentStage
+    content: RewardStage
     rewarded: RewardedStage
     judge: Recipe
     uso_judge: Recipe

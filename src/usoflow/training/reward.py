@@ -37,7 +37,7 @@ GRAIN = 0.03
 
 @dataclass(frozen=True, slots=True)
 class RewardStage:
-    """What the `reward` section of a training file says.
+    """What the sections `reward` and `content` of a training file say, of their encoders.
 
     Attributes:
         recipe: length and speed.

@@ -319,8 +319,7 @@ class Teaching:
             rng = np.random.default_rng((recipe.seed, done, 1))
             batch = self.lessons.choose(shares, rng, self.stage.reward_batch, told=1.0)
             first = first_pixel(rng)
-            x, sigma = self._rollout(batch, rng)
-            clean = x - sigma * self.velocity(batch, x, sigma.expand(len(x)), guidance=GUIDANCE)
+            clean = self._finished(batch, rng)
             return reward.loss(clean, self.lessons.sets[batch.use].pictures(batch.indices), first=first)
 
         return loss_of
@@ -333,9 +332,7 @@ class Teaching:
         def loss_of(done: int) -> Tensor:
             rng = np.random.default_rng((recipe.seed, done, 2))
             batch = self.lessons.choose(stage.mix, rng, recipe.batch, told=1.0)
-            x, sigma = self._rollout(batch, rng)
-            clean = x - sigma * self.velocity(batch, x, sigma.expand(len(x)), guidance=GUIDANCE)
-            made = style.decoded(clean)
+            made = style.decoded(self._finished(batch, rng))
             loss = stage.content_weight * content.loss(made, batch.use, batch.indices, rng)
             if batch.use in STYLED:
                 wanted = self.lessons.sets[batch.use].pictures(batch.indices)
@@ -346,11 +343,12 @@ class Teaching:
 
         return loss_of
 
-    def _rollout(self, batch: Batch, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """From noise to a random level of a short schedule: x and the level."""
+    def _finished(self, batch: Batch, rng: np.random.Generator) -> Tensor:
+        """From noise to a random level of a short schedule; then, with gradients, to 0 in one step."""
         stop = int(rng.integers(1, ROLLOUT_STEPS))
         levels = levels_of(ROLLOUT_STEPS)[: stop + 1]
-        return self._denoise(batch, levels, int(rng.integers(2**62))), levels[-1]
+        x, sigma = self._denoise(batch, levels, int(rng.integers(2**62))), levels[-1]
+        return x - sigma * self.velocity(batch, x, sigma.expand(len(x)), guidance=GUIDANCE)
 
     def sample(self, batch: Batch, *, seed: int) -> Tensor:
         """What a workflow makes of the lessons' conditions, in 20 steps: latents in the model's scale."""
