@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 import usoflow
 from usoflow.errors import CATALOGUE, UsoflowError
+from usoflow.execution.executor import NodeError
 
 SOURCE = Path(usoflow.__file__).parent
 RAISERS = {"UsoflowError", "_at"}  # `_at` of the executor adds the node
@@ -77,3 +79,17 @@ def test_remedy_can_be_made_more_precise() -> None:
 def test_unknown_codes_are_not_raised() -> None:
     with pytest.raises(KeyError):
         UsoflowError("no_such_code", "x")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        UsoflowError("image_missing", "cat.png does not exist.", remedy="Draw one."),
+        NodeError("image_missing", "it is gone.", remedy=None, node_id="3", class_type="LoadImage"),
+    ],
+)
+def test_errors_go_from_one_process_to_another(error: UsoflowError) -> None:
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is type(error)
+    assert str(again) == str(error)
+    assert vars(again) == vars(error)

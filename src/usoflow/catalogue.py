@@ -6,7 +6,9 @@ kind of model under another name. Source: https://docs.comfy.org/tutorials/flux/
 
 from __future__ import annotations
 
+import os
 import shlex
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -153,7 +155,12 @@ def missing_file_remedy(folder: str, name: str, folders: Folders) -> str:
 def pull_command(folders: Folders) -> str:
     """What gets the tutorial's files into the first of the models folders."""
     root = folders.models["checkpoints"][0].parent
-    return PULLS if root == own_models() else f"{PULLS} --models {shlex.quote(str(root))}"
+    return PULLS if root == own_models() else f"{PULLS} --models {_quoted(str(root))}"
+
+
+def _quoted(argument: str) -> str:
+    """As the system's shell takes it."""
+    return subprocess.list2cmdline([argument]) if os.name == "nt" else shlex.quote(argument)
 
 
 def known_file(folder: str, name: str) -> KnownFile | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 EXIT_USAGE = 2  # the command itself is wrong: unknown file, option, value
 EXIT_WORKFLOW = 3  # the workflow or prompt cannot be read or is not valid
@@ -314,3 +315,14 @@ class UsoflowError(Exception):
         self.detail = detail
         self.remedy = remedy or kind.remedy
         self.exit_code = kind.exit_code
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """From one process to another, as a pool does with what its workers raise; subclasses too."""
+        return _restored, (type(self), self.code, self.detail, self.remedy), self.__dict__
+
+
+def _restored(kind: type[UsoflowError], code: str, detail: str, remedy: str) -> UsoflowError:
+    """What was sent; a subclass's own `__init__`, which would word the detail once more, is not asked."""
+    error = kind.__new__(kind)
+    UsoflowError.__init__(error, code, detail, remedy=remedy)
+    return error

@@ -36,7 +36,9 @@ MODEL_FOLDERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     }
 )
 MODEL_SUFFIXES = (".safetensors", ".sft", ".gguf")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+IMAGE_SUFFIXES = (
+    ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff",
+)  # fmt: skip
 EXTRA_PATHS_FILE = "extra_model_paths.yaml"
 
 POCKET_MODELS = Path(__file__).parent / "pocket" / "models"  # small ones that ship with the package
@@ -162,14 +164,20 @@ def _check_folder(folder: Path, what: str) -> None:
         raise UsoflowError("file_not_found", f"The {what} folder {folder} {reason}.")
 
 
+def existing_part(folder: Path) -> Path | None:
+    """The folder, or the nearest above it that exists; None on a drive or a share that is not there."""
+    above = (folder.absolute(), *folder.absolute().parents)
+    return next((path for path in above if path.exists()), None)
+
+
 def check_writable(folder: Path) -> None:
     """Before minutes are spent on what could not be kept there.
 
     Raises:
         UsoflowError: `output_unwritable`.
     """
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+    there = existing_part(folder)
+    if there is None or not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
         raise UsoflowError(
             "output_unwritable",
             f"{folder} is no folder that can be written to.",

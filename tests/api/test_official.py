@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ from safetensors.torch import load_file, save_file
 
 from usoflow.api.at_hand import TUTORIAL, ModelFiles, at_hand
 from usoflow.api.engine import Engine
-from usoflow.api.official import LAYOUT_NOTE, Request, adapted, build, output_size
+from usoflow.api.official import LAYOUT_NOTE, TEMPLATE, Request, adapted, build, output_size
 from usoflow.api.workflow import Workflow
 from usoflow.catalogue import CHECKPOINT, SplitFiles, missing, missing_file_remedy
 from usoflow.errors import UsoflowError
 from usoflow.models.checkpoint import TensorFile
 from usoflow.settings import POCKET_MODELS, find_folders
+from usoflow.workflow.loading import template
 
 PAIRS = Path(__file__).parents[1] / "pairs"
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -98,6 +100,17 @@ def test_the_pocket_graphs_are_the_template_with_other_names_and_sizes(name: str
     for found, expected in zip(levels(example), levels(template), strict=True):
         assert found["nodes"] == expected["nodes"]
         assert found["links"] == expected["links"]
+
+
+def test_a_template_of_which_nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Templates are renewed every week; what is filled in by number must be what it was."""
+    other = deepcopy(template(TEMPLATE))
+    other["definitions"]["subgraphs"][0]["nodes"][0]["id"] += 1
+    monkeypatch.setattr("usoflow.workflow.loading.template", lambda _: other)
+    with pytest.raises(UsoflowError) as caught:
+        build(Request("a cat"))
+    assert caught.value.code == "template_unknown"
+    assert caught.value.remedy == "pip install comfyui-workflow-templates-json==0.1.123"
 
 
 def test_what_is_at_hand(tmp_path: Path) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 import small
-from usoflow import UsoflowError, Workflow
+from usoflow import Engine, UsoflowError, Workflow
 
 TEMPLATE = "template:flux1_dev_uso_reference_image_gen"
 
@@ -139,3 +140,8 @@ def test_an_optional_input_that_the_prompt_leaves_out(tmp_path: Path) -> None:
     with pytest.raises(UsoflowError) as caught:
         workflow.assign("1.devise=cpu")
     assert "device" in caught.value.detail
+
+
+def test_it_goes_from_one_process_to_another(workflow: Workflow) -> None:
+    loaded = Engine().load(workflow.prompt.to_json())
+    assert pickle.loads(pickle.dumps(loaded)) == loaded

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import struct
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -13,7 +16,17 @@ from torch import Tensor, nn
 
 from usoflow.errors import UsoflowError
 from usoflow.models.checkpoint import Component, TensorFile
-from usoflow.models.weights import Conv2d, Embedding, GroupNorm, LayerNorm, Linear, RMSNorm, build
+from usoflow.models.weights import (
+    DTYPES,
+    Conv2d,
+    Embedding,
+    GroupNorm,
+    LayerNorm,
+    Linear,
+    RMSNorm,
+    build,
+    read_tensors,
+)
 
 STORED = [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn]
 
@@ -54,6 +67,49 @@ def test_embedding_rows_are_widened(dtype: torch.dtype) -> None:
     table = stored(Embedding(7, 3), dtype)
     ids = torch.tensor([[1, 6], [0, 1]])
     assert torch.equal(table(ids), table.weight.float()[ids])
+
+
+def whole(path: Path) -> Component:
+    file = TensorFile.open(path)
+    return Component(file, "flux", "", file.tensors, {})
+
+
+def test_every_dtype_is_read_as_it_was_written(tmp_path: Path) -> None:
+    """Shapes of no and of one value, too; the name's length moves the data off whole words."""
+    content = {
+        f"{name}{shape}": torch.arange(6).reshape(2, 3)[index].to(dtype)
+        for name, dtype in DTYPES.items()
+        for shape, index in (("whole", ...), ("one", (1, 2)), ("none", slice(0, 0)))
+    }
+    save_file({name: tensor.contiguous() for name, tensor in content.items()}, tmp_path / "a.safetensors")
+    found = read_tensors(whole(tmp_path / "a.safetensors"), content)
+    for name, tensor in content.items():
+        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape)
+        assert found[name].tolist() == tensor.tolist()
+
+
+def test_a_file_larger_than_memory_is_mapped(tmp_path: Path) -> None:
+    """A private, writable mapping of such a size is refused by Linux."""
+    rows = (psutil.virtual_memory().total + psutil.swap_memory().total) // 2**20 + 1024
+    entry = {"dtype": "U8", "shape": [rows, 2**20], "data_offsets": [0, rows * 2**20]}
+    header = json.dumps({"a": entry}).encode()
+    with (tmp_path / "a.safetensors").open("wb") as stream:
+        stream.write(struct.pack("<Q", len(header)) + header)
+        stream.seek(rows * 2**20 - 1, 1)  # a hole: it takes no room on the disk
+        stream.write(b"\x07")
+    found = read_tensors(whole(tmp_path / "a.safetensors"), ["a"])["a"]
+    assert found.shape == (rows, 2**20)
+    assert found[-1, -1] == 7
+
+
+def test_a_file_that_became_shorter(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(100)}, tmp_path / "a.safetensors")
+    component = whole(tmp_path / "a.safetensors")
+    with (tmp_path / "a.safetensors").open("r+b") as stream:
+        stream.truncate(200)
+    with pytest.raises(UsoflowError, match="became shorter") as caught:
+        read_tensors(component, ["a"])
+    assert caught.value.code == "model_truncated"
 
 
 @pytest.mark.parametrize("scale", [torch.tensor(0.5), torch.rand(5), torch.rand(5, 1)])

@@ -249,6 +249,11 @@ class TestWriting:
         (name,) = write(tmp_path, "%width%x%height%-%year%")
         assert name.startswith("16x8-20")
 
+    def test_number_in_the_batch(self, tmp_path: Path) -> None:
+        """Each name counts for itself."""
+        assert write(tmp_path, "a_%batch_num%", count=2) == ["a_0_00001_.png", "a_1_00001_.png"]
+        assert write(tmp_path, "a_%batch_num%") == ["a_0_00002_.png"]
+
     @pytest.mark.parametrize(
         "prefix", ["../a", "a/../../b", "/tmp/a", "..\\a", "C:/a", "\\\\host\\a", "a\0b", "..", "a/../b"]
     )
@@ -342,10 +347,14 @@ class TestFromMemory:
         write_upright(Image.open(file), tmp_path / "copy.png")
         assert np.array_equal(read_picture(file)[0], read_picture(tmp_path / "copy.png")[0])
 
-    @pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "HSV", "F", "RGBX", "PA", "I;16", "1"])
+    @pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "HSV", "F", "RGBX", "PA", "I", "I;16", "1"])
     def test_in_any_mode(self, tmp_path: Path, mode: str) -> None:
         write_upright(Image.new(mode, (5, 3)), tmp_path / "copy.png")
         assert read_picture(tmp_path / "copy.png")[0].shape == (1, 3, 5, 3)
+
+    def test_sixteen_bits_stay(self, tmp_path: Path) -> None:
+        write_upright(Image.new("I", (2, 2), 32768), tmp_path / "copy.png")
+        assert Image.open(tmp_path / "copy.png").getpixel((0, 0)) == 32768
 
     def test_what_cannot_be_read_is_refused(self, tmp_path: Path) -> None:
         whole = saved(tmp_path, picture(40, 40)).read_bytes()

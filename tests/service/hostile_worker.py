@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import subprocess
 import sys
 import time
 
@@ -63,6 +64,16 @@ def prints() -> Image:
     return torch.zeros(1, 8, 8, 3)
 
 
+@node("Reads", category="test")
+def reads() -> Image:
+    """Reads the pipe's other file descriptor, as a program that it starts may."""
+    import torch
+
+    assert os.read(0, 100) == b""
+    assert subprocess.run(["cat"], capture_output=True, check=True).stdout == b""
+    return torch.zeros(1, 8, 8, 3)
+
+
 if __name__ == "__main__":
-    own = [crashes, aborts, exits, raises, hungry, sleeps, prints]
+    own = [crashes, aborts, exits, raises, hungry, sleeps, prints, reads]
     serve(NodeRegistry([*registry().values(), *own]), sys.argv[1])

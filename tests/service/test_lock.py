@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,3 +30,16 @@ def test_what_can_be_no_folder_is_a_clear_error(tmp_path: Path, name: str) -> No
         hold(state / "lock")
     assert caught.value.code == "state_unusable"
     assert f"{state} cannot be used as a folder: " in caught.value.detail
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="flock(2)")
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fcntl
+
+    def refused(*_: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    with pytest.raises(UsoflowError, match="cannot be locked") as caught:
+        hold(tmp_path / "lock")
+    assert caught.value.code == "state_unusable"

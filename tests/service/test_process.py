@@ -105,6 +105,23 @@ def test_an_error_in_a_node_is_an_outcome(engine: WorkerProcess) -> None:
     assert any("ZeroDivisionError" in line for line in outcome.traceback)
 
 
+def test_what_nodes_read_is_no_command(engine: WorkerProcess) -> None:
+    assert engine.run(Run("after", prompt_with("Reads"), ("save",), None), lambda _: None) == Done()
+
+
+def test_modules_in_the_current_folder_are_not_the_workers(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "queue.py").write_text("raise AssertionError")
+    monkeypatch.chdir(tmp_path)
+    engine = WorkerProcess(WorkerSettings(find_folders(output=place / "output"), place / "jobs.sqlite"))
+    engine.start()
+    engine.nodes()  # waits for it
+    assert engine.fault() == ""
+    assert engine.system()["pytorch_version"]
+    engine.stop()
+
+
 def test_what_nodes_print_is_no_message(engine: WorkerProcess) -> None:
     assert engine.run(Run("after", prompt_with("Prints"), ("save",), None), lambda _: None) == Done()
 

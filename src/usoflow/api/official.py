@@ -9,6 +9,8 @@ graph in the picture opens as the official workflow.
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -98,6 +100,10 @@ _STYLE: Final = _Half(
     host=113, save=73, text=90, latent=87, sampler=78, checkpoint=72, decode=77, lora=76, patch=75, vision=74,
     styles=((89, 88), (83, 91)), loaders_on_top=True, free=(-700, 2700),
 )  # fmt: skip
+# What the ids stand for, see `_ids`: that of comfyui-workflow-templates-json 0.1.30 to 0.1.123.
+_IDS: Final = "9d781ff22b5e"
+_TEMPLATES: Final = "comfyui-workflow-templates-json"
+_KNOWN_TEMPLATES: Final = f"{_TEMPLATES}==0.1.123"
 _FIRST_NAME: Final = 4  # of a model file, among the values that a subgraph's node shows
 _CLIP, _VAE = 1, 2  # outputs of the checkpoint's loader
 _COLUMN, _ROW = NODE_SIZE[0] + 50, 400  # a LoadImage that shows its picture is higher than others
@@ -130,10 +136,21 @@ def build(request: Request, files: ModelFiles = TUTORIAL) -> Workflow:
 
 
 def adapted(files: ModelFiles) -> dict[str, Any]:
-    """The template with the names of these files and the sizes that their transformer was trained for."""
+    """The template with the names of these files and the sizes that their transformer was trained for.
+
+    Raises:
+        UsoflowError: `template_unknown` where the installed templates have another one.
+    """
     from usoflow.workflow.loading import template
 
-    graph = Graph(copy.deepcopy(template(TEMPLATE)))
+    official = template(TEMPLATE)
+    if _ids(official) != _IDS:
+        raise UsoflowError(
+            "template_unknown",
+            f"The USO template of the installed {_TEMPLATES} is not the one that this usoflow fills in.",
+            remedy=f"pip install {_KNOWN_TEMPLATES}",
+        )
+    graph = Graph(copy.deepcopy(official))
     for half in (_SUBJECT, _STYLE):
         _name_models(graph, half, files)
         if files.split:
@@ -142,6 +159,16 @@ def adapted(files: ModelFiles) -> dict[str, Any]:
         graph.subgraph(half.host).set_values(half.latent, {0: files.side, 1: files.side})
     graph.subgraph(_SUBJECT.host).set_values(_SUBJECT_SCALE, {1: files.subject_side})
     return graph.data
+
+
+def _ids(graph: Mapping[str, Any]) -> str:
+    """A digest of every node's id and type, and of how many values it has."""
+    levels = [graph, *graph["definitions"]["subgraphs"]]
+    found = [
+        sorted(f"{n['id']} {n['type']} {len(n.get('widgets_values') or [])}" for n in level["nodes"])
+        for level in levels
+    ]
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()[: len(_IDS)]
 
 
 def _sized(request: Request, files: ModelFiles) -> Request:

@@ -59,7 +59,8 @@ class Workflow:
         else:
             loaded = load(file, nodes or registry())
             source = None if str(file).startswith(TEMPLATE) else Path(file).expanduser()
-        return cls(loaded.prompt, loaded.workflow, source=source, warnings=loaded.warnings, nodes=nodes)
+        others = None if nodes is registry() else nodes  # without them it can be sent to another process
+        return cls(loaded.prompt, loaded.workflow, source=source, warnings=loaded.warnings, nodes=others)
 
     def set(self, target: str, value: object) -> Self:
         """With another value for an input, named "NODE.INPUT"; NODE is an id, title or type.

@@ -27,6 +27,7 @@ PORT = 8188  # ComfyUI's, and ours
 STEP_TFLOP = 70  # of FLUX.1 at 1024x1024: 4352 tokens through 6.4e9 weights (56), and their attention (13)
 STEPS = 20  # of a picture, unless one asks for others
 PATIENCE = 60  # seconds a picture may take before we call it slow
+WITH_CUDA = "For the NVIDIA GPU install torch as https://pytorch.org/get-started/locally tells."
 MATRIX = 2048  # side of the matrices whose product is timed
 CGROUP = Path("/sys/fs/cgroup/memory.max")  # a container's limit
 EXTRAS = {"ui": ("comfyui_frontend_package", "the editor"), "gguf": ("gguf", "GGUF files")}
@@ -78,6 +79,8 @@ def _device(device: torch.device) -> Finding:
         return Finding("device", fact, PASSING if small else "")
     if device.type == "mps":
         return Finding("device", "Apple GPU")
+    if torch.version.cuda is None and torch.version.hip is None and shutil.which("nvidia-smi"):
+        return Finding("device", "CPU", f"This torch has no CUDA. {WITH_CUDA}")
     return Finding("device", "CPU", "No CUDA or Apple GPU is here: one would be far faster.")
 
 
@@ -133,15 +136,15 @@ def _memory() -> Iterator[Finding]:
 def _folders(folders: Folders) -> Iterator[Finding]:
     from usoflow.catalogue import missing, pull_command
     from usoflow.errors import UsoflowError
-    from usoflow.settings import check_writable
+    from usoflow.settings import check_writable, existing_part
 
     lacking = [file.name for file in missing(folders)]
     place = folders.models["checkpoints"][0].parent
     advice = f"Missing: {', '.join(lacking)}. `{pull_command(folders)}` gets them." if lacking else ""
     yield Finding("models", str(place), advice)
     output = folders.output.resolve()
-    existing = next(path for path in (output, *output.parents) if path.exists())
-    free = shutil.disk_usage(existing).free / GB
+    existing = existing_part(output)
+    free = shutil.disk_usage(existing).free / GB if existing else 0.0
     advice = ""
     try:
         check_writable(output)

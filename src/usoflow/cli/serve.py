@@ -97,6 +97,8 @@ def _bound(listen: str, port: int) -> socket.socket:
     try:
         if os.name == "posix":  # elsewhere it lets two programs have one port
             found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if listen == "::":  # IPv4 too, as the addresses say that are printed; Windows' default is not to
+            found.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         found.bind((listen, port))
     except OSError as error:
         found.close()

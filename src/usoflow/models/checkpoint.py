@@ -24,7 +24,7 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 from usoflow.errors import UsoflowError
-from usoflow.models.gguf_file import is_gguf, shapes_and_formats
+from usoflow.models.gguf_file import entries, is_gguf
 
 T = TypeVar("T", int, float, tuple[int, ...])
 
@@ -103,10 +103,13 @@ IGNORED_ANYWHERE = ("*logit_scale", "*scaled_fp8")
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor of a header: its shape and its dtype's name (`F8_E4M3`, `BF16`, ...; GGUF: `Q8_0`, ...)."""
+    """One tensor of a header: shape, name of its dtype (`F8_E4M3`, `BF16`, ...; GGUF: `Q8_0`, ...), and where
+    in the file its data starts, in bytes.
+    """
 
     shape: tuple[int, ...]
     dtype: str
+    start: int
 
     @property
     def bytes(self) -> int:
@@ -313,30 +316,29 @@ def _fingerprint(path: Path) -> tuple[str, int, int]:
 def _open_cached(path: Path, fingerprint: tuple[str, int, int]) -> TensorFile:
     if is_gguf(path):
         return _open_gguf(path, fingerprint)
-    header, data_bytes = _read_header(path, fingerprint[1])
+    header, start = _read_header(path, fingerprint[1])
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict):
         raise _damaged(path, "its metadata is not an object")
-    tensors = {name: _tensor_info(path, name, entry, data_bytes) for name, entry in header.items()}
+    tensors = {name: _tensor_info(path, name, entry, start, fingerprint[1]) for name, entry in header.items()}
     texts = {str(key): str(value) for key, value in metadata.items()}
     return TensorFile(path, MappingProxyType(tensors), MappingProxyType(texts), fingerprint)
 
 
 def _open_gguf(path: Path, fingerprint: tuple[str, int, int]) -> TensorFile:
-    found = shapes_and_formats(path)
-    unknown = {format_ for _, format_ in found.values() if format_ not in {*QUANTISED, *DTYPE_BYTES}}
+    tensors = {name: TensorInfo(*entry) for name, entry in entries(path).items()}
+    unknown = {info.dtype for info in tensors.values()} - {*QUANTISED, *DTYPE_BYTES}
     if unknown:
         raise UsoflowError(
             "model_unsupported",
             f"{path.name} has tensors in {some(sorted(unknown))}.",
             remedy=f"Use a file in {', '.join(QUANTISED)}.",
         )
-    tensors = {name: TensorInfo(shape, format_) for name, (shape, format_) in found.items()}
     return TensorFile(path, MappingProxyType(tensors), MappingProxyType({}), fingerprint)
 
 
 def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
-    """The parsed header, and how many bytes of data follow it."""
+    """The parsed header, and where the data behind it starts."""
     try:
         with path.open("rb") as stream:
             start = stream.read(8)
@@ -358,10 +360,10 @@ def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
         raise _damaged(path, "its header is not JSON") from None
     if not isinstance(header, dict):
         raise _damaged(path, "its header is not a JSON object")
-    return header, size - 8 - length
+    return header, 8 + length
 
 
-def _tensor_info(path: Path, name: str, entry: object, data_bytes: int) -> TensorInfo:
+def _tensor_info(path: Path, name: str, entry: object, start: int, size: int) -> TensorInfo:
     try:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]  # type: ignore[index]
         if dtype not in DTYPE_BYTES and isinstance(dtype, str):
@@ -376,12 +378,12 @@ def _tensor_info(path: Path, name: str, entry: object, data_bytes: int) -> Tenso
         raise _damaged(path, f"the entry of tensor {name!r} cannot be read") from None
     if not consistent:
         raise _damaged(path, f"tensor {name!r} does not have the size that its shape tells")
-    if end > data_bytes:
+    if start + end > size:
         raise UsoflowError(
             "model_truncated",
-            f"{path.name} ends before tensor {name!r}: {end - data_bytes} bytes are missing.",
+            f"{path.name} ends before tensor {name!r}: {start + end - size} bytes are missing.",
         )
-    return TensorInfo(shape, dtype)
+    return TensorInfo(shape, dtype, start + begin)
 
 
 def _refuse_pickle(path: Path, start: bytes) -> None:

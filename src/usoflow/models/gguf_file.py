@@ -1,12 +1,11 @@
-"""GGUF files: their tensors' names, shapes and formats, and their data, through PyPI's `gguf`.
+"""GGUF files: their tensors' names, shapes, formats and places, through PyPI's `gguf`.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. `gguf` is an extra: imported when such a
-file is met. No torch here; `weights.read_tensors` makes tensors of the arrays.
+file is met. No torch here; `weights.read_tensors` reads the data.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,26 +23,20 @@ def is_gguf(path: Path) -> bool:
         return False
 
 
-def shapes_and_formats(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape (as torch has it) and format name of each tensor.
+def entries(path: Path) -> dict[str, tuple[tuple[int, ...], str, int]]:
+    """Shape (as torch has it), format's name and first byte in the file of each tensor.
 
     Raises:
         UsoflowError: `extra_missing`, `model_damaged`.
     """
     return {
-        tensor.name: (tuple(int(side) for side in reversed(tensor.shape)), tensor.tensor_type.name)
+        tensor.name: (
+            tuple(int(side) for side in reversed(tensor.shape)),
+            tensor.tensor_type.name,
+            int(tensor.data_offset),
+        )
         for tensor in _reader(path).tensors
     }
-
-
-def arrays(path: Path, names: Iterable[str]) -> dict[str, tuple[Any, str]]:
-    """Data of tensors as memory-mapped numpy arrays, with the format's name.
-
-    Raises:
-        UsoflowError: `extra_missing`, `model_damaged`.
-    """
-    found = {tensor.name: tensor for tensor in _reader(path).tensors}
-    return {name: (found[name].data, found[name].tensor_type.name) for name in names}
 
 
 def _reader(path: Path) -> Any:
@@ -54,6 +47,6 @@ def _reader(path: Path) -> Any:
             "extra_missing", f"{path.name} is a GGUF file.", remedy='pip install "usoflow[gguf]"'
         ) from None
     try:
-        return GGUFReader(path, mode="c")  # copy on write: torch takes no read-only memory
+        return GGUFReader(path)
     except Exception as error:  # the library raises whatever its numpy calls do
         raise UsoflowError("model_damaged", f"{path.name} is not a valid GGUF file: {error}.") from None

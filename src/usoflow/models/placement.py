@@ -227,7 +227,7 @@ def _best_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if device.type == "mps":
-        return torch.bfloat16
+        return torch.bfloat16 if torch.backends.mps.is_macos_or_newer(14, 0) else torch.float16
     return torch.bfloat16 if _cpu_multiplies_bf16() else torch.float32
 
 
@@ -235,4 +235,5 @@ def _cpu_multiplies_bf16() -> bool:
     """Whether the CPU has bf16 instructions; oneDNN also emulates bf16 on AVX-512, slower than fp32."""
     if platform.machine().lower() in ("x86_64", "amd64"):
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", bool)  # Apple's builds lack oneDNN
+    return bool(supported())

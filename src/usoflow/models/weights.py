@@ -11,22 +11,29 @@ files, one fp32 scalar or one per row beside each weight).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+import mmap
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import prod
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from usoflow.errors import UsoflowError
 from usoflow.models import fp8, int8
-from usoflow.models.checkpoint import QUANTISED, Component, matches_any, some
-from usoflow.models.gguf_file import arrays, is_gguf
+from usoflow.models.checkpoint import QUANTISED, Component, TensorInfo, matches_any, some
 from usoflow.models.kernels import Scratch, fast, has_nan, linear, widen
 from usoflow.models.quantised import dequantise
 
 SCALE = "scale_weight"
+DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
+}  # fmt: skip
 UNUSED_SCALES = ("*.scale_input",)  # activation scales of fp8 matmuls: ours are those of each row
 
 M = TypeVar("M", bound=nn.Module)
@@ -104,7 +111,7 @@ class Linear(nn.Module):
             y = fp8.product(x, self.weight, self.row_scales, bias)
         elif may_be_rounded and self.in_int8:
             y = int8.product(x, *self._whole_numbers(), bias, self.scratch or Scratch())
-        elif self.branches:
+        elif len(self.branches) > 0:  # torch 2.6 compiles a mere `self.branches` without a guard
             y = linear(x, self._weight(x), bias)
         else:
             return linear(x, self._weight(x), bias, gelu=gelu)
@@ -299,20 +306,31 @@ def _check_shapes(component: Component, wanted: dict[str, tuple[int, ...]]) -> N
 def read_tensors(component: Component, names: Iterable[str]) -> dict[str, Tensor]:
     """The named tensors as memory-mapped views: their bytes are read from disk when they are touched.
 
+    The memory is read-only: whoever writes to a weight ends the process. Only so does the system let a file
+    be mapped that is larger than its memory (a private writable mapping, as safetensors makes, counts as
+    memory that is asked for).
+
     Raises:
-        UsoflowError: `model_damaged`.
+        UsoflowError: `model_missing`, `model_truncated`.
     """
-    if is_gguf(component.file.path):
-        stored = arrays(component.file.path, [component.prefix + name for name in names])
-        return {name.removeprefix(component.prefix): _of_array(*item) for name, item in stored.items()}
+    path = component.file.path
     try:
-        with safe_open(component.file.path, framework="pt") as reader:
-            return {name: reader.get_tensor(component.prefix + name) for name in names}
-    except (SafetensorError, OSError) as error:
-        raise UsoflowError("model_damaged", f"{component.file.path.name} cannot be read: {error}.") from None
+        with path.open("rb") as stream:
+            data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        return {name: _view(data, component.tensors[name]) for name in names}
+    except OSError as error:
+        raise UsoflowError("model_missing", f"{path} cannot be read: {error.strerror or error}.") from None
+    except ValueError:  # no such part of the file: it was there when the header was read
+        raise UsoflowError("model_truncated", f"{path.name} became shorter while it was used.") from None
 
 
-def _of_array(array: Any, format_: str) -> Tensor:
-    """Of GGUF data; quantised tensors are bytes, and so is BF16, which numpy does not have."""
-    tensor = torch.from_numpy(array)
-    return tensor.view(torch.bfloat16) if format_ == "BF16" else tensor
+def _view(data: mmap.mmap, info: TensorInfo) -> Tensor:
+    """One tensor; of a quantised one the bytes, [..., bytes of a row]."""
+    dtype, shape = DTYPES.get(info.dtype, torch.uint8), info.shape
+    if block := QUANTISED.get(info.dtype):
+        shape = (*shape[:-1], shape[-1] // block.values * block.bytes)
+    if 0 in shape:
+        return torch.empty(shape, dtype=dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of memory that cannot be written
+        return torch.frombuffer(data, dtype=dtype, count=prod(shape), offset=info.start).view(shape)

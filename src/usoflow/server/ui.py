@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import mimetypes
 import re
 from pathlib import Path
 from typing import Final
@@ -22,8 +23,13 @@ from usoflow.workflow.loading import template
 EDITOR: Final = "comfyui_frontend_package"
 THUMBNAIL: Final = ".webp"
 NOT_INSTALLED: Final = (
-    "The editor is not installed: pip install 'usoflow[ui]'. The API is there, see /docs.\n"
+    'The editor is not installed: pip install "usoflow[ui]". The API is there, see /docs.\n'
 )
+# Windows' registry may call scripts plain text, and then browsers do not run them.
+TYPES: Final = {
+    ".js": "text/javascript", ".mjs": "text/javascript", ".css": "text/css", ".json": "application/json",
+    ".svg": "image/svg+xml", ".wasm": "application/wasm",
+}  # fmt: skip
 TURNED_OFF: Final = "The editor is not served because of --no-ui. The API is there, see /docs.\n"
 
 router = APIRouter(tags=["editor"])
@@ -70,6 +76,8 @@ def mount_editor(app: FastAPI) -> None:
     def page() -> FileResponse:
         return FileResponse(root / "index.html", headers={"Cache-Control": "no-cache"})
 
+    for suffix, kind in TYPES.items():
+        mimetypes.add_type(kind, suffix)
     app.add_api_route("/", page, include_in_schema=False)
     app.mount("/", StaticFiles(directory=root))
 

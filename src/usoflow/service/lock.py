@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -16,19 +17,26 @@ def hold(path: Path, *, patience: float = PATIENCE) -> int:
     """Take the lock.
 
     Returns:
-        A file descriptor: who has it open holds the lock, so a worker inherits it (flock(2)). On Windows,
-        where there is no such lock, two servers on one file are not noticed.
+        A file descriptor: who has it open holds the lock, so a worker inherits it (flock(2)). On Windows
+        the server alone holds it.
 
     Raises:
         UsoflowError: `state_in_use`, `state_unusable`.
     """
     descriptor = _opened(path)
     deadline = time.monotonic() + patience
-    while not _taken(descriptor):
-        if time.monotonic() > deadline:
-            os.close(descriptor)
-            raise UsoflowError("state_in_use", f"Another usoflow server uses {path.parent}.")
-        time.sleep(_PERIOD)
+    try:
+        while not _taken(descriptor):
+            if time.monotonic() > deadline:
+                raise UsoflowError("state_in_use", f"Another usoflow server uses {path.parent}.")
+            time.sleep(_PERIOD)
+    except OSError as error:  # some network file systems have no locks
+        os.close(descriptor)
+        what = f"{path.parent} cannot be locked: {error.strerror}."
+        raise UsoflowError("state_unusable", what) from None
+    except UsoflowError:
+        os.close(descriptor)
+        raise
     return descriptor
 
 
@@ -43,11 +51,14 @@ def _opened(path: Path) -> int:
 
 def _taken(descriptor: int) -> bool:
     try:
-        import fcntl
-    except ImportError:
-        return True
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # the latter is Windows' word for it
         return False
     return True

@@ -41,7 +41,8 @@ from usoflow.service.worker import WorkerSettings
 
 logger = logging.getLogger(__name__)
 
-WORKER: Sequence[str] = (sys.executable, "-m", "usoflow.service.worker")
+# -P: modules are not looked for in the current folder; -X utf8: nodes may print anything on any system.
+WORKER: Sequence[str] = (sys.executable, "-P", "-X", "utf8", "-m", "usoflow.service.worker")
 ATTEMPTS = 2  # a worker that died while it was idle is noticed when the next job is given to it
 _KERNEL_COUNTERS = Path("/proc/vmstat")
 _KILLED = getattr(signal, "SIGKILL", 9)  # which Windows does not have
@@ -49,6 +50,12 @@ _SIGNALS: Mapping[int, str] = {
     signal.SIGSEGV: "it crashed with a segmentation fault",
     signal.SIGABRT: "it was aborted by one of its libraries",
     signal.SIGTERM: "it was ended from outside",
+}
+_WINDOWS_STATUSES: Mapping[int, str] = {  # NTSTATUS, which Windows gives as a positive number
+    0xC0000005: "it crashed with an access violation",
+    0xC00000FD: "its stack overflowed",
+    0xC0000409: "it was aborted by one of its libraries",
+    0xC000013A: "it was ended from outside",
 }
 
 
@@ -212,7 +219,8 @@ class _Child:
         if code == -_KILLED:
             reason = "it was killed, from outside or by the system for want of memory"
         else:
-            reason = _SIGNALS.get(-code, f"its exit status was {code}")
+            known = _SIGNALS.get(-code) or _WINDOWS_STATUSES.get(code)
+            reason = known or f"its exit status was {code}"
         when = "during the job" if self._ready else "before it was ready"
         return UsoflowError("worker_died", f"The worker process ended {when}: {reason}.")
 
