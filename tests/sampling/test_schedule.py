@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,6 +17,7 @@ from golden.compare import Golden
 from usoflow.sampling.schedule import (
     SCHEDULERS,
     FluxSchedule,
+    resolution_shift,
     sigmas,
     symmetric_beta_quantile,
 )
@@ -33,6 +35,13 @@ def test_simple_on_divisors_of_the_table_equals_diffusers() -> None:
     oracle = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     oracle.set_timesteps(sigmas=np.linspace(1.0, 1 / 20, 20), mu=1.15)
     assert torch.allclose(sigmas("simple", 20, 1.0, schedule=FLUX), oracle.sigmas, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(512, 512), (1024, 768), (1360, 768)])
+def test_the_shift_for_a_resolution_equals_diffusers(size: tuple[int, int]) -> None:
+    tokens = size[0] * size[1] // 256
+    oracle = calculate_shift(tokens, 256, 4096, 0.5, 1.15)
+    assert resolution_shift(*size, base=0.5, most=1.15) == pytest.approx(oracle)
 
 
 @pytest.mark.parametrize("shift", [-1e4, -100.0, 79.0, 100.0, 1e4])
