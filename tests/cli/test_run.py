@@ -234,7 +234,7 @@ class TestSampling:
 
     def test_without_cfg_the_negative_is_not_even_prepared(self, run: Any) -> None:
         """A negative that could not be used at all does no harm."""
-        prompt = small.text_to_image() | {
+        prompt = small.with_inputs(small.text_to_image(), "empty", batch_size=4) | {
             "three": {
                 "class_type": "EmptySD3LatentImage",
                 "inputs": {"width": 64, "height": 64, "batch_size": 3},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -9,7 +10,9 @@ import sys
 import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any
 
 import pytest
@@ -37,6 +40,7 @@ from usoflow.nodes.context import NodeContext, Shown
 from usoflow.schema.node import AnyNode, NodeRegistry, node
 from usoflow.schema.specs import Int, Text
 from usoflow.settings import find_folders
+from usoflow.workflow import metadata
 from usoflow.workflow.prompt import Prompt
 
 FP32 = Placement.choose("cpu", "fp32")
@@ -260,6 +264,46 @@ class TestCache:
             with pytest.raises(NodeError):
                 plain.run(small.with_inputs(failing, "source", name="other"), "show")
         assert calls == ["s", "(sl)", "other"] * 3
+
+    def test_equal_nodes_run_once(self, plain: Bench, calls: list[str]) -> None:
+        twins = {
+            "show": entry("Show", text=["top", 0]),
+            "top": entry("Join", a=["left", 0], b=["right", 0]),
+            "right": entry("Join", a=["other", 0], b="x"),
+            "left": entry("Join", a=["source", 0], b="x"),
+            "source": entry("Source", name="s"),
+            "other": entry("Source", name="s"),
+        }
+        result = plain.run(twins, "show")
+        assert calls == ["s", "(sx)", "((sx)(sx))", "show ((sx)(sx))"]
+        assert set(result.cached) == {"right", "other"}
+
+    def test_equal_output_nodes_each_show_their_own(self, bench: Bench) -> None:
+        prompt = {"picture": entry("EmptyImage", width=8, height=8, batch_size=1, color=0)}
+        prompt |= {key: entry("SaveImage", images=["picture", 0], filename_prefix="x") for key in "ab"}
+        for _ in range(2):
+            shown = bench.run(prompt, "a", "b").shown
+            names = [shown[key].images[0].filename for key in "ab"]
+            assert names == ["x_00001_.png", "x_00002_.png"]
+        assert bench.ran == []
+
+
+class TestFileNames:
+    def test_the_date_is_that_of_the_run(self, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of a prompt that no editor has sent; it is embedded as it was given."""
+        given = "%date:yyyy%/%width%"
+        prompt = {
+            "picture": entry("EmptyImage", width=8, height=8, batch_size=1, color=0),
+            "save": entry("SaveImage", images=["picture", 0], filename_prefix=given),
+        }
+        for year in (2031, 2032):
+            clock = SimpleNamespace(now=lambda year=year: datetime(year, 3, 4))
+            monkeypatch.setattr("usoflow.execution.executor.datetime", clock)
+            (saved,) = bench.run(prompt).shown["save"].images
+            assert (saved.subfolder, saved.filename) == (str(year), "8_00001_.png")
+            data = (bench.root / "output" / saved.subfolder / saved.filename).read_bytes()
+            embedded = json.loads(metadata.read(data)["prompt"])
+            assert embedded["save"]["inputs"]["filename_prefix"] == given
 
 
 class TestFiles:

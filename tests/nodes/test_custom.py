@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image, ImageColor
 
 from usoflow.api.workflow import Workflow
 from usoflow.errors import UsoflowError
@@ -152,7 +153,9 @@ def test_an_exception_is_its_authors(run: Runs) -> None:
 @pytest.mark.parametrize(
     ("source", "words"),
     [
-        ("import no_such_library.part", "not installed: pip install no_such_library"),
+        ("import no_such_library.part", "'no_such_library', which is not installed: see its requirements"),
+        ("import node_helpers", "ComfyUI's own module 'node_helpers'"),
+        ("from comfy_execution.graph import ExecutionBlocker", "ComfyUI's own module 'comfy_execution"),
         ("from folder_paths import get_output_directory", "ComfyUI's own module 'folder_paths'"),
         ("def (", "SyntaxError"),
         ("1 / 0", "ZeroDivisionError"),
@@ -168,6 +171,8 @@ def test_an_exception_is_its_authors(run: Runs) -> None:
             "of any name",
         ),
         (HEAD + taking("{'required': {'context': ('STRING', {})}}"), "called context"),
+        (HEAD + taking("{'required': {'a': ('INT', {'lazy': True})}}"), "lazy or rawLink: a"),
+        (HEAD + taking("{'optional': {'b': ('INT', {'rawLink': True})}}"), "lazy or rawLink: b"),
         (HEAD + taking("{'required': {'a': ('STRING', {'default': object()})}}"), "not JSON serializable"),
         ("import usoflow_custom_nodes.broken.absent", "one of its own files is missing: broken.absent"),
     ],
@@ -241,6 +246,14 @@ def test_the_editors_own_fields_of_a_custom_node(tmp_path: Path) -> None:
     assert changed.ui["nodes"][0]["widgets_values"] == ["a", "fixed", "{x|y}", 5, 4]
 
 
+def test_the_filter_beside_the_control_of_a_list(tmp_path: Path) -> None:
+    """Newer editors store it; what follows keeps its place."""
+    (tmp_path / "fields.py").write_text(FIELDS)
+    fields = {"id": 1, "type": "Fields", "mode": 0, "widgets_values": ["b", "fixed", "", "x", 3, 4]}
+    loaded = load_json({"nodes": [fields], "links": []}, with_custom(registry(), tmp_path))
+    assert loaded.prompt.nodes["1"].inputs == {"mode": "b", "text": "x", "k": 3, "more": 4}
+
+
 def test_an_input_without_a_field_takes_no_value_of_the_editors(tmp_path: Path) -> None:
     types = """{"required": {"text": ("STRING", {"forceInput": True}), "a": ("FLOAT", {"default": 1.0}),
                              "file": (["x", "y"], {"image_upload": True})},
@@ -280,3 +293,72 @@ NODE_CLASS_MAPPINGS = {"Shows": Shows}
     (tmp_path / "shows.py").write_text(source)
     runs = Runs(with_custom(registry(), tmp_path), tmp_path / "output")
     assert runs({"1": node("Shows")}, "1").shown["1"].record() == {"value": [None, None, 1.0]}
+
+
+@pytest.mark.parametrize(("line", "ran"), [("", 1), ("    NOT_IDEMPOTENT = True", 2)])
+def test_equal_nodes_run_once_unless_they_say_otherwise(tmp_path: Path, line: str, ran: int) -> None:
+    source = f"""
+class Sum(Plain):
+{line}
+    RETURN_TYPES = ("FLOAT",)
+    def run(self, a): return (float(a),)
+NODE_CLASS_MAPPINGS = {{"Sum": Sum}}
+"""
+    (tmp_path / "x.py").write_text(HEAD + source, encoding="utf-8")
+    run = Runs(with_custom(with_custom(registry(), EXAMPLES), tmp_path), tmp_path / "output")
+    prompt = {key: node("Sum", a=3) for key in ("1", "2")}
+    prompt |= {f"show{key}": node("ShowNumber", value=[key, 0]) for key in ("1", "2")}
+    result = run(prompt, "show1", "show2")
+    assert [record.class_type for record in result.finished].count("Sum") == ran
+    assert result.shown["show1"] == result.shown["show2"]
+
+
+ASKED = """
+class Asked(Plain):
+    RETURN_TYPES, OUTPUT_NODE = ("FLOAT",), True
+    @classmethod
+    def INPUT_TYPES(s): return {
+        "required": {"a": ("INT", {}), "b": ("INT", {})}, "hidden": {"me": "UNIQUE_ID", "all": "PROMPT"}}
+    @classmethod
+    def IS_CHANGED(s, a, me): return f"{a} {me}"
+    @classmethod
+    def VALIDATE_INPUTS(s, me, all): return all[me]["inputs"]["b"] == 2 or f"{me} wants 2"
+    def run(self, a, b, me, all): return (float(a),)
+NODE_CLASS_MAPPINGS = {"Asked": Asked}
+"""
+
+
+def test_is_changed_and_validate_inputs_get_the_hidden_inputs_that_they_take(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "x.py").write_text(HEAD + ASKED, encoding="utf-8")
+    run = Runs(with_custom(registry(), tmp_path), tmp_path / "output")
+    assert len(run({"7": node("Asked", a=1, b=2)}, "7").finished) == 1
+    assert len(run({"7": node("Asked", a=1, b=2)}, "7").finished) == 0
+    assert not caplog.messages
+    with pytest.raises(NodeError, match="7 wants 2"):
+        run({"7": node("Asked", a=1, b=3)}, "7")
+
+
+ANY_NAME = """
+class Name(Plain):
+    RETURN_TYPES = ("*",)
+    def run(self, a): return (f"{a}.png",)
+NODE_CLASS_MAPPINGS = {"Name": Name}
+"""
+
+
+def test_a_file_that_a_link_names_is_read_again(tmp_path: Path) -> None:
+    (tmp_path / "x.py").write_text(HEAD + ANY_NAME, encoding="utf-8")
+    run = Runs(with_custom(registry(), tmp_path), tmp_path / "output")
+    run.folders = find_folders(inputs=tmp_path, output=tmp_path / "output")
+    prompt = {
+        "name": node("Name", a=1),
+        "load": node("LoadImage", image=["name", 0]),
+        "save": node("SaveImage", images=["load", 0], filename_prefix="x"),
+    }
+    for number, colour in enumerate(("red", "lime"), start=1):
+        Image.new("RGB", (4, 4), colour).save(tmp_path / "1.png")
+        run(prompt, "save")
+        with Image.open(tmp_path / "output" / f"x_0000{number}_.png") as saved:
+            assert saved.getpixel((0, 0)) == ImageColor.getrgb(colour)

@@ -131,6 +131,16 @@ def test_stitching_matches_the_shared_side_as_pillow_does() -> None:
     assert float((joined[:, :, 6:] - expected).abs().max()) <= 2 / 255  # 8-bit truncation of the input
 
 
+def test_stitching_leaves_a_picture_of_the_right_size_as_it_is() -> None:
+    a, b = picture(8, 6), picture(8, 5, seed=1) / 3  # values that 8 bits do not have
+    assert torch.equal(image_transform.stitch(a, "right", match_image_size=True, image2=b)[:, :, 6:], b)
+
+
+def test_stitching_a_square_gives_a_square() -> None:
+    joined = image_transform.stitch(picture(512, 6), "right", match_image_size=True, image2=picture(98, 98))
+    assert joined.shape == (1, 512, 6 + 512, 3)
+
+
 def test_stitching_centres_the_smaller_on_black_and_repeats_the_last_of_the_shorter_batch() -> None:
     a, b = picture(8, 2, batch=2), picture(3, 2, seed=1)
     joined = image_transform.stitch(a, "right", match_image_size=False, spacing_color="blue", image2=b)

@@ -32,6 +32,21 @@ def test_loading_a_channel(context: Any, channel: str, value: float) -> None:
     assert torch.allclose(loaded, torch.full((1, 2, 3), value))
 
 
+def test_the_alpha_of_an_opaque_picture_is_empty_and_of_its_size(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 2)).save(tmp_path / "wall.png")
+    context: Any = SimpleNamespace(folders=find_folders(inputs=tmp_path))
+    assert torch.equal(mask.load_image_mask("wall.png", "alpha", context=context), torch.zeros(1, 2, 4))
+
+
+@pytest.mark.parametrize("channel", ["alpha", "red"])
+def test_the_first_frame_counts(tmp_path: Path, channel: str) -> None:
+    first, second = (Image.new("RGBA", (4, 2), (value, 0, 0, 255 - value)) for value in (51, 102))
+    first.save(tmp_path / "moving.png", save_all=True, append_images=[second])
+    context: Any = SimpleNamespace(folders=find_folders(inputs=tmp_path))
+    loaded = mask.load_image_mask("moving.png", channel, context=context)
+    assert torch.allclose(loaded, torch.full((1, 2, 4), 0.2))
+
+
 def test_to_picture_and_back() -> None:
     source = torch.rand(2, 3, 4)
     picture = mask.mask_to_image(source)

@@ -16,11 +16,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from usoflow.errors import UsoflowError
 from usoflow.models.checkpoint import Component, TensorFile
 from usoflow.models.library import ModelLibrary
 from usoflow.models.placement import Placement
 from usoflow.nodes import conditioning, custom_sampling, latent_batch, sampling, uso
-from usoflow.nodes.handles import ClipHandle, ModelHandle
+from usoflow.nodes.handles import ClipHandle, ModelHandle, ModelPatchHandle
 from usoflow.sampling.schedule import FluxSchedule, resolution_shift, sigmas, window
 
 SCALE, SHIFT = 0.3611, 0.1159  # FLUX's latent format
@@ -140,6 +141,27 @@ def test_an_interrupted_run_also_gives_its_estimate(tools: Tools) -> None:
     v = velocity(tools, x, 0.9, tools.cat)
     assert torch.allclose(estimate["samples"], (x - 0.9 * v) / SCALE + SHIFT, atol=1e-4)
     assert torch.allclose(output["samples"], (x - 0.3 * v) / (1 - 0.6) / SCALE + SHIFT, atol=1e-4)
+
+
+def test_of_more_reference_latents_than_latents_the_first_count(tools: Tools) -> None:
+    """An animated picture as the subject."""
+    frames = latents(1, batch=3)
+    made = []
+    for reference in (frames, {"samples": frames["samples"][:1]}):
+        text = conditioning.reference_latent(tools.cat, reference)
+        made.append(whole(SimpleNamespace(**vars(tools) | {"cat": text}), empty()))
+    assert torch.equal(*made)
+
+
+def test_of_more_styles_than_latents_it_is_told_that_frames_count(tools: Tools, small_models: Path) -> None:
+    """An animated picture as the style."""
+    patch, tower = (next((small_models / name).iterdir()) for name in ("model_patches", "clip_vision"))
+    siglip = TensorFile.open(tower).component("siglip")
+    seen = tools.context.library.encode_vision(siglip, torch.rand(3, 8, 8, 3), "center")
+    projector = ModelPatchHandle(TensorFile.open(patch).component("uso_projector"))
+    styled = uso.style_reference(tools.model, projector, seen)
+    with pytest.raises(UsoflowError, match=r"frames of an animated one.* batch of 3, the latent in one of 1"):
+        whole(SimpleNamespace(**vars(tools) | {"model": styled}), empty())
 
 
 def test_only_what_is_in_the_mask_is_made_anew(tools: Tools) -> None:

@@ -115,11 +115,23 @@ def test_a_primitive_that_feeds_two() -> None:
     sampler["inputs"][0]["link"] = 3
     workflow["nodes"].append(sampler)
     workflow["links"].append([3, 1, 0, 4, 0, "INT"])
-    assert inputs(edited(workflow, {("2", "seed"): 9})) == inputs(workflow) | {("2", "seed"): 9}
+    named = {("3", "filename_prefix"): "a_9"}
+    assert inputs(edited(workflow, {("2", "seed"): 9})) == inputs(workflow) | {("2", "seed"): 9} | named
     both: Inputs = {("2", "seed"): 9, ("4", "seed"): 9}
     changed = edited(workflow, both)
-    assert inputs(changed) == inputs(workflow) | both
+    assert inputs(changed) == inputs(workflow) | both | named
     assert changed["nodes"][0]["widgets_values"][0] == 9  # still feeds them
+
+
+@pytest.mark.parametrize("stored", [None, [], [7], [7, "increment", 12]])
+def test_a_field_that_the_file_does_not_store(stored: list[Any] | None) -> None:
+    """What stands before it is filled with the defaults."""
+    workflow = {"nodes": [{"id": 2, "type": "KSampler", "widgets_values": stored}], "links": []}
+    changed = edited(workflow, {("2", "sampler_name"): "heun"})
+    assert inputs(changed) == inputs(workflow) | {("2", "sampler_name"): "heun"}
+    before = [0, "fixed", 20, 8.0]
+    given = stored or []
+    assert changed["nodes"][0]["widgets_values"] == [*given, *before[len(given) :], "heun"]
 
 
 def test_a_link_gives_way_to_a_value() -> None:

@@ -237,6 +237,40 @@ def test_file_names() -> None:
     assert conversion.warnings == ("filename_prefix: there is no Nobody.seed",)
 
 
+def file_name(prefix: str, *nodes: Json) -> Any:
+    return inputs(workflow([*nodes, node(99, "SaveImage", widgets_values=[prefix])], []))["99"][
+        "filename_prefix"
+    ]
+
+
+def test_file_names_with_a_default_title() -> None:
+    """The file stores only titles that the user has given."""
+    empty = node(1, "EmptyLatentImage", widgets_values=[640, 512, 1])
+    assert file_name("%Empty Latent Image.width%", empty) == "640"
+
+
+def test_file_names_prefer_the_name_that_is_meant_for_them() -> None:
+    titled = node(1, "EmptyLatentImage", title="Size", widgets_values=[640, 512, 1])
+    named = node(
+        2, "EmptyLatentImage", properties={"Node name for S&R": "Size"}, widgets_values=[320, 512, 1]
+    )
+    assert file_name("%Size.width%", titled, named) == "320"
+
+
+@pytest.mark.parametrize(("title", "name"), [("Seed", "Seed"), ("", "Primitive")])
+def test_file_names_with_the_value_of_a_primitive(title: str, name: str) -> None:
+    primitive = node(1, "PrimitiveNode", title=title, widgets_values=[7, "fixed"])
+    assert file_name(f"%{name}.value%", primitive) == "7"
+
+
+@pytest.mark.parametrize("type_", ["workflow>Two steps", "workflow/Two steps"])
+def test_group_nodes_are_to_be_converted(type_: str) -> None:
+    with pytest.raises(UsoflowError, match=r"node 3 is a group node \(Two steps\)") as raised:
+        convert(workflow([node(3, type_)], []))
+    assert raised.value.code == "workflow_invalid"
+    assert "to a subgraph" in raised.value.remedy
+
+
 @pytest.mark.parametrize(
     ("nodes", "told"),
     [

@@ -73,6 +73,14 @@ def test_utf8_in_a_latin1_chunk() -> None:
     assert metadata.read(picture("PNG", pnginfo=info)) == {"prompt": "漢字"}
 
 
+def test_an_animated_png() -> None:
+    """Its texts stand in chunks of another type, after the pictures."""
+    info = PngInfo()
+    info.add(b"comf", b"prompt\0" + json.dumps(PROMPT).encode(), after_idat=True)
+    data = picture("PNG", pnginfo=info, save_all=True, append_images=[Image.new("RGB", (4, 4), "red")])
+    assert json.loads(metadata.read(data)["prompt"]) == PROMPT
+
+
 def test_a_compressed_text_does_not_unfold_without_end() -> None:
     info = PngInfo()
     info.add_text("prompt", "a" * (metadata.MAX_TEXT + 1000), zip=True)

@@ -1,19 +1,21 @@
 """Outputs kept from run to run, by what really went into them.
 
 The key of a node follows from its type, its values, the keys of the nodes it is linked to, and the state of
-the files it names, so that a changed picture or model file is noticed under the same name.
+the files it names, so that a changed picture or model file is noticed under the same name. What writes files
+or is not the same twice has its id in the key: of two equal nodes, each is then run.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import uuid
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from usoflow.errors import UsoflowError
 from usoflow.models.checkpoint import TensorFile
-from usoflow.schema.node import NodeRegistry
+from usoflow.schema.node import AnyNode, NodeRegistry
 from usoflow.schema.specs import InputImage, InputSpec, ModelFile
 from usoflow.schema.values import image_location
 from usoflow.settings import Folders
@@ -42,8 +44,17 @@ class OutputCache:
         self._outputs = {}
 
 
-def keys(prompt: Prompt, order: list[str], registry: NodeRegistry, folders: Folders) -> Mapping[str, str]:
-    """The cache key of every node in `order`, in which a node follows those it is linked to."""
+def keys(
+    prompt: Prompt,
+    order: list[str],
+    registry: NodeRegistry,
+    folders: Folders,
+    told: Callable[[str], Mapping[str, Any]],
+) -> Mapping[str, str]:
+    """The cache key of every node in `order`, in which a node follows those it is linked to.
+
+    `told` gives what is known of a node's inputs, by its id, to nodes that say themselves what has changed.
+    """
     found: dict[str, str] = {}
     for node_id in order:
         node = prompt.nodes[node_id]
@@ -51,16 +62,22 @@ def keys(prompt: Prompt, order: list[str], registry: NodeRegistry, folders: Fold
             name: _part(node, name, value, found, registry, folders) for name, value in node.inputs.items()
         }
         entry = registry[node.class_type]
-        told = entry.changed(constants(node)) if entry.changed else ""
-        own = node_id if "UNIQUE_ID" in entry.schema.hidden.values() else ""  # it may compute with that
-        text = json.dumps([node.class_type, parts, told, own], sort_keys=True, default=str)
+        changed = entry.changed(told(node_id)) if entry.changed else ""
+        own = node_id if _is_unlike_others(entry) else ""
+        text = json.dumps([node.class_type, parts, changed, own], sort_keys=True, default=str)
         found[node_id] = hashlib.sha256(text.encode()).hexdigest()
     return found
 
 
-def constants(node: PromptNode) -> Mapping[str, Any]:
+def constants(node: PromptNode) -> dict[str, Any]:
     """The inputs of a node that are values; those that are links are None, as in ComfyUI."""
     return {name: None if link_of(value) else unwrapped(value) for name, value in node.inputs.items()}
+
+
+def _is_unlike_others(entry: AnyNode) -> bool:
+    """Whether no other node's outputs may stand for those of a node of this type."""
+    schema = entry.schema
+    return schema.output_node or not entry.repeatable or "UNIQUE_ID" in schema.hidden.values()
 
 
 def _part(
@@ -71,10 +88,12 @@ def _part(
     registry: NodeRegistry,
     folders: Folders,
 ) -> Any:
+    spec = registry[node.class_type].schema.input(name)
     if link := link_of(value):
         origin, slot = link
-        return [known[origin], slot]
-    spec = registry[node.class_type].schema.input(name)
+        names_file = spec is not None and isinstance(spec.kind, InputImage | ModelFile)
+        # Which file that is, and so whether it changed, is only known when the origin was run.
+        return [known[origin], slot, uuid.uuid4().hex if names_file else ""]
     return [value, _state_of_file(spec, value, folders)] if spec else value
 
 

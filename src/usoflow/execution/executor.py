@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from typing import Any
 
 import torch
@@ -23,11 +24,12 @@ from usoflow.execution.progress import (
 )
 from usoflow.models.library import ModelLibrary
 from usoflow.nodes.context import NodeContext, Reserve, Shown, unreserved
-from usoflow.nodes.custom import is_custom
+from usoflow.nodes.custom import hidden_values, is_custom
 from usoflow.schema.node import NodeRegistry
 from usoflow.schema.specs import NodeSchema
 from usoflow.settings import Folders
 from usoflow.workflow.prompt import Prompt, link_of, unwrapped
+from usoflow.workflow.text import FILE_NAME, fill_placeholders
 
 
 class _ListenerError(Exception):
@@ -54,7 +56,7 @@ class RunResult:
     Attributes:
         shown: what each output node has to show, by node id.
         finished: one record for each node that ran, in order.
-        cached: ids of the nodes whose outputs were known.
+        cached: ids of the nodes whose outputs were known, from an earlier run or an equal node of this one.
         seconds: for the whole run.
     """
 
@@ -119,7 +121,7 @@ class _Run:
         reserve: Reserve,
     ) -> None:
         self.executor, self.given, self.folders = executor, prompt, folders
-        self.prompt = _of_known_inputs(prompt, executor.registry)
+        self.prompt = _dated(_of_known_inputs(prompt, executor.registry), datetime.now())
         self.workflow, self.listen, self.cancellation, self.reserve = workflow, listen, cancellation, reserve
         self.outputs: dict[str, Outputs] = {}
         self.finished: list[NodeFinished] = []
@@ -129,21 +131,26 @@ class _Run:
         cache = self.executor.cache
         reachable = list(in_order(self.prompt, targets))
         self._ask_nodes(reachable)
-        key_of = keys(self.prompt, reachable, self.executor.registry, self.folders)
-        kept = {n: outputs for n in reachable if (outputs := cache.get(key_of[n])) is not None}
-        known = {n: outputs for n, outputs in kept.items() if self._is_there(outputs)}
-        needed = list(in_order(self.prompt, targets, stop_at=known))
-        cached = [node_id for node_id in needed if node_id in known]
-        again = {n: found for n in cached if (found := _shown(known[n]))}
+        key_of = keys(self.prompt, reachable, self.executor.registry, self.folders, self._told)
+        kept = {key: outputs for key in key_of.values() if (outputs := cache.get(key)) is not None}
+        known = {key: outputs for key, outputs in kept.items() if self._is_there(outputs)}
+        needed = list(in_order(self.prompt, targets, stop_at={n for n in reachable if key_of[n] in known}))
+        cached = [node_id for node_id in needed if key_of[node_id] in known]
+        again = {n: found for n in cached if (found := _shown(known[key_of[n]]))}
         self.listen(NodesCached(tuple(cached), again))
         try:
             for node_id in needed:
-                self.outputs[node_id] = known[node_id] if node_id in known else self._run_node(node_id)
-                cache.put(key_of[node_id], self.outputs[node_id])
+                key = key_of[node_id]
+                if key not in known:
+                    known[key] = self._run_node(node_id)
+                    cache.put(key, known[key])
+                self.outputs[node_id] = known[key]
         finally:
             cache.keep_only(set(key_of.values()))
+        ran = {record.node_id for record in self.finished}
         shown = {t: found for t in targets if (found := _shown(self.outputs[t]))}
-        return RunResult(shown, self.finished, cached, time.perf_counter() - start)
+        not_run = [node_id for node_id in needed if node_id not in ran]
+        return RunResult(shown, self.finished, not_run, time.perf_counter() - start)
 
     def _is_there(self, outputs: Outputs) -> bool:
         """Whether no picture that a node has written was removed meanwhile; other outputs are in memory."""
@@ -157,11 +164,16 @@ class _Run:
             node = self.prompt.nodes[node_id]
             entry = self.executor.registry[node.class_type]
             try:
-                refused = entry.refusal and entry.refusal(constants(node))
+                refused = entry.refusal and entry.refusal(self._told(node_id))
             except Exception as error:
                 raise self._at(node_id, "custom_node_failed", f"VALIDATE_INPUTS: {error!r}") from error
             if refused:
                 raise self._at(node_id, "values_refused", refused)
+
+    def _told(self, node_id: str) -> Mapping[str, Any]:
+        """What is known of a node's inputs before anything is run."""
+        hidden = hidden_values(self._schema(node_id), node_id, self.given.to_json(), self.workflow)
+        return constants(self.prompt.nodes[node_id]) | hidden
 
     def _schema(self, node_id: str) -> NodeSchema:
         return self.executor.registry[self.prompt.nodes[node_id].class_type].schema
@@ -264,9 +276,18 @@ def _of_known_inputs(prompt: Prompt, registry: NodeRegistry) -> Prompt:
     )
 
 
-def in_order(
-    prompt: Prompt, targets: Sequence[str], stop_at: Mapping[str, object] | None = None
-) -> Iterator[str]:
+def _dated(prompt: Prompt, now: datetime) -> Prompt:
+    """The prompt with %date:...% in file names filled in, as the editor does before it sends one."""
+    nodes = dict(prompt.nodes)
+    for key, node in prompt.nodes.items():
+        prefix = node.inputs.get(FILE_NAME)
+        if isinstance(prefix, str):
+            filled = fill_placeholders(prefix, now, lambda node, widget: None)
+            nodes[key] = replace(node, inputs={**node.inputs, FILE_NAME: filled})
+    return Prompt(nodes)
+
+
+def in_order(prompt: Prompt, targets: Sequence[str], stop_at: Collection[str] = ()) -> Iterator[str]:
     """Ids of the nodes that the targets need, each after those it is linked to.
 
     The inputs of a node in `stop_at` are not followed. Links of a valid prompt have no cycle.
@@ -277,7 +298,7 @@ def in_order(
         node_id, inputs_done = stack.pop()
         if node_id in done:
             continue
-        if inputs_done or node_id in (stop_at or {}):
+        if inputs_done or node_id in stop_at:
             done.add(node_id)
             yield node_id
             continue

@@ -321,6 +321,7 @@ def _open_cached(path: Path, fingerprint: tuple[str, int, int]) -> TensorFile:
     if not isinstance(metadata, dict):
         raise _damaged(path, "its metadata is not an object")
     tensors = {name: _tensor_info(path, name, entry, start, fingerprint[1]) for name, entry in header.items()}
+    _refuse_overlap(path, tensors)
     texts = {str(key): str(value) for key, value in metadata.items()}
     return TensorFile(path, MappingProxyType(tensors), MappingProxyType(texts), fingerprint)
 
@@ -384,6 +385,15 @@ def _tensor_info(path: Path, name: str, entry: object, start: int, size: int) ->
             f"{path.name} ends before tensor {name!r}: {start + end - size} bytes are missing.",
         )
     return TensorInfo(shape, dtype, start + begin)
+
+
+def _refuse_overlap(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
+    """As the safetensors library does: no byte is two tensors'."""
+    end = 0
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].bytes)):
+        if info.start < end:
+            raise _damaged(path, f"tensor {name!r} begins inside another")
+        end = info.start + info.bytes
 
 
 def _refuse_pickle(path: Path, start: bytes) -> None:

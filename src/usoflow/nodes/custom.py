@@ -36,6 +36,7 @@ MODULE: Final = "custom_nodes"  # the editor files nodes of such modules under t
 SEEDS: Final = ("seed", "noise_seed")  # to which the editor adds a control widget unasked
 HIDDEN: Final = ("PROMPT", "EXTRA_PNGINFO", "UNIQUE_ID")
 _ANY_NAME: Final = "usoflow asks for an input of any name"
+_OTHER_INPUTS: Final = ("lazy", "rawLink")  # settings: computed only when asked for; the link, not its value
 
 
 def is_custom(schema: NodeSchema) -> bool:
@@ -60,7 +61,7 @@ def adapt(name: str, cls: Any, *, module: str, display_name: str | None = None) 
     try:
         types = cls.INPUT_TYPES()
         schema = _schema(name, cls, types, module, display_name)
-        _check(cls, types)
+        _check(cls, types, schema)
         json.dumps(to_json(schema))  # as the server is told of it
     except UnusableNodeError:
         raise
@@ -72,7 +73,20 @@ def adapt(name: str, cls: Any, *, module: str, display_name: str | None = None) 
         V1Function(cls, schema),
         changed=_changed(cls.IS_CHANGED, name) if hasattr(cls, "IS_CHANGED") else None,
         refusal=None if validate is None else _refusal(validate),
+        repeatable=not getattr(cls, "NOT_IDEMPOTENT", False),
     )
+
+
+def hidden_values(
+    schema: NodeSchema, node: str, prompt: Mapping[str, Any], workflow: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """What a node asks for besides its inputs, by the names that it gives them."""
+    values = {
+        "PROMPT": prompt,
+        "EXTRA_PNGINFO": {"workflow": workflow} if workflow else None,
+        "UNIQUE_ID": node,
+    }
+    return {name: values[kind] for name, kind in schema.hidden.items()}
 
 
 # --- what a class says of itself ---------------------------------------------------------------------------
@@ -103,7 +117,7 @@ def _schema(
     )
 
 
-def _check(cls: Any, types: Mapping[str, Any]) -> None:
+def _check(cls: Any, types: Mapping[str, Any], schema: NodeSchema) -> None:
     """Refuse what would run otherwise than its author means."""
     if getattr(cls, "INPUT_IS_LIST", False) or any(getattr(cls, "OUTPUT_IS_LIST", ())):
         raise UnusableNodeError("it takes or gives lists (INPUT_IS_LIST, OUTPUT_IS_LIST)")
@@ -119,6 +133,9 @@ def _check(cls: Any, types: Mapping[str, Any]) -> None:
     unknown = {_type(kind) for kind in types.get("hidden", {}).values()} - set(HIDDEN)
     if unknown:
         raise UnusableNodeError(f"it asks for hidden inputs of the kind {', '.join(sorted(unknown))}")
+    other = [spec.name for spec in schema.inputs if any(map(spec.settings.get, _OTHER_INPUTS))]
+    if other:
+        raise UnusableNodeError(f"it has inputs that are lazy or rawLink: {', '.join(other)}")
 
 
 def _input(name: str, entry: Any, *, required: bool, checked: bool) -> InputSpec:
@@ -187,18 +204,10 @@ class V1Function:
         if context.node not in self._instances:
             self._instances[context.node] = self.cls()
         method = getattr(self._instances[context.node], self.cls.FUNCTION)
-        given = method(**inputs, **self._hidden(context))
+        given = method(**inputs, **hidden_values(self.schema, context.node, context.prompt, context.workflow))
         if inspect.isawaitable(given):
             raise TypeError("usoflow does not run functions that are async")
         return self._result(given)
-
-    def _hidden(self, context: NodeContext) -> dict[str, Any]:
-        values = {
-            "PROMPT": context.prompt,
-            "EXTRA_PNGINFO": {"workflow": context.workflow} if context.workflow else None,
-            "UNIQUE_ID": context.node,
-        }
-        return {name: values[kind] for name, kind in self.schema.hidden.items()}
 
     def _result(self, given: Any) -> Any:
         if not isinstance(given, dict):
@@ -234,7 +243,7 @@ def _changed(is_changed: Callable[..., Any], name: str) -> Callable[[Mapping[str
 
     def changed(values: Mapping[str, Any]) -> str:
         try:
-            given = is_changed(**values)
+            given = is_changed(**_taken(is_changed, values))
             return repr(given) if given == given else uuid.uuid4().hex
         except Exception as error:  # as in ComfyUI: the node then runs
             logger.warning("IS_CHANGED of %s failed: %s: %s", name, type(error).__name__, error)
@@ -245,15 +254,20 @@ def _changed(is_changed: Callable[..., Any], name: str) -> Callable[[Mapping[str
 
 def _refusal(validate: Callable[..., Any]) -> Callable[[Mapping[str, Any]], str | None]:
     """What VALIDATE_INPUTS says against the values that it asks for."""
-    wanted = _parameters(validate)
 
     def refusal(values: Mapping[str, Any]) -> str | None:
-        answer = validate(**(values if "**" in wanted else {k: v for k, v in values.items() if k in wanted}))
+        answer = validate(**_taken(validate, values))
         if answer is True:
             return None
         return answer if isinstance(answer, str) else "the node does not take these values"
 
     return refusal
+
+
+def _taken(function: Any, values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Those of the values that a function takes."""
+    wanted = _parameters(function)
+    return values if "**" in wanted else {name: values[name] for name in wanted if name in values}
 
 
 def _own_checks(cls: Any) -> Callable[[str], bool]:

@@ -23,8 +23,11 @@ logger = logging.getLogger(__name__)
 
 PREFIX: Final = "usoflow_custom_nodes"  # so that a file named like a library does not hide it
 COMFYUI_MODULES: Final = frozenset(
-    {"comfy", "comfy_api", "comfy_extras", "execution", "folder_paths", "latent_preview", "nodes", "server"}
-)
+    {
+        "app", "comfy", "comfy_api", "comfy_execution", "comfy_extras", "comfyui_version", "cuda_malloc",
+        "execution", "folder_paths", "latent_preview", "node_helpers", "nodes", "protocol", "server", "utils",
+    }
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -127,5 +130,5 @@ def _reason(error: BaseException) -> str:
         return f"it needs ComfyUI's own module {error.name!r}, which usoflow does not have"
     if package == PREFIX:
         return f"one of its own files is missing: {error.name.removeprefix(PREFIX + '.')}"
-    missing = f"it needs the module {error.name!r}, which is not installed"
-    return f"{missing}: pip install {package}, unless its requirements.txt calls that otherwise"
+    # No name of a package is advised: a stranger's may be called as the module is.
+    return f"it needs the module {error.name!r}, which is not installed: see its requirements.txt"

@@ -141,7 +141,7 @@ def _guidance(
     flux: Flux, samples: Tensor, guider: Guider, step_cache: StepCache | None, library: ModelLibrary
 ) -> Guidance:
     """The denoiser of a run; what a cfg of 1 would cancel out is not even prepared."""
-    style = _style_tokens(guider.model, library)
+    style = _style_tokens(guider.model, len(samples), library)
 
     def velocity(conditioning: Conditioning) -> Velocity:
         return _velocity(flux, samples, conditioning, style, guider.model, library)
@@ -162,17 +162,17 @@ def _with_channels(samples: Tensor, channels: int) -> Tensor:
     return samples.new_zeros(samples.shape[0], channels, *samples.shape[2:], dtype=torch.float32)
 
 
-def _style_tokens(model: Model, library: ModelLibrary) -> Tensor | None:
-    """Style tokens of every reference in the chain: [B, S, hidden], or None without styles.
+def _style_tokens(model: Model, batch: int, library: ModelLibrary) -> Tensor | None:
+    """Style tokens of every reference in the chain: [B or 1, S, hidden], or None without styles.
 
     Their order does not matter but for rounding: they all have the position of the text.
     """
     if not model.styles:
         return None
     tokens = [library.style_tokens(style.projector, style.vision.hidden) for style in model.styles]
-    batch = max(len(part) for part in tokens)
-    _check_batch(tokens, batch, "style pictures")
-    return torch.cat([part.expand(batch, -1, -1) for part in tokens], dim=1)
+    _check_batch(tokens, batch, "style pictures (or the frames of an animated one)")
+    longest = max(len(part) for part in tokens)
+    return torch.cat([part.expand(longest, -1, -1) for part in tokens], dim=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,12 +240,11 @@ def _prepare(
     device, batch = library.placement.device, len(samples)
     pooled = options.get("pooled_output")
     pooled = torch.zeros(1, flux.config.pooled_dim) if pooled is None else pooled
-    references = [
-        _with_channels(latent, flux.config.channels) for latent in options.get("reference_latents", [])
-    ]
+    given = options.get("reference_latents", [])  # of an animated picture, the first frames count
+    references = [_with_channels(latent[:batch], flux.config.channels) for latent in given]
     _check_widths(flux.config, text, pooled, style)
     _check_batch(references, batch, "reference latents")
-    _check_batch([text, pooled, *([] if style is None else [style])], batch, "prompts or style pictures")
+    _check_batch([text, pooled], batch, "prompts")
     return flux.prepare(
         text.to(device),
         pooled.to(device),

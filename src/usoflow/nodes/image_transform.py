@@ -151,8 +151,10 @@ def _scaled_to(image: Tensor, axis: int, length: int) -> Tensor:
     """Scaled in its proportions so that the axis has this length."""
     from usoflow.nodes import resize
 
-    factor = length / image.shape[axis]
-    height, width = (length if a == axis else max(1, int(image.shape[a] * factor)) for a in (_ROWS, _COLUMNS))
+    side = image.shape[axis]
+    if side == length:  # lanczos would round the values to 8 bits
+        return image
+    height, width = (max(1, int(length * (image.shape[a] / side))) for a in (_ROWS, _COLUMNS))
     return resize.resize(image, width, height, "lanczos")
 
 

@@ -21,15 +21,17 @@ def load_image_mask(
     *,
     context: NodeContext,
 ) -> Mask:
-    """Loads one channel of a picture; of alpha, the mask is the transparency."""
+    """Loads one channel of a picture, of its first frame; of alpha, the mask is the transparency."""
     import torch
 
     from usoflow.nodes.pictures import read_picture
 
-    pixels, transparency = read_picture(context.folders.picture(*image_location(image)))
-    if channel == "alpha":
-        return torch.from_numpy(transparency)
-    return torch.from_numpy(pixels)[..., _CHANNELS.index(channel)]
+    frames, masks = read_picture(context.folders.picture(*image_location(image)))
+    pixels, transparency = torch.from_numpy(frames[:1]), torch.from_numpy(masks[:1])
+    if channel != "alpha":
+        return pixels[..., _CHANNELS.index(channel)]
+    is_opaque = transparency.shape != pixels.shape[:3]  # then the mask is of a size of its own
+    return pixels.new_zeros(pixels.shape[:3]) if is_opaque else transparency
 
 
 @node("MaskToImage", category="mask", display_name="Convert Mask to Image")

@@ -26,7 +26,8 @@ from usoflow.settings import inside
 from usoflow.workflow.metadata import png_info
 
 MAX_PIXELS = 64_000_000  # all frames together: 768 MB as float32
-PNG_MODES = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")
+PNG_MODES = ("1", "L", "LA", "I;16", "P", "RGB", "RGBA")
+PATIENCE = 2.0  # seconds that another program may have a finished picture open
 EMPTY_MASK = (64, 64)  # what LoadImage gives for a picture without alpha
 
 Array = NDArray[np.float32]
@@ -119,10 +120,17 @@ def write_upright(picture: Image.Image, path: Path) -> None:
     """
     try:
         turned = ImageOps.exif_transpose(picture)
-        turned = turned if turned.mode in PNG_MODES else turned.convert("RGBA" if _clear(turned) else "RGB")
+        turned = turned if turned.mode in PNG_MODES else turned.convert(_png_mode(turned))
         turned.save(path)
     except Exception as error:  # Pillow reads lazily, see `opened`
         raise UsoflowError("image_invalid", f"{picture!r} cannot be read: {error}.") from None
+
+
+def _png_mode(picture: Image.Image) -> str:
+    """That keeps most of a picture in a mode that PNG does not have."""
+    if picture.mode == "I":
+        return "I;16"
+    return "RGBA" if _clear(picture) else "RGB"
 
 
 def _clear(picture: Image.Image) -> bool:
@@ -146,7 +154,7 @@ def write_pictures(
         images: [B, H, W, 3], clipped to 0..1 and truncated to 8 bits.
         root: the output folder.
         prefix: start of the file names; may lead into subfolders of `root`, and may hold %width%, %height%,
-            %year%, %month%, %day%, %hour%, %minute%, %second%.
+            %year%, %month%, %day%, %hour%, %minute%, %second%, and in the name %batch_num%, from 0 on.
         prompt: embedded under the key `prompt`.
         workflow: embedded under the key `workflow`, if given.
         compression: zlib level.
@@ -164,8 +172,8 @@ def write_pictures(
     written = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for pixels in (np.clip(images, 0, 1) * 255).astype(np.uint8):
-            with _reserved(folder, stem, reserve) as partial:
+        for number, pixels in enumerate((np.clip(images, 0, 1) * 255).astype(np.uint8)):
+            with _reserved(folder, stem.replace("%batch_num%", str(number)), reserve) as partial:
                 Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(
                     partial, format="PNG", pnginfo=metadata, compress_level=compression
                 )
@@ -206,7 +214,20 @@ def _reserved(folder: Path, stem: str, reserve: Reserve) -> Iterator[Path]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    partial.replace(partial.with_suffix(".png"))
+    _rename(partial, partial.with_suffix(".png"))
+
+
+def _rename(partial: Path, whole: Path) -> None:
+    """Windows refuses it as long as a scanner of viruses, say, has the file open."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            partial.replace(whole)
+            return
+        except PermissionError:
+            if os.name != "nt" or time.monotonic() > deadline:
+                raise
+        time.sleep(0.05)
 
 
 def _taken(partial: Path) -> bool:

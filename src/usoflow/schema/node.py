@@ -45,15 +45,17 @@ class Node(Generic[P, R]):
     """A function with its schema; calling it calls the function.
 
     Attributes:
-        changed: of the inputs that are values: what tells of outputs kept from an earlier run whether they
-            still hold. None for nodes whose outputs follow from their inputs.
-        refusal: of the inputs that are values: what is wrong with them, or None.
+        changed: of the inputs that are values and the hidden ones: what tells of outputs kept from an earlier
+            run whether they still hold. None for nodes whose outputs follow from their inputs.
+        refusal: of the same: what is wrong with them, or None.
+        repeatable: whether another node of the type would give the same for the same inputs.
     """
 
     schema: NodeSchema
     function: Callable[P, R]
     changed: Callable[[Mapping[str, Any]], str] | None = None
     refusal: Callable[[Mapping[str, Any]], str | None] | None = None
+    repeatable: bool = True
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         return self.function(*args, **kwargs)

@@ -11,10 +11,11 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Final
+from typing import Any
 
 from usoflow.errors import UsoflowError
 from usoflow.schema.node import NodeRegistry
+from usoflow.schema.specs import NodeSchema
 from usoflow.workflow import document, text, widgets
 from usoflow.workflow.document import INPUT_NODE, Link
 from usoflow.workflow.flatten import PRIMITIVE, flatten, shown_names
@@ -22,8 +23,6 @@ from usoflow.workflow.prompt import link_of
 
 Field = tuple[str, str]  # a node's id in the prompt, and the name of its input
 Raw = dict[str, Any]
-
-FILE_NAME: Final = "filename_prefix"  # may name other fields: %KSampler.seed%
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +64,7 @@ def _edited(
     now = datetime.now()
     before, after = (_inputs(graph, registry, now) for graph in (workflow, changed))
     moved = {field: value for field, value in after.items() if value != before.get(field)}
-    file_names = {field: value for field, value in moved.items() if field[1] == FILE_NAME}
+    file_names = {field: value for field, value in moved.items() if field[1] == text.FILE_NAME}
     return Edited(changed, file_names) if after == before | dict(values) | file_names else None
 
 
@@ -104,7 +103,10 @@ class _Place:
         schema = self._registry.schema(self._node["type"])
         is_dynamic = isinstance(value, str) and widgets.is_dynamic(schema, name)
         own = text.escaped(value) if is_dynamic else value
-        _store(self._node, widgets.names_along(document.parse_node(self._node), schema), name, own)
+        names = widgets.names_along(document.parse_node(self._node), schema)
+        if schema:
+            _pad(self._node, names, name, schema)
+        _store(self._node, names, name, own)
         slot = _slot(self._node, name)
         if slot is not None:
             self._write_behind(len(self._levels) - 1, slot, value, own)
@@ -140,6 +142,15 @@ class _Place:
 
     def _is_field(self, level: Raw, link: Link) -> bool:
         return not self._alone and _find(level, link.origin)["type"] == PRIMITIVE
+
+
+def _pad(node: Raw, names: Sequence[str], name: str, schema: NodeSchema) -> None:
+    """Lengthen `widgets_values` up to a field that the file does not store, by what such fields hold."""
+    stored = node.get("widgets_values") or []
+    by_name_only = isinstance(stored, dict) or (not stored and node.get("widgets_values_named"))
+    if name in names and not by_name_only:
+        missing = names[len(stored) : names.index(name) + 1]
+        node["widgets_values"] = [*stored, *(widgets.default(schema, field) for field in missing)]
 
 
 def _store(node: Raw, names: Sequence[str], name: str, value: Any) -> None:

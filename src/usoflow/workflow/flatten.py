@@ -6,7 +6,7 @@ editor knows are resolved away. Which value an input gets: its link's, else its 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Final
@@ -30,6 +30,7 @@ from usoflow.workflow.prompt import Prompt, PromptNode, link_of
 
 REROUTE: Final = "Reroute"
 PRIMITIVE: Final = "PrimitiveNode"
+GROUP_NODES: Final = ("workflow>", "workflow/")  # how the types of old files begin that are no subgraphs yet
 EDITOR_NODES: Final = (REROUTE, PRIMITIVE, "Note", "MarkdownNote")
 MAX_NODES: Final = 100_000  # subgraphs in subgraphs multiply; a small file can unfold without end
 
@@ -123,15 +124,9 @@ class _Flattener:
         self._warnings: dict[str, None] = {}  # in order, each once
 
     def run(self) -> Conversion:
-        nodes: dict[str, PromptNode] = {}
-        names: dict[str, str] = {}
-        for scope, node in self._executable():
-            key = scope.prefix + node.id
-            nodes[key] = self._convert(scope, node)
-            for name in (node.search_name, node.title):
-                names.setdefault(name, key)
+        nodes = {scope.prefix + node.id: self._convert(scope, node) for scope, node in self._executable()}
         prompt = Prompt({key: _without_dangling(node, nodes) for key, node in nodes.items()})
-        return Conversion(self._with_file_names(prompt, names), tuple(self._warnings))
+        return Conversion(self._with_file_names(prompt), tuple(self._warnings))
 
     # --- which nodes -----------------------------------------------------------------------------------
 
@@ -149,6 +144,7 @@ class _Flattener:
         if schema:
             inputs = widgets.known_values(node, schema)
         else:
+            _refuse_group(scope.prefix + node.id, node.type)
             self._warn(f"node {scope.prefix + node.id}: there is no node type {node.type}")
             inputs = widgets.guessed_values(node)
         as_they_are = set()
@@ -231,12 +227,30 @@ class _Flattener:
 
     # --- file names ------------------------------------------------------------------------------------
 
-    def _with_file_names(self, prompt: Prompt, names: dict[str, str]) -> Prompt:
+    def _fields_by_name(self, prompt: Prompt) -> Mapping[str, Mapping[str, Any]]:
+        """What %Node.widget% may ask for: by "Node name for S&R", else by title; of two nodes the first."""
+        search_names: dict[str, Mapping[str, Any]] = {}
+        titles: dict[str, Mapping[str, Any]] = {}
+        for scope in _levels(self._document):
+            for node in scope.graph.nodes.values():
+                executed = prompt.nodes.get(scope.prefix + node.id)
+                if executed:
+                    fields, title = executed.inputs, executed.title
+                elif node.type == PRIMITIVE and node.values:
+                    fields, title = {"value": node.values[0]}, node.title or "Primitive"
+                else:
+                    continue
+                search_names.setdefault(node.search_name, fields)
+                titles.setdefault(title, fields)
+        return titles | search_names
+
+    def _with_file_names(self, prompt: Prompt) -> Prompt:
         """Fill %date:...% and %Node.widget% in the `filename_prefix` fields."""
 
+        fields = self._fields_by_name(prompt)
+
         def lookup(node: str, widget: str) -> str | None:
-            found = prompt.nodes.get(names.get(node, ""))
-            value = found.inputs.get(widget) if found else None
+            value = fields.get(node, {}).get(widget)
             if value is None or isinstance(value, list | dict):
                 self._warn(f"filename_prefix: there is no {node}.{widget}")
                 return None
@@ -244,10 +258,10 @@ class _Flattener:
 
         nodes = dict(prompt.nodes)
         for key, node in prompt.nodes.items():
-            prefix = node.inputs.get("filename_prefix")
+            prefix = node.inputs.get(text.FILE_NAME)
             if isinstance(prefix, str) and "%" in prefix:
                 filled = text.fill_placeholders(prefix, self._now, lookup)
-                nodes[key] = replace(node, inputs={**node.inputs, "filename_prefix": filled})
+                nodes[key] = replace(node, inputs={**node.inputs, text.FILE_NAME: filled})
         return Prompt(nodes)
 
     def _warn(self, message: str) -> None:
@@ -326,6 +340,16 @@ def fits(one: str, other: str) -> bool:
     if "*" in (one, other):
         return True
     return not set(one.upper().split(",")).isdisjoint(other.upper().split(","))
+
+
+def _refuse_group(key: str, type_: str) -> None:
+    """Group nodes, which subgraphs have replaced, are types of the file's own."""
+    if type_.startswith(GROUP_NODES):
+        raise UsoflowError(
+            "workflow_invalid",
+            f"node {key} is a group node ({type_[len(GROUP_NODES[0]) :]})",
+            remedy="Convert the group node to a subgraph in the editor, and save the workflow again.",
+        )
 
 
 def _without_dangling(node: PromptNode, nodes: dict[str, PromptNode]) -> PromptNode:

@@ -1,6 +1,7 @@
 """The workflow and the prompt inside a picture, where ComfyUI puts them.
 
-PNG: text chunks "prompt" and "workflow" (tEXt, zTXt or iTXt; PNG specification, section 11.3.3).
+PNG: text chunks "prompt" and "workflow" (tEXt, zTXt or iTXt; PNG specification, section 11.3.3; in animated
+ones `comf`, which is laid out as tEXt is).
 WebP: EXIF texts that start with "prompt:" or "workflow:" (tags 0x0110 Model and 0x010F Make downwards).
 Reading goes by content, never by file name: many a .webp is a PNG.
 """
@@ -53,7 +54,7 @@ def _png_texts(data: bytes) -> Iterator[tuple[str, str]]:
     for kind, body in _png_chunks(data):
         keyword, _, rest = body.partition(b"\0")
         text: bytes | None = None
-        if kind == b"tEXt":
+        if kind in (b"tEXt", b"comf"):
             text = rest
         elif kind == b"zTXt":
             text = _inflate(rest[1:])

@@ -8,6 +8,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from datetime import datetime
+from typing import Final
+
+FILE_NAME: Final = "filename_prefix"  # the input that may hold %placeholders%
 
 _COMMENT = re.compile(r"/\*.*?\*/|//[^\n]*", re.DOTALL)
 _TOKEN = re.compile(r"\\.|[{}|\\]|[^{}|\\]+", re.DOTALL)

@@ -23,6 +23,7 @@ from usoflow.workflow.document import DocumentNode
 
 CONTROL: Final = "control_after_generate"
 UPLOAD: Final = "upload"
+CONTROL_FILTER: Final = "control_filter_list"  # beside the control of a choice: which options it may take
 CONTROL_VALUES: Final = ("fixed", "increment", "decrement", "randomize")
 EDITOR_ONLY: Final = (CONTROL, UPLOAD)  # fields that a prompt does not have
 
@@ -32,7 +33,7 @@ def known_values(node: DocumentNode, schema: NodeSchema) -> dict[str, Any]:
 
     A file list without a stored value has no default here: the field is left out.
     """
-    stored = dict(zip(_layout(schema), node.values, strict=False)) or node.named_values
+    stored = dict(zip(names_along(node, schema), node.values, strict=False)) or node.named_values
     specs = _widgets(schema)
     found = {spec.name: stored.get(spec.name, _default(spec)) for spec in specs}
     return {name: _wrapped(value) for name, value in found.items() if value is not None}
@@ -46,7 +47,16 @@ def guessed_values(node: DocumentNode) -> dict[str, Any]:
 
 def names_along(node: DocumentNode, schema: NodeSchema | None) -> list[str]:
     """Names of the fields along the node's stored values, with those that only the editor has."""
-    return list(_layout(schema) if schema else _guessed_names(node))
+    if schema is None:
+        return list(_guessed_names(node))
+    longest = list(_layout(schema, filters=True))  # older files have no filters
+    return longest if len(node.values) >= len(longest) else list(_layout(schema, filters=False))
+
+
+def default(schema: NodeSchema, name: str) -> Any:
+    """What a field holds that the file does not store, also one that only the editor has."""
+    spec = schema.input(name)
+    return _default(spec) if spec else {CONTROL: "fixed", UPLOAD: "image"}[name]
 
 
 def is_dynamic(schema: NodeSchema | None, name: str) -> bool:
@@ -60,20 +70,22 @@ def _widgets(schema: NodeSchema) -> list[InputSpec]:
     return sorted((spec for spec in schema.inputs if spec.is_widget), key=lambda spec: not spec.required)
 
 
-def _layout(schema: NodeSchema) -> Iterator[str]:
+def _layout(schema: NodeSchema, *, filters: bool) -> Iterator[str]:
     """Names along `widgets_values`, with the fields that only the editor has."""
     fields = _widgets(schema)
-    yield from _controlled(spec for spec in fields if spec.required)
+    yield from _controlled((spec for spec in fields if spec.required), filters=filters)
     if any(isinstance(spec.kind, InputImage) or spec.settings.get("image_upload") for spec in fields):
         yield UPLOAD  # the editor's last required field
-    yield from _controlled(spec for spec in fields if not spec.required)
+    yield from _controlled((spec for spec in fields if not spec.required), filters=filters)
 
 
-def _controlled(specs: Iterable[InputSpec]) -> Iterator[str]:
+def _controlled(specs: Iterable[InputSpec], *, filters: bool) -> Iterator[str]:
     for spec in specs:
         yield spec.name
         if isinstance(spec.kind, Int | Choice) and spec.kind.control_after_generate:
             yield CONTROL
+            if filters and isinstance(spec.kind, Choice):
+                yield CONTROL_FILTER
 
 
 def _default(spec: InputSpec) -> Any:
