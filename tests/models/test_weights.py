@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from usoflow.errors import UsoflowError
@@ -100,6 +100,14 @@ def test_a_file_larger_than_memory_is_mapped(tmp_path: Path) -> None:
     found = read_tensors(whole(tmp_path / "a.safetensors"), ["a"])["a"]
     assert found.shape == (rows, 2**20)
     assert found[-1, -1] == 7
+
+
+def test_what_is_written_to_weights_stays_out_of_the_file(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(5000)}, tmp_path / "a.safetensors")
+    found, other = (read_tensors(whole(tmp_path / "a.safetensors"), ["a"])["a"] for _ in range(2))
+    found.fill_(1)
+    assert not other.any()
+    assert not load_file(tmp_path / "a.safetensors")["a"].any()
 
 
 def test_a_file_that_became_shorter(tmp_path: Path) -> None:

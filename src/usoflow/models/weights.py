@@ -12,6 +12,7 @@ files, one fp32 scalar or one per row beside each weight).
 from __future__ import annotations
 
 import mmap
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
@@ -28,6 +29,7 @@ from usoflow.models.kernels import Scratch, fast, has_nan, linear, widen
 from usoflow.models.quantised import dequantise
 
 SCALE = "scale_weight"
+_NO_RESERVE = 0x4000  # mmap(2): MAP_NORESERVE
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool,
@@ -306,22 +308,31 @@ def _check_shapes(component: Component, wanted: dict[str, tuple[int, ...]]) -> N
 def read_tensors(component: Component, names: Iterable[str]) -> dict[str, Tensor]:
     """The named tensors as memory-mapped views: their bytes are read from disk when they are touched.
 
-    The memory is read-only: whoever writes to a weight ends the process. Only so does the system let a file
-    be mapped that is larger than its memory (a private writable mapping, as safetensors makes, counts as
-    memory that is asked for).
-
     Raises:
         UsoflowError: `model_missing`, `model_truncated`.
     """
     path = component.file.path
     try:
         with path.open("rb") as stream:
-            data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+            data = _mapped(stream.fileno())
         return {name: _view(data, component.tensors[name]) for name in names}
     except OSError as error:
         raise UsoflowError("model_missing", f"{path} cannot be read: {error.strerror or error}.") from None
     except ValueError:  # no such part of the file: it was there when the header was read
         raise UsoflowError("model_truncated", f"{path.name} became shorter while it was used.") from None
+
+
+def _mapped(file: int) -> mmap.mmap:
+    """A whole file, of which a page that is written to becomes a copy.
+
+    None of it counts as memory that is asked for, unlike in the mappings that the safetensors library makes: so
+    the system lets a file be mapped that is larger than its memory. On Windows that takes a mapping to which
+    nothing can be written.
+    """
+    if sys.platform == "win32":
+        return mmap.mmap(file, 0, access=mmap.ACCESS_READ)
+    flags = mmap.MAP_PRIVATE | (_NO_RESERVE if sys.platform == "linux" else 0)
+    return mmap.mmap(file, 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
 
 
 def _view(data: mmap.mmap, info: TensorInfo) -> Tensor:
@@ -332,5 +343,5 @@ def _view(data: mmap.mmap, info: TensorInfo) -> Tensor:
     if 0 in shape:
         return torch.empty(shape, dtype=dtype)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's, of memory that cannot be written
+        warnings.simplefilter("ignore")  # torch's, of memory that cannot be written to
         return torch.frombuffer(data, dtype=dtype, count=prod(shape), offset=info.start).view(shape)
