@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+import uuid
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from PIL import Image
 
 from server.conftest import Serve
 from usoflow.server.context import Limits
+from usoflow.server.routes import user
 
 
 def picture(
@@ -246,3 +248,83 @@ def test_a_name_that_is_no_text_hides_nothing_but_itself(client: TestClient, pla
     offered = client.get("/object_info").json()["LoadImage"]["input"]["required"]["image"][0]
     assert "good.png" in offered
     assert not any("ller" in name for name in offered)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names of files are text")
+@pytest.mark.parametrize("more", ["", "&full_info=true", "&split=true"])
+def test_a_workflow_whose_name_is_no_text_hides_nothing_but_itself(
+    client: TestClient, place: Path, more: str
+) -> None:
+    folder = place / "state" / "user" / "workflows"
+    (folder / "good.json").write_text("{}")
+    Path(os.fsdecode(os.fsencode(folder) + b"/M\xfcller.json")).write_bytes(b"{}")
+    answer = client.get(f"/userdata?dir=workflows&recurse=true{more}")
+    assert answer.status_code == 200
+    assert len(answer.json()) == 1
+
+
+def test_a_workflow_that_is_deleted_while_it_is_listed(
+    client: TestClient, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = place / "state" / "user" / "workflows"
+    for name in ("a.json", "b.json"):
+        (folder / name).write_text("{}")
+    info = user._info
+
+    def late(path: Path, root: Path) -> dict[str, object]:
+        (folder / "a.json").unlink(missing_ok=True)
+        return info(path, root)
+
+    monkeypatch.setattr(user, "_info", late)
+    listed = client.get("/userdata?dir=workflows&full_info=true").json()
+    assert [entry["path"] for entry in listed] == ["b.json"]
+
+
+@pytest.mark.parametrize("path", ["/view?filename=a.png", "/view?filename=a.bin", "/userdata/a.json"])
+def test_what_a_client_has_is_not_sent_again(client: TestClient, place: Path, path: str) -> None:
+    (place / "output" / "a.bin").write_bytes(b"data")
+    (place / "output" / "a.png").write_bytes(picture())
+    client.post("/userdata/a.json", content=b"{}")
+    first = client.get(path)
+    known = {"if-none-match": first.headers["etag"]}
+    for headers in (known, {"if-modified-since": first.headers["last-modified"]}):
+        again = client.get(path, headers=headers)
+        assert (again.status_code, again.content, again.headers["etag"]) == (304, b"", known["if-none-match"])
+    (place / "output" / "a.bin").write_bytes(b"other data")
+    (place / "output" / "a.png").write_bytes(picture((16, 16)))
+    client.post("/userdata/a.json", content=b"[1]")
+    changed = client.get(path, headers=known)
+    assert (changed.status_code, changed.content != first.content) == (200, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("a.jfif", "JPEG"), ("a.JPE", "JPEG"), ("a.apng", "PNG"), ("a.jpg", "JPEG")]
+)
+def test_rarer_names_of_pictures(client: TestClient, name: str, kind: str) -> None:
+    assert upload(client, picture(kind=kind), name)[0] == 200
+    assert client.get("/internal/files/input").json() == [name]
+    offered = client.get("/object_info/LoadImage").json()["LoadImage"]["input"]["required"]["image"][0]
+    assert name in offered
+
+
+@pytest.mark.parametrize("kind", ["webp", "jpeg"])
+def test_a_preview_is_as_wide_as_its_format_allows(client: TestClient, place: Path, kind: str) -> None:
+    (place / "output" / "wide.png").write_bytes(picture((70_000, 10)))
+    shown = client.get(f"/view?filename=wide.png&preview={kind}")
+    assert shown.status_code == 200
+    assert Image.open(io.BytesIO(shown.content)).width == 16_383
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is full")
+def test_a_full_disk_is_no_fault_of_the_client(
+    client: TestClient, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fixed = uuid.uuid4()
+    monkeypatch.setattr("usoflow.server.files.uuid.uuid4", lambda: fixed)
+    folders = place / "input", place / "state" / "user" / "workflows"
+    for folder in folders:
+        (folder / f".{fixed.hex}.part").symlink_to("/dev/full")
+    refused = client.post("/upload/image", files={"image": ("a.png", picture(), "image/png")})
+    for answer in (refused, client.post("/userdata/workflows%2Fa.json", content=b"{}")):
+        assert (answer.status_code, answer.json()["error"]["type"]) == (507, "save_failed")
+    assert [path for folder in folders for path in folder.iterdir()] == []

@@ -10,6 +10,7 @@ from PIL import Image
 from starlette.websockets import WebSocketDisconnect
 
 from server.conftest import SOCKET, Serve
+from usoflow.errors import UsoflowError
 
 OURS = "http://127.0.0.1:8188"
 
@@ -66,7 +67,7 @@ def test_token(serve: Serve) -> None:
         pass
     entered = client.get("/?token=correct-horse&template=uso", follow_redirects=False)
     assert entered.status_code == 303
-    assert entered.headers["location"] == "/?template=uso"
+    assert entered.headers["location"] == "./?template=uso"  # also where a proxy has it in a folder
     cookie = entered.headers["set-cookie"].lower()
     assert "httponly" in cookie
     assert "samesite=lax" in cookie  # a link of another site opens the editor
@@ -74,6 +75,13 @@ def test_token(serve: Serve) -> None:
     assert client.get("/api/queue", headers={"host": "127.0.0.1:8189"}).status_code == 401  # another server's
     with client.websocket_connect(SOCKET) as socket:
         assert socket.receive_json()["type"] == "status"
+
+
+@pytest.mark.parametrize("token", ["schlüssel", "a\nb"])
+def test_a_token_that_no_header_carries_is_refused_at_the_start(serve: Serve, token: str) -> None:
+    with pytest.raises(UsoflowError) as caught:
+        serve(token=token)
+    assert caught.value.code == "settings_invalid"
 
 
 @pytest.mark.parametrize("others", ['x={"a":1}; ', "a/b=1; ", "usoflow; "])
@@ -90,7 +98,7 @@ def test_every_response_says_what_it_is(client: TestClient) -> None:
         assert "frame-ancestors" in headers["Content-Security-Policy"]
 
 
-@pytest.mark.parametrize("path", ["/", "/health/ready", "/api/queue", "/view?filename=a.png"])
+@pytest.mark.parametrize("path", ["/", "/health/ready", "/api/prompt", "/view?filename=a.png"])
 def test_head_is_get_without_the_body(client: TestClient, place: Path, path: str) -> None:
     Image.new("RGB", (4, 4)).save(place / "output" / "a.png")
     whole, head = client.get(path), client.head(path)

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
+import tracemalloc
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
 
-from server.conftest import Serve, ended, prompt, submit, until
+from server.conftest import Actor, Serve, application, ended, prompt, settings_of, submit, until
 from usoflow.server.context import Limits
+from usoflow.server.routes import body
+from usoflow.service.jobs import Request, State
 
 
 @pytest.mark.parametrize("prefix", ["", "/api"])
@@ -70,7 +77,8 @@ def test_half_an_emoji_is_taken_and_given_back(client: TestClient) -> None:
     ended(client, answer.json()["prompt_id"])
     for path in ("/queue", "/history", f"/jobs/{answer.json()['prompt_id']}"):
         assert client.get(path).status_code == 200
-    assert "\U0001f408 \ufffd" in client.get("/history").text
+    (entry,) = client.get("/history").json().values()
+    assert "\U0001f408 \ufffd" in entry["prompt"][3]["extra_pnginfo"]["workflow"].values()
 
 
 @pytest.mark.parametrize("way", ["/interrupt", "/interrupt by id", "/jobs/cancel", "/jobs/ID/cancel"])
@@ -109,6 +117,65 @@ def test_queue_order_front_and_delete(client: TestClient) -> None:
     client.post("/interrupt")
     assert ended(client, running)["status"] == "cancelled"
     assert client.get("/prompt").json() == {"exec_info": {"queue_remaining": 0}}
+
+
+@pytest.mark.parametrize("front", [1, "yes", {"a": 1}])
+def test_the_front_is_what_is_not_nothing(client: TestClient, front: Any) -> None:
+    running, first = submit(client, "long"), submit(client)
+    until(client, running, ("in_progress",))
+    again = submit(client, front=front)
+    assert [entry[1] for entry in client.get("/queue").json()["queue_pending"]] == [again, first]
+    client.post("/interrupt")
+
+
+@pytest.mark.parametrize("path", ["/queue", "/history"])
+def test_a_long_list_is_not_in_memory_as_a_whole(place: Path, small_models: Path, path: str) -> None:
+    """As a script reads it that forgets `max_items`, after a day of large workflows."""
+    app = application(settings_of(small_models, place), Actor())
+    store = app.state.server.store
+    for number in range(40):
+        extra = {"extra_pnginfo": {"workflow": {"text": "x" * 250_000}}}
+        store.add(Request(id=str(number), prompt={}, targets=(), extra=extra), limit=100)
+        if path == "/history":
+            store.start_next()
+            store.finish(str(number), State.COMPLETED)
+    sizes: list[int] = []
+
+    async def send(message: Mapping[str, Any]) -> None:
+        sizes.append(len(message.get("body", b"")))
+
+    async def receive() -> Mapping[str, Any]:
+        await asyncio.sleep(60)
+        return {"type": "http.disconnect"}
+
+    headers = [(b"host", b"localhost")]
+    scope = {"type": "http", "method": "GET", "path": path, "query_string": b"", "headers": headers}
+    tracemalloc.start()
+    asyncio.run(app(scope, receive, send))  # type: ignore[arg-type]
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    store.close()
+    assert sum(sizes) > 10_000_000
+    assert peak < 4_000_000
+
+
+def test_a_large_body_holds_up_nobody(client: TestClient) -> None:
+    """It is decoded beside the event loop, to the same result."""
+    seen: list[str] = []
+    decode = body.read_json
+
+    def noted(data: bytes) -> Any:
+        seen.append(threading.current_thread().name)
+        return decode(data)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(body, "read_json", noted)
+        for text in ("", "x" * 2_000_000):
+            assert client.post("/prompt", json={"prompt": prompt(), "x": text}).status_code == 200
+    small, large = seen
+    assert small != large
+    assert "worker" in large.lower()
+    assert client.post("/prompt", content=b"[" * 2_000_000).json()["error"]["type"] == "body_invalid"
 
 
 def test_history_pages_and_deletes(client: TestClient) -> None:
@@ -254,6 +321,7 @@ def test_limits_are_clear(serve: Serve) -> None:
         ({"number": True}, 400),
         ({"number": 10**400}, 400),
         ({"number": [5]}, 400),
+        ({"client_id": "x" * 1001}, 400),  # under which nobody can listen
         ({"client_id": 5, "extra_data": 5, "partial_execution_targets": 5}, 200),
     ],
 )

@@ -19,7 +19,7 @@ from starlette.testclient import WebSocketTestSession
 
 from e2e import real_server
 from server.conftest import JPEG, SOCKET, Actor, application, ended, settings_of, submit, until
-from usoflow.server.hub import MAX_WAITING, Client, Hub, Outgoing, status_message
+from usoflow.server.hub import LONGEST_NAME, MAX_WAITING, Client, Hub, Outgoing, status_message
 
 FLAGS = {"type": "feature_flags", "data": {"supports_preview_metadata": True}}
 
@@ -112,7 +112,7 @@ def test_who_comes_back_learns_where_the_job_is(client: TestClient) -> None:
     assert until(client, job, ("cancelled",))
 
 
-@pytest.mark.parametrize("name", ["bot@host", "my app", "{7c1e}"])
+@pytest.mark.parametrize("name", ["bot@host", "my app", "{7c1e}", "x" * LONGEST_NAME])
 def test_a_client_is_called_as_it_likes(client: TestClient, name: str) -> None:
     with client.websocket_connect(f"{SOCKET}?{urlencode({'clientId': name})}") as socket:
         submit(client, "good", client_id=name)

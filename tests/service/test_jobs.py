@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,11 @@ def add(store: JobStore, job_id: str, **more: Any) -> jobs.Job:
     return store.add(Request(id=job_id, **values), limit=100)
 
 
+def failure(job: jobs.Job) -> dict[str, Any]:
+    """Why a job fails that has seen too many crashes."""
+    return {"exception_type": f"of {job.id}"}
+
+
 def test_first_come_first_served_but_for_the_front(store: JobStore) -> None:
     for name in ("a", "b", "c"):
         add(store, name)
@@ -30,6 +36,7 @@ def test_first_come_first_served_but_for_the_front(store: JobStore) -> None:
     assert [job.id for job in store.waiting()] == ["now", "a", "between", "b", "c"]
     assert [store.start_next().id for _ in range(5)] == ["now", "a", "between", "b", "c"]  # type: ignore[union-attr]
     assert store.start_next() is None
+    assert add(store, "last", front=True, number=7.5).number == 7.5  # who gives a number has said where
 
 
 def test_what_was_asked_for_comes_back(store: JobStore) -> None:
@@ -121,11 +128,62 @@ def test_after_a_crash_the_job_runs_again_and_its_files_are_gone(store: JobStore
     store.reserve("a", done)
     store.reserve("a", partial.with_suffix(".png"))
     store.note_output("a", "9", {"images": []})
-    assert store.recover() == ["a"]
+    assert [job.id for job in store.recover(failure)] == ["a"]
     assert [path.exists() for path in (done, partial, other)] == [False, False, True]
     again = store.start_next()
     assert again is not None
     assert (again.id, again.outputs) == ("a", {})
+
+
+def test_a_job_that_is_there_at_every_crash_fails_at_last(tmp_path: Path) -> None:
+    """As one that takes so much memory that the system ends the server as well."""
+    for name in ("deadly", "next"):
+        store = JobStore(tmp_path / "jobs.sqlite")
+        add(store, name)
+        store.close()
+    ends = []
+    for _ in range(jobs.MAX_ATTEMPTS):
+        store = JobStore(tmp_path / "jobs.sqlite")
+        started = store.start_next()
+        assert started is not None
+        store.note_cached(started.id, [])
+        store.close()  # killed
+        store = JobStore(tmp_path / "jobs.sqlite")
+        ends += [(job.id, job.state, job.error) for job in store.recover(failure)]
+        store.close()
+    again = ("deadly", State.PENDING, None)
+    assert ends == [again, again, ("deadly", State.FAILED, {"exception_type": "of deadly"})]
+    store = JobStore(tmp_path / "jobs.sqlite")
+    assert [job.id for job in store.waiting()] == ["next"]
+    store.close()
+
+
+def test_neither_an_orderly_stop_nor_a_start_without_a_worker_counts(store: JobStore) -> None:
+    add(store, "a")
+    for _ in range(3 * jobs.MAX_ATTEMPTS):
+        store.start_next()
+        store.note_cached("a", [])
+        assert store.requeue("a")
+    for _ in range(3 * jobs.MAX_ATTEMPTS):
+        store.start_next()
+        assert [job.state for job in store.recover(failure)] == [State.PENDING]
+
+
+def test_files_are_told_apart_by_their_folders_too(store: JobStore, tmp_path: Path) -> None:
+    """A workflow that saves under one name in several folders, and stops between two of them."""
+    add(store, "a")
+    store.start_next()
+    paths = {name: tmp_path / "out" / f"{name}a_1_.png" for name in ("", "x/", "x/y/", "z/")}
+    for path in paths.values():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        path.with_suffix(".part").write_bytes(b"half")
+        store.reserve("a", path)
+    shown = [{"filename": "a_1_.png", "subfolder": folder, "type": "output"} for folder in ("", "x")]
+    store.note_output("a", "9", {"images": shown})
+    store.finish("a", State.FAILED)
+    assert {name for name, path in paths.items() if path.exists()} == {"", "x/"}
+    assert {name for name, path in paths.items() if path.with_suffix(".part").exists()} == {"", "x/"}
 
 
 def test_files_of_a_failed_job_stay_if_they_were_reported(store: JobStore, tmp_path: Path) -> None:
@@ -191,14 +249,14 @@ def test_a_stop_is_remembered(tmp_path: Path) -> None:
         store.reserve("a", path)
     store.note_output("a", "9", {"images": [{"filename": "shown.png"}], "x": None})
     store.note_stop("a")
-    assert store.recover() == []
+    assert [job.state for job in store.recover(failure)] == [State.CANCELLED]
     found = store.get("a")
     assert found is not None
     assert (found.state, found.ended is not None) == (State.CANCELLED, True)
     assert found.outputs["9"]["x"] is None
     assert (shown.exists(), begun.exists()) == (True, False)
     assert store.start_next() is not None
-    assert store.recover() == ["b"]
+    assert [(job.id, job.state) for job in store.recover(failure)] == [("b", State.PENDING)]
     store.close()
 
 
@@ -210,6 +268,7 @@ class Lives(RuleBasedStateMachine):
         self.store = JobStore(Path(":memory:"))
         self.states: dict[str, State] = {}
         self.stopped: set[str] = set()
+        self.begun: Counter[str] = Counter()
 
     @rule(front=st.booleans())
     def accept(self, front: bool) -> None:
@@ -243,9 +302,18 @@ class Lives(RuleBasedStateMachine):
     @rule()
     def crash(self) -> None:
         running = {name for name, state in self.states.items() if state == State.IN_PROGRESS}
-        assert set(self.store.recover()) == running - self.stopped
         for name in running:
-            self.states[name] = State.CANCELLED if name in self.stopped else State.PENDING
+            hopeless = State.FAILED if self.begun[name] >= jobs.MAX_ATTEMPTS else State.PENDING
+            self.states[name] = State.CANCELLED if name in self.stopped else hopeless
+        found = {job.id: job.state for job in self.store.recover(failure)}
+        assert found == {name: self.states[name] for name in running}
+
+    @rule()
+    def begin(self) -> None:
+        for name, state in self.states.items():
+            if state == State.IN_PROGRESS:
+                self.store.note_cached(name, [])
+                self.begun[name] += 1
 
     @rule()
     def cancel(self) -> None:

@@ -242,10 +242,29 @@ def test_names_that_a_killed_worker_had_taken_are_free_again(tmp_path: Path) -> 
     (tmp_path / "c_00001_.part").write_bytes(b"half a picture")
     (tmp_path / "d_00001_.png").touch()
     (tmp_path / "sub" / "ubuntu.iso.part").touch()  # another program's
-    clear_abandoned(tmp_path)
+    clear_abandoned(tmp_path, before=time.time() - 60)  # a worker that has begun meanwhile writes them
+    assert (tmp_path / "a_00001_.part").exists()
+    clear_abandoned(tmp_path, before=time.time() + 60)
     kept = ["c_00001_.part", "d_00001_.png", "ubuntu.iso.part"]
     assert sorted(path.name for path in tmp_path.rglob("*.*")) == kept
-    clear_abandoned(tmp_path / "absent")
+    clear_abandoned(tmp_path / "absent", before=time.time())
+
+
+def test_a_worker_does_not_wait_for_a_large_folder(place: Path) -> None:
+    """One of a million pictures, on a disk in another room."""
+    code = (
+        "import sys, time; from usoflow.service import worker; from usoflow.nodes import registry;"
+        "worker.clear_abandoned = lambda *_, **__: time.sleep(600); worker.serve(registry(), sys.argv[1])"
+    )
+    engine = WorkerProcess(
+        WorkerSettings(find_folders(output=place / "output"), place / "jobs.sqlite", device="cpu"),
+        command=(sys.executable, "-c", code),
+    )
+    engine.start()
+    try:
+        until(engine.system)
+    finally:
+        engine.stop()
 
 
 def test_old_previews_are_removed_and_nothing_else(tmp_path: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -21,13 +23,14 @@ from usoflow.service.engine import (
     Finished,
     Outcome,
     Progress,
+    Ready,
     Report,
     Run,
     Started,
     decode,
     encode,
 )
-from usoflow.service.jobs import Job, JobStore, Request, State
+from usoflow.service.jobs import MAX_ATTEMPTS, Job, JobStore, Request, State
 from usoflow.service.supervisor import Event, Running, Supervisor
 
 SHOWN = Shown((SavedImage("a.png", "", "output"),)).record()
@@ -39,6 +42,8 @@ class Scripted:
 
     def __init__(self, **parts: Play) -> None:
         self.parts = parts
+        self.starts = 0
+        self.broken = ""
         self.stopped = threading.Event()
         self.cancelled = threading.Event()
 
@@ -55,10 +60,11 @@ class Scripted:
         return {}
 
     def fault(self) -> str:
-        return ""
+        return self.broken
 
     def start(self) -> None:
-        pass
+        self.starts += 1
+        self.broken = ""
 
     def nodes(self) -> Sequence[NodeSchema]:
         return ()
@@ -221,6 +227,17 @@ def test_every_message_survives_the_pipe() -> None:
         assert decode(line) == message
 
 
+@pytest.mark.parametrize("half", ["\udcff", "a \ud83d"], ids=["a byte", "half an emoji"])
+def test_what_a_worker_says_can_be_said_to_clients(half: str) -> None:
+    """A custom node names a file that is not UTF-8, or cuts a text in the middle of a character."""
+    ready = Ready({}, ({"options": [f"{half}.png"]},))
+    for message in (Failed("x", half, "z"), Finished("9", 0.5, 7, {"text": [half], half: 1}), ready):
+        heard = decode(encode(message))
+        assert "\ufffd" in repr(heard)
+        json.dumps(asdict(heard), ensure_ascii=False).encode()
+    assert decode(encode(Failed("x", "\U0001f408", "z"))) == Failed("x", "\U0001f408", "z")
+
+
 @pytest.mark.parametrize(
     "line", [b"", b"{}", b"[]", b'{"message": "Nothing"}', b'{"message": "Done", "x": 1}']
 )
@@ -291,7 +308,7 @@ def test_a_store_that_cannot_be_used_for_a_while_ends_nothing(
 ) -> None:
     """A full disk, a locked file."""
     monkeypatch.setattr("usoflow.service.supervisor.RETRY", 0.01)
-    for name in ("start_next", "request", "finish"):
+    for name in ("recover", "start_next", "request", "finish"):
         monkeypatch.setattr(store, name, failing(getattr(store, name), times=3))
     supervisor = start(first=good, second=good)
     for name in ("first", "second"):
@@ -329,6 +346,53 @@ def test_a_stop_while_the_store_cannot_be_used_leaves_the_job_to_the_next_server
         assert not supervisor.alive
     start(accept=False, job=good)
     assert ended(store, "job").state == State.COMPLETED
+
+
+def test_a_job_that_ends_the_server_each_time_fails_and_its_client_is_told(
+    store: JobStore, start: Start, events: list[tuple[str, Event]]
+) -> None:
+    for name in ("deadly", "good"):
+        store.add(Request(id=name, prompt={}, targets=(), extra={}), limit=10)
+    store.start_next()
+    for _ in range(MAX_ATTEMPTS):
+        store.note_cached("deadly", [])
+    start(accept=False, good=good)
+    job = ended(store, "deadly")
+    assert job.state == State.FAILED
+    assert job.error is not None
+    assert (job.error["exception_type"], job.error["prompt_id"]) == ("worker_died", "deadly")
+    assert "3 times" in job.error["exception_message"]
+    assert ended(store, "good").state == State.COMPLETED
+    assert events[0] == ("deadly", State.FAILED)
+
+
+def test_a_worker_that_could_not_be_started_is_started_again(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a job, which nobody sends to a server that is not ready."""
+    monkeypatch.setattr("usoflow.service.supervisor.RESTART", 0.02)
+    engine: Scripted = start()._engine  # type: ignore[assignment]
+    time.sleep(0.1)
+    assert engine.starts == 0
+    engine.broken = "The device is in use."
+    until(lambda: not engine.fault())
+    assert engine.starts == 1
+
+
+@pytest.mark.parametrize(("extra", "wanted"), [({}, True), ({"preview_method": "none"}, False)])
+def test_who_wants_no_previews_gets_none(
+    store: JobStore, start: Start, extra: dict[str, str], wanted: bool
+) -> None:
+    asked: list[bool] = []
+
+    def notes(run: Run, listen: Callable[[Report], None]) -> Outcome:
+        asked.append(run.preview)
+        return Done()
+
+    store.add(Request(id="job", prompt={}, targets=(), extra=extra), limit=10)
+    start(accept=False, job=notes)
+    ended(store, "job")
+    assert asked == [wanted]
 
 
 def failing(method: Callable[..., Any], *, times: int) -> Callable[..., Any]:

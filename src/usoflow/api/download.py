@@ -6,6 +6,8 @@ import contextlib
 import hashlib
 import re
 import shutil
+import ssl
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -13,6 +15,8 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import urlparse
 from urllib.request import Request, urlopen
+
+import certifi
 
 from usoflow.catalogue import KnownFile
 from usoflow.errors import UsoflowError
@@ -51,9 +55,10 @@ def pull(file: KnownFile, folders: Folders, progress: Progress = lambda done, to
     try:
         part.parent.mkdir(parents=True, exist_ok=True)
         _require_room(part, source)
-        _fetch(file.name, source, part, progress)
-        _verify(file, source, part)
-        part.replace(target)
+        with _held(file.name, part):
+            _fetch(file.name, source, part, progress)
+            _verify(file, source, part)
+            part.replace(target)
         with contextlib.suppress(OSError):  # others may lie there
             part.parent.rmdir()
     except OSError as error:
@@ -110,9 +115,28 @@ def _require_room(part: Path, source: _Source) -> None:
         )
 
 
+@contextlib.contextmanager
+def _held(name: str, part: Path) -> Iterator[None]:
+    """Keep others from appending to the same part meanwhile, where system and disk have locks for that."""
+    if sys.platform == "win32":  # where a file that is open cannot be put in place, either
+        yield
+        return
+    import fcntl
+
+    with part.open("ab") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            what, advice = f"{name}: another download of it is running.", "Wait until that one has ended."
+            raise UsoflowError("download_failed", what, remedy=advice) from None
+        except OSError:  # some network file systems have none
+            pass
+        yield
+
+
 def _fetch(name: str, source: _Source, part: Path, progress: Progress) -> None:
-    """Append what is missing, beginning again where a connection breaks, as long as something arrives."""
-    while (before := _size(part)) < source.size or not part.exists():
+    """Append what is missing, beginning again where a connection breaks, as long as more is there then."""
+    while (before := _size(part)) < source.size or not before:
         ending: Exception | None = None
         try:
             for block in _blocks(source, part):
@@ -121,7 +145,7 @@ def _fetch(name: str, source: _Source, part: Path, progress: Progress) -> None:
                 progress(_size(part), source.size)
         except _ConnectionError as error:
             ending = error
-        if _size(part) == before and source.size:
+        if _size(part) <= before:
             raise UsoflowError("download_failed", f"{name}: {ending or 'the connection ends without data'}")
 
 
@@ -129,12 +153,19 @@ class _ConnectionError(Exception):
     """A connection that could not be made, or ended early."""
 
 
+def _trusted() -> ssl.SSLContext:
+    """Whom the system trusts (SSL_CERT_FILE), and whom Mozilla does: some Pythons know of no system's."""
+    context = ssl.create_default_context()
+    context.load_verify_locations(certifi.where())
+    return context
+
+
 def _blocks(source: _Source, part: Path) -> Iterator[bytes]:
     """What comes of a file beyond the part that is there, which is emptied if all of it comes."""
     begin = _size(part)
     headers = source.headers | ({"Range": f"bytes={begin}-"} if begin else {})
     try:
-        answer = urlopen(Request(source.url, headers=headers), timeout=TIMEOUT)
+        answer = urlopen(Request(source.url, headers=headers), timeout=TIMEOUT, context=_trusted())
     except (OSError, HTTPException) as error:
         raise _ConnectionError(error) from None
     with answer:

@@ -325,7 +325,7 @@ def read_tensors(component: Component, names: Iterable[str]) -> dict[str, Tensor
 def _mapped(file: int) -> mmap.mmap:
     """A whole file, of which a page that is written to becomes a copy.
 
-    None of it counts as memory that is asked for, unlike in the mappings that the safetensors library makes: so
+    None of it counts as memory that is asked for, unlike in those that the safetensors library makes: so
     the system lets a file be mapped that is larger than its memory. On Windows that takes a mapping to which
     nothing can be written.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -46,13 +46,16 @@ def create_app(
         UsoflowError: `state_in_use`, `state_unusable`.
     """
     settings = settings.with_inputs(settings.examples)
-    lock = hold(settings.state / "lock")  # until this process ends
     worker = WorkerSettings(
         settings.folders, settings.jobs_file, device, dtype, budget, settings.custom_nodes, compiled
     )
-    inherited = [lock] if os.name == "posix" else []  # elsewhere Popen takes none
-    engine = WorkerProcess(worker, inherited=inherited)
-    return assemble(settings, JobStore(settings.jobs_file), engine)
+    with ExitStack() as opened:
+        lock = hold(settings.state / "lock")
+        opened.callback(os.close, lock)
+        inherited = [lock] if os.name == "posix" else []  # elsewhere Popen takes none
+        app = assemble(settings, JobStore(settings.jobs_file), WorkerProcess(worker, inherited=inherited))
+        app.state.server.opened = opened.pop_all()
+    return app
 
 
 def assemble(settings: ServerSettings, store: JobStore, engine: Engine) -> FastAPI:
@@ -104,6 +107,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
         await run_in_threadpool(server.supervisor.stop)
     server.store.close()
+    server.opened.close()
 
 
 def _answer_error(request: Request, error: Exception) -> JSONResponse:

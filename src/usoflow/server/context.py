@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -50,6 +51,9 @@ class ServerSettings:
         ui: whether the official editor is served.
         preview: whether pictures are sent while they are sampled.
         custom_nodes: folder of the user's own nodes.
+
+    Raises:
+        UsoflowError: `settings_invalid`.
     """
 
     folders: Folders
@@ -60,6 +64,11 @@ class ServerSettings:
     preview: bool = True
     custom_nodes: Path | None = None
     limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        if self.token is not None and not (self.token.isascii() and self.token.isprintable()):
+            what, advice = "The token cannot be sent in a header.", "Make it of letters and digits of ASCII."
+            raise UsoflowError("settings_invalid", what, remedy=advice)
 
     @property
     def jobs_file(self) -> Path:
@@ -83,7 +92,7 @@ class ServerSettings:
 
 @dataclass
 class Server:
-    """Everything that lives as long as the server."""
+    """Everything that lives as long as the server; `opened` is closed with it."""
 
     settings: ServerSettings
     store: JobStore
@@ -94,6 +103,7 @@ class Server:
     templates: Templates
     log: LogBuffer
     uploads: Uploads = field(default_factory=Uploads, init=False)
+    opened: ExitStack = field(default_factory=ExitStack, init=False)
     _counting: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     @property
@@ -139,6 +149,7 @@ STATUS: Mapping[str, int] = {
     "server_stopping": 503,
     "state_unusable": 503,
     "body_too_large": 413,
+    "save_failed": 507,
     "job_exists": 409,
     "file_exists": 409,
     "image_missing": 404,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import threading
 import uuid
@@ -24,6 +25,8 @@ PICTURE_TYPES: Final[Mapping[str, str]] = {
 }  # fmt: skip
 PREVIEW_FORMATS: Final = ("webp", "jpeg")
 DEFAULT_QUALITY: Final = 90
+LONGEST_SIDE: Final = 16_383  # of a WebP
+FULL: Final = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 
 def within(root: Path, name: str) -> Path:
@@ -104,11 +107,12 @@ def _opened(data: bytes, pixels: int) -> Image.Image:
 
 
 def preview(path: Path, wanted: str, pixels: int) -> tuple[bytes, str]:
-    """A picture re-encoded as "webp;90" or "jpeg;80" asks, and its type."""
+    """A picture re-encoded as "webp;90" or "jpeg;80" asks, smaller where it must be, and its type."""
     name, _, number = wanted.partition(";")
     kind = name if name in PREVIEW_FORMATS else PREVIEW_FORMATS[0]
     quality = int(number) if number.isdecimal() and 1 <= len(number) <= 3 else DEFAULT_QUALITY
     picture = read(path.read_bytes(), pixels).convert("RGB")
+    picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
     return _encoded(picture, kind.upper(), min(quality, 100)), f"image/{kind}"
 
 
@@ -138,7 +142,7 @@ class Uploads:
         """Write a file; one of the same name and content is left, another one makes it "name (1)".
 
         Raises:
-            UsoflowError: `path_outside`, `save_failed`.
+            UsoflowError: `path_outside`, `save_failed`, `output_unwritable`.
         """
         target = within(root, f"{subfolder}/{name}" if subfolder else name)
         if target == root.resolve() or not name:
@@ -151,11 +155,12 @@ class Uploads:
 
 @contextmanager
 def writing(what: str) -> Iterator[None]:
-    """Where a full disk, too long a name or a file in a folder's place is UsoflowError `save_failed`."""
+    """Where a full disk is UsoflowError `save_failed`, and too long a name, say, `output_unwritable`."""
     try:
         yield
     except OSError as error:
-        raise UsoflowError("save_failed", f"{what} cannot be written: {error.strerror}.") from None
+        code = "save_failed" if error.errno in FULL else "output_unwritable"
+        raise UsoflowError(code, f"{what} cannot be written: {error.strerror}.") from None
 
 
 def write_whole(path: Path, data: bytes) -> None:

@@ -70,7 +70,8 @@ class Guard:
         name = _cookie_name(headers)
         if scope["path"] == "/" and any(key == "token" and _same(value, token) for key, value in query):
             rest = urlencode([pair for pair in query if pair[0] != "token"])
-            answer = RedirectResponse(f"/?{rest}" if rest else "/", 303)
+            here = "./"  # whatever a proxy calls it
+            answer = RedirectResponse(f"{here}?{rest}" if rest else here, 303)
             # Lax: who follows a link of another site is let in; `_is_foreign` refuses all else.
             answer.set_cookie(name, token, httponly=True, samesite="lax", path="/")
             return answer

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 MAX_WAITING: Final = 500  # messages for one client
+LONGEST_NAME: Final = 1000  # of a client
 
 IMAGE: Final = 1
 IMAGE_WITH_METADATA: Final = 4

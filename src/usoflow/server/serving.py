@@ -18,6 +18,7 @@ from usoflow.server.context import Server
 from usoflow.server.picture import provide
 
 SOCKET_MESSAGE: Final = 2**16  # bytes that a client may send at once on /ws
+KEEP_ALIVE: Final = 75  # seconds; who polls less often than a connection is kept would meet its end
 GRACE: Final = 2  # seconds that open requests get at the end; the job in progress has had its own
 
 
@@ -28,6 +29,8 @@ def serve(app: FastAPI, listening: socket.socket) -> None:
         log_level="warning",
         access_log=False,
         ws_max_size=SOCKET_MESSAGE,
+        ws_ping_timeout=None,  # scripts answer pings only while they read; who stalls is let go by the hub
+        timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=GRACE,
         server_header=False,
     )

@@ -13,13 +13,12 @@ from fastapi import APIRouter, WebSocket, WebSocketDisconnect
 from starlette.concurrency import run_in_threadpool
 
 from usoflow.server.context import Server, ServerOf
-from usoflow.server.hub import Client, Outgoing, status_message
+from usoflow.server.hub import LONGEST_NAME, Client, Outgoing, status_message
 from usoflow.server.messages import executing, progress_state
 from usoflow.server.routes.system import features
 
 router = APIRouter()
 
-LONGEST_NAME: Final = 100
 TOO_SLOW: Final = 1013  # "try again later": the client reconnects
 CLOSING: Final = 2.0  # seconds to tell that to a client that may not read at all
 

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from usoflow.errors import UsoflowError
 from usoflow.schema.specs import NodeSchema
+
+HALF: Final = re.compile(rb"\\u[dD][89a-fA-F]")  # the escape of a surrogate, with its other half or without
 
 # --- server to worker --------------------------------------------------------------------------------------
 
@@ -182,7 +185,7 @@ def encode(message: Message) -> bytes:
 def decode(line: bytes) -> Message:
     """The message in a line. Raises UsoflowError `worker_died` for what is none."""
     try:
-        record = json.loads(line)
+        record = whole_characters(json.loads(line), line)
         kind = _MESSAGES[record.pop("message")]
         values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in record.items()}
         if kind is Progress:
@@ -190,3 +193,14 @@ def decode(line: bytes) -> Message:
         return kind(**values)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsoflowError("worker_died", f"The worker wrote what cannot be read: {error!r}.") from None
+
+
+def whole_characters(decoded: Any, encoded: bytes) -> Any:
+    """Decoded JSON with U+FFFD for every half of a surrogate pair, which no answer could hold.
+
+    Programs that cut texts leave them, and Python where the name of a file is not UTF-8.
+    """
+    if not HALF.search(encoded):
+        return decoded
+    text = json.dumps(decoded, ensure_ascii=False)
+    return json.loads(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))

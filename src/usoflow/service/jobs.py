@@ -2,7 +2,8 @@
 
 The server writes it; the worker only reserves the names of its pictures. A job is pending, then in progress,
 then in exactly one final state with one set of outputs. What a crash leaves in progress is pending again
-after `recover`, and the files it had reserved are gone; unless it was to be stopped: then it is cancelled.
+after `recover`, and the files it had reserved are gone; unless it was to be stopped: then it is cancelled, or
+has seen several crashes: then it has failed.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from usoflow.errors import UsoflowError
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 MAX_HISTORY = 10_000  # final jobs that are kept
 PATIENCE = 30.0  # seconds to wait for another process's transaction
+MAX_ATTEMPTS = 3  # of a job; whatever ends the server each time may well be the job itself
 
 # Each is run once, in order, on every database; a database knows how many it has seen (user_version).
 MIGRATIONS: Sequence[str] = (
@@ -56,6 +58,7 @@ MIGRATIONS: Sequence[str] = (
     CREATE TABLE settings (key TEXT PRIMARY KEY, value TEXT NOT NULL);
     """,
     "ALTER TABLE jobs ADD COLUMN stop INTEGER NOT NULL DEFAULT 0",  # somebody has asked that it be stopped
+    "ALTER TABLE jobs ADD COLUMN attempts INTEGER NOT NULL DEFAULT 0",  # how often a worker has begun with it
 )
 
 _COLUMNS = "id, state, number, client, workflow, created, started, ended, cached, outputs, error"
@@ -81,7 +84,10 @@ FINAL = (State.COMPLETED, State.FAILED, State.CANCELLED)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What a client asked for; `targets` are the output nodes, `number` orders the queue."""
+    """What a client asked for; `targets` are the output nodes.
+
+    `number` orders the queue; without one a job is its last, or its first if it is to be at the `front`.
+    """
 
     id: str
     prompt: Mapping[str, Any]
@@ -163,11 +169,13 @@ class JobStore:
             if self.count(WAITING) >= limit:
                 raise UsoflowError("queue_full", f"{limit} jobs are waiting already.")
             next_row = run("SELECT coalesce(max(seq), 0) FROM sqlite_sequence").fetchone()[0]
-            number = request.number if request.number is not None else next_row
+            number = request.number
+            if number is None:
+                number = -next_row if request.front else next_row
             values = (
                 request.id,
                 State.PENDING,
-                -number if request.front else number,
+                number,
                 request.client,
                 _text_or_none((request.workflow or {}).get("id")),
                 *map(json.dumps, (request.prompt, request.targets, request.extra)),
@@ -258,9 +266,10 @@ class JobStore:
             return self._get(row["id"])
 
     def note_cached(self, job_id: str, nodes: Sequence[str]) -> None:
-        """Remember which nodes need not run."""
+        """Remember that a worker has begun, and which nodes need not run."""
         with self._transaction() as run:
-            run("UPDATE jobs SET cached = ? WHERE id = ?", (json.dumps(nodes), job_id))
+            query = "UPDATE jobs SET cached = ?, attempts = attempts + 1 WHERE id = ?"
+            run(query, (json.dumps(nodes), job_id))
 
     def note_output(self, job_id: str, node: str, shown: Mapping[str, Any]) -> None:
         """Remember what an output node has shown."""
@@ -283,16 +292,18 @@ class JobStore:
             text = None if error is None else json.dumps(error)
             if run(query, (state, now(), text, job_id)).rowcount == 0:
                 return False
-            reported = _file_names(self._get(job_id).outputs)
-            self._drop(path for path in self._files(job_id) if path.name not in reported)
+            files = self._files(job_id)
+            reported = _reported(files, self._get(job_id).outputs)
+            self._drop(path for path in files if path not in reported)
             if (too_many := self.count(FINAL) - MAX_HISTORY) > 0:
                 run(f"DELETE FROM jobs WHERE row IN ({_OLDEST})", (too_many,))
             return True
 
-    def requeue(self, job_id: str) -> bool:
+    def requeue(self, job_id: str, *, crashed: bool = False) -> bool:
         """Make a job in progress pending again, as if it had never begun: without files and outputs.
 
-        One that was to be stopped is cancelled instead, and the answer False.
+        One that was to be stopped is cancelled instead, and the answer False. That it had begun is remembered
+        only if it `crashed`.
         """
         with self._held() as connection:  # so that nobody notes a stop between the two
             if connection.execute("SELECT 1 FROM jobs WHERE id = ? AND stop", (job_id,)).fetchone():
@@ -301,15 +312,30 @@ class JobStore:
             with self._transaction() as run:
                 self._drop(self._files(job_id))
                 run(
-                    "UPDATE jobs SET state = 'pending', started = NULL, cached = '[]', outputs = '{}'"
-                    " WHERE id = ? AND state = 'in_progress'",
-                    (job_id,),
+                    "UPDATE jobs SET state = 'pending', started = NULL, cached = '[]', outputs = '{}',"
+                    " attempts = attempts * ? WHERE id = ? AND state = 'in_progress'",
+                    (crashed, job_id),
                 )
             return True
 
-    def recover(self) -> list[str]:
-        """After a crash: requeue what was in progress; which. Only while no worker of this database lives."""
-        return [job.id for job in self.jobs([State.IN_PROGRESS]) if self.requeue(job.id)]
+    def recover(self, failure: Callable[[Job], Mapping[str, Any]]) -> list[Job]:
+        """After a crash: requeue what was in progress; what has become of it.
+
+        Only while no worker of this database lives. A job that has been attempted `MAX_ATTEMPTS` times has
+        failed, as `failure` tells.
+        """
+        found = self.jobs([State.IN_PROGRESS])
+        for job in found:
+            if self._has_had_its_chances(job.id):
+                self.finish(job.id, State.FAILED, failure(job))
+            else:
+                self.requeue(job.id, crashed=True)
+        return [self._get(job.id) for job in found]
+
+    def _has_had_its_chances(self, job_id: str) -> bool:
+        query = "SELECT 1 FROM jobs WHERE id = ? AND attempts >= ? AND NOT stop"
+        with self._held() as connection:
+            return connection.execute(query, (job_id, MAX_ATTEMPTS)).fetchone() is not None
 
     # --- what the worker does -------------------------------------------------------------------------
 
@@ -384,8 +410,18 @@ class JobStore:
         return [Path(row["path"]) for row in rows]
 
 
-def _file_names(outputs: Mapping[str, Any]) -> set[str]:
-    return {image["filename"] for shown in outputs.values() for image in shown.get("images", ())}
+def _reported(files: Sequence[Path], outputs: Mapping[str, Any]) -> set[Path]:
+    """Those of a job's files that it has shown, by name and subfolder of an output folder that may be any.
+
+    Where both x/a.png and x/y/a.png could be the a.png that is shown, it is the former.
+    """
+    found: set[Path] = set()
+    for image in (image for shown in outputs.values() for image in shown.get("images", ())):
+        name = PurePosixPath(image.get("subfolder", ""), image["filename"]).parts
+        here = [path for path in files if path.parts[-len(name) :] == name]
+        roots = {Path(*path.parts[: -len(name)]): path for path in here}
+        found |= {path for root, path in roots.items() if roots.keys().isdisjoint(root.parents)}
+    return found
 
 
 def now() -> int:

@@ -24,12 +24,13 @@ from usoflow.service.engine import (
     Run,
     Started,
 )
-from usoflow.service.jobs import Job, JobStore, State
+from usoflow.service.jobs import FINAL, MAX_ATTEMPTS, Job, JobStore, State
 
 logger = logging.getLogger(__name__)
 
 GRACE = 8.0  # seconds that a running job gets to finish when the server stops
 RETRY = 5.0  # seconds until the store is asked again that could not be used
+RESTART = 30.0  # seconds until a worker is started again that could not be
 
 T = TypeVar("T")
 
@@ -94,9 +95,7 @@ class Supervisor:
         return self._thread.is_alive() and not self.stopping
 
     def start(self) -> None:
-        """Recover what a crash left behind, and begin."""
-        for job_id in self._store.recover():
-            logger.info("Job %s was interrupted: it runs again.", job_id)
+        """Begin, with what a crash left behind."""
         self._thread.start()
 
     def wake(self) -> None:
@@ -132,15 +131,29 @@ class Supervisor:
             self._thread.join()
 
     def _work(self) -> None:
+        self._insist(self._recover)
         while True:
             self._wake.clear()
             if self.stopping:  # looked at after `clear`, so that no wake of `refuse` is missed
                 return
             running = self._insist(self._take)
             if running is None:
-                self._wake.wait()
+                self._wait()
             else:
                 self._execute(running)
+
+    def _recover(self) -> None:
+        """What was in progress at a crash."""
+        for job in self._store.recover(_cause_of_crashes):
+            logger.info("Job %s was interrupted by the end of the server: it is %s.", job.id, job.state)
+            if job.state in FINAL:
+                self._listen(Running(job), job.state)
+
+    def _wait(self) -> None:
+        """Until there is a new job; a worker that could not be started is started again meanwhile."""
+        while not self._wake.wait(RESTART):
+            if self._engine.fault():
+                self._engine.start()
 
     def _take(self) -> Running | None:
         """The next job, in progress; whoever looks for it to stop it finds it."""
@@ -173,7 +186,8 @@ class Supervisor:
         request = self._insist(lambda: self._store.request(running.job.id))
         if request is None:
             return None
-        run = Run(request.id, request.prompt, request.targets, request.workflow, self._preview)
+        preview = self._preview and request.extra.get("preview_method") != "none"
+        run = Run(request.id, request.prompt, request.targets, request.workflow, preview)
         unnoted: list[UsoflowError] = []
 
         def listen(report: Report) -> None:
@@ -222,6 +236,12 @@ def _end(running: Running, outcome: Outcome) -> tuple[State, dict[str, Any] | No
     if isinstance(outcome, Failed):
         return State.FAILED, _failure(running, outcome)
     return State.COMPLETED, None
+
+
+def _cause_of_crashes(job: Job) -> dict[str, Any]:
+    """Why a job fails that was in progress at every one of several ends of the server."""
+    detail = f"The server itself was ended {MAX_ATTEMPTS} times while this job ran."
+    return _failure(Running(job), _failed(UsoflowError("worker_died", detail)))
 
 
 def _failed(error: UsoflowError) -> Failed:

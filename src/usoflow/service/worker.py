@@ -19,7 +19,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
 from usoflow.errors import UsoflowError
 from usoflow.nodes.context import PARTIAL_SUFFIX, PREVIEW_PREFIX, TAKEN_NAME
@@ -181,15 +181,16 @@ class Worker:
                 self.send(engine.Finished(node, seconds, peak, shown.record() if shown else None))
 
 
-def clear_abandoned(output: Path) -> None:
-    """Remove the empty files of names that a killed worker had taken but not yet reserved.
+def clear_abandoned(output: Path, *, before: float) -> None:
+    """Remove the empty files of names that a killed worker had taken `before` that but not yet reserved.
 
-    What it had reserved is the store's to remove. Another program that takes a name at this very moment loses
-    nothing: it opens its file anew to write it.
+    What it had reserved is the store's to remove. Another program that has taken a name loses nothing: it
+    opens its file anew to write it.
     """
     for partial in output.rglob(f"*_{PARTIAL_SUFFIX}"):
         with suppress(OSError):
-            if TAKEN_NAME.search(partial.name) and partial.stat().st_size == 0:
+            state = partial.stat()
+            if TAKEN_NAME.search(partial.name) and state.st_size == 0 and state.st_mtime < before:
                 partial.unlink()
 
 
@@ -201,16 +202,18 @@ def clear_previews(temp: Path, *, age: float = PREVIEWS_KEPT) -> None:
                 picture.unlink()
 
 
+def _clear(folders: Folders, before: float) -> None:
+    """In a thread: to walk through large folders takes its time."""
+    clear_previews(folders.temp)
+    clear_abandoned(folders.output, before=before)
+
+
 def serve(registry: NodeRegistry, argument: str) -> None:
     """The life of a worker process."""
     for number in (signal.SIGINT, signal.SIGTERM):  # meant for the server, whose end is ours
         signal.signal(number, signal.SIG_IGN)
-    outgoing = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what libraries print is no message
-    pipe = Pipe(sys.stdin.buffer, outgoing)
+    pipe = Pipe(*_taken_streams())
     settings = WorkerSettings.from_argument(argument)
-    clear_abandoned(settings.folders.output)
-    clear_previews(settings.folders.temp)
     try:
         every = with_custom(registry, settings.custom_nodes)
         worker, system = _made(settings, every, pipe.send)
@@ -218,6 +221,7 @@ def serve(registry: NodeRegistry, argument: str) -> None:
         pipe.send(engine.Failed(error.code, error.detail, error.remedy))
         sys.exit(error.exit_code)
     pipe.send(engine.Ready(system, tuple(to_json(every[n].schema) for n in every if n not in registry)))
+    threading.Thread(target=_clear, args=(settings.folders, time.time()), daemon=True).start()
     while True:
         command = pipe.commands.get()
         outcome = None
@@ -229,6 +233,20 @@ def serve(registry: NodeRegistry, argument: str) -> None:
         pipe.send(engine.Device(_system(worker.executor.library.placement.device)))
         if outcome is not None:
             pipe.send(outcome)
+
+
+def _taken_streams() -> tuple[BinaryIO, BinaryIO]:
+    """Commands and messages, which nobody else can read or write.
+
+    What libraries print is no message, and what a node or a program that it starts reads is no command (on
+    Windows a thread that waits for a standard stream even holds up whoever asks for it).
+    """
+    incoming, outgoing = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    os.dup2(2, 1)
+    return incoming, outgoing
 
 
 def _made(

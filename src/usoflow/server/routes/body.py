@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import re
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
+from starlette.concurrency import run_in_threadpool
 
 from usoflow.errors import UsoflowError
+from usoflow.server.context import MIB
+from usoflow.service.engine import whole_characters
 from usoflow.workflow.loading import read_json
 
-HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # the escape of a surrogate, with its other half or without
+LARGE = MIB  # bytes that take long enough to decode that nobody else is to wait for it
 
 
 async def _json(request: Request) -> Any:
     data = await request.body()
+    return await run_in_threadpool(_decoded, data) if len(data) > LARGE else _decoded(data)
+
+
+def _decoded(data: bytes) -> Any:
     if not data:
         return None
     try:
@@ -23,13 +28,7 @@ async def _json(request: Request) -> Any:
     except UsoflowError as error:
         reason = error.__context__ or error.detail  # the detail is about files, which may be pictures too
         raise UsoflowError("body_invalid", f"The body is not JSON: {reason}.") from None
-    return _whole_characters(decoded) if HALF.search(data) else decoded
-
-
-def _whole_characters(decoded: Any) -> Any:
-    """Half an emoji, as programs leave it that cut texts, becomes U+FFFD: no answer could hold it."""
-    text = json.dumps(decoded, ensure_ascii=False)
-    return json.loads(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+    return whole_characters(decoded, data)
 
 
 async def _object(request: Request) -> dict[str, Any]:

@@ -7,14 +7,15 @@ import json
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Form, UploadFile
-from fastapi.responses import FileResponse, Response
+from fastapi import APIRouter, Form, Request, UploadFile
+from fastapi.responses import Response
 from PIL import Image
 
 from usoflow.errors import UsoflowError
 from usoflow.schema.values import image_location
 from usoflow.server import files
 from usoflow.server.context import Json, Server, ServerOf
+from usoflow.server.sending import file_answer
 from usoflow.settings import IMAGE_SUFFIXES, is_text
 
 router = APIRouter(tags=["pictures"])
@@ -61,6 +62,7 @@ def upload_mask(
 @router.get("/view")
 def view(
     server: ServerOf,
+    request: Request,
     filename: str = "",
     subfolder: str = "",
     type: str = "output",
@@ -76,8 +78,9 @@ def view(
     if kind and channel in ("rgb", "a"):
         return _encoded(*files.channel(path, channel, pixels))
     if kind:
-        return FileResponse(path, media_type=kind, headers=HARMLESS)
-    return FileResponse(path, media_type="application/octet-stream", filename=path.name, headers=HARMLESS)
+        return file_answer(request, path, media_type=kind, headers=HARMLESS)
+    nameless = "application/octet-stream"
+    return file_answer(request, path, media_type=nameless, filename=path.name, headers=HARMLESS)
 
 
 @router.get("/internal/files/{type}")

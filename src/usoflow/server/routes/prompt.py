@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Query, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from usoflow.catalogue import missing_file_remedy
@@ -17,6 +18,7 @@ from usoflow.errors import UsoflowError
 from usoflow.schema.validation import ValidationResult, validate
 from usoflow.schema.values import error
 from usoflow.server.context import Json, Server, ServerOf
+from usoflow.server.hub import LONGEST_NAME
 from usoflow.server.messages import history_entry
 from usoflow.server.routes.body import AnyBody, ObjectBody, names
 from usoflow.service.jobs import FINAL, WAITING, Job, Request, State
@@ -102,6 +104,8 @@ def _request(body: Json, checked: ValidationResult) -> Request:
     job_id, client, number = (body.get(key) for key in ("prompt_id", "client_id", "number"))
     if job_id is not None and not (isinstance(job_id, str) and re.fullmatch(r"[\w.-]{1,100}", job_id)):
         raise UsoflowError("body_invalid", "prompt_id is not made of letters, digits, '-', '_' and '.'.")
+    if isinstance(client, str) and len(client) > LONGEST_NAME:
+        raise UsoflowError("body_invalid", f"client_id has more than {LONGEST_NAME} characters.")
     extra = body.get("extra_data")
     kept = {k: v for k, v in extra.items() if k not in SECRETS} if isinstance(extra, dict) else {}
     return Request(
@@ -110,7 +114,7 @@ def _request(body: Json, checked: ValidationResult) -> Request:
         targets=checked.outputs,
         extra=kept,
         client=client if isinstance(client, str) else None,
-        front=body.get("front") is True,
+        front=bool(body.get("front")),
         number=_number(number),
     )
 
@@ -133,14 +137,22 @@ def _refusal(reason: Json, node_errors: Json) -> JSONResponse:
 
 
 @router.get("/queue")
-def queue(server: ServerOf) -> Json:
+def queue(server: ServerOf) -> StreamingResponse:
     """What runs and what waits."""
     waiting = server.store.waiting()
 
-    def listed(state: State) -> list[list[Any]]:
-        return [found for job in waiting if job.state == state and (found := _queued(server, job))]
+    def listed(state: State) -> Iterator[str]:
+        found = (_queued(server, job) for job in waiting if job.state == state)
+        return _joined(json.dumps(entry) for entry in found if entry)
 
-    return {"queue_running": listed(State.IN_PROGRESS), "queue_pending": listed(State.PENDING)}
+    def parts() -> Iterator[str]:
+        yield '{"queue_running": ['
+        yield from listed(State.IN_PROGRESS)
+        yield '], "queue_pending": ['
+        yield from listed(State.PENDING)
+        yield "]}"
+
+    return _streamed(parts())
 
 
 @router.post("/queue")
@@ -156,21 +168,29 @@ def history(
     server: ServerOf,
     max_items: int = MAX_PAGE,
     offset: Annotated[int, Query(le=2**31)] = -1,
-) -> Json:
+) -> StreamingResponse:
     """Jobs that have run, the newest last: the newest `max_items`, or those from `offset` (0: the oldest)."""
     limit = min(max(max_items, 0), MAX_PAGE)
     if offset >= 0:
         jobs = server.store.jobs(FINAL, limit=limit, offset=offset, newest_first=False, started_only=True)
     else:
         jobs = server.store.jobs(FINAL, limit=limit, started_only=True)[::-1]
-    return _entries(server, jobs)
+
+    def parts() -> Iterator[str]:
+        yield "{"
+        found = ((job, entry) for job in jobs if (entry := _queued(server, job)))
+        yield from _joined(f"{json.dumps(j.id)}: {json.dumps(history_entry(j, entry))}" for j, entry in found)
+        yield "}"
+
+    return _streamed(parts())
 
 
 @router.get("/history/{job_id}")
 def history_of(server: ServerOf, job_id: str) -> Json:
     """One job that has run; empty if there is none, or it has not ended."""
     job = server.store.get(job_id)
-    return _entries(server, [job]) if job and job.state in FINAL and job.started else {}
+    entry = _queued(server, job) if job and job.state in FINAL and job.started else None
+    return {job_id: history_entry(job, entry)} if job and entry else {}
 
 
 @router.post("/history")
@@ -206,8 +226,15 @@ def _queued(server: Server, job: Job) -> list[Any] | None:
     return [_whole(job.number), job.id, request.prompt, extra, list(request.targets)]
 
 
-def _entries(server: Server, jobs: Sequence[Job]) -> Json:
-    return {job.id: history_entry(job, found) for job in jobs if (found := _queued(server, job))}
+def _streamed(parts: Iterable[str]) -> StreamingResponse:
+    """JSON that is made while it is sent, in a thread: all prompts together may be more than memory holds."""
+    return StreamingResponse(parts, media_type="application/json")
+
+
+def _joined(values: Iterable[str]) -> Iterator[str]:
+    """With commas between them."""
+    for number, value in enumerate(values):
+        yield f", {value}" if number else value
 
 
 def _whole(number: float) -> int | float:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import platform
 import sys
+import time
+from collections.abc import Mapping
 from typing import Any
 
 import psutil
@@ -13,11 +15,15 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, gen
 
 from usoflow.server.context import Json, Server, ServerOf
 from usoflow.server.routes.body import ObjectBody
+from usoflow.service.engine import Engine
 from usoflow.service.jobs import State
 
 router = APIRouter(tags=["system"])
 
 COMFYUI_VERSION = "0.8.0"  # whose API this is: the editor and scripts ask for at least some version
+
+PATIENCE = 10.0  # seconds that a worker gets to tell what it computes with
+PERIOD = 0.05
 
 
 def features(server: Server) -> Json:
@@ -33,8 +39,8 @@ def get_features(server: ServerOf) -> Json:
 
 @router.get("/system_stats")
 def system_stats(server: ServerOf) -> Json:
-    """The machine and the device that computes."""
-    device = server.engine.system()
+    """The machine and the device that computes; waits a little for a worker that is just starting."""
+    device = _computing(server.engine)
     memory = psutil.virtual_memory()
     total, free = memory.total, memory.available
     return {
@@ -50,6 +56,15 @@ def system_stats(server: ServerOf) -> Json:
         },
         "devices": [_device(device, total, free)],
     }
+
+
+def _computing(engine: Engine) -> Mapping[str, Any]:
+    if not engine.fault():
+        engine.start()
+    deadline = time.monotonic() + PATIENCE
+    while not (found := engine.system()) and not engine.fault() and time.monotonic() < deadline:
+        time.sleep(PERIOD)
+    return found
 
 
 def _device(device: Any, total: int, free: int) -> Json:

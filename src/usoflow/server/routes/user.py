@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import FileResponse, JSONResponse
+from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
 
 from usoflow.errors import UsoflowError
 from usoflow.server.context import Json, Server, ServerOf
 from usoflow.server.files import is_file, is_folder, within, write_whole, writing
 from usoflow.server.routes.body import AnyBody, ObjectBody
+from usoflow.server.sending import file_answer
+from usoflow.settings import is_text
 
 router = APIRouter(tags=["user"])
 
@@ -76,9 +80,9 @@ def list_files(
     if not is_folder(root):
         raise UsoflowError("file_not_found", f"There is no folder {dir!r}.")
     found = root.rglob("*") if recurse == "true" else root.glob("*")
-    paths = sorted(path for path in found if path.is_file())
+    paths = sorted(path for path in found if is_text(path.relative_to(root).as_posix()) and path.is_file())
     if full_info == "true":
-        return JSONResponse([_info(path, root) for path in paths])
+        return JSONResponse(list(_infos(paths, root)))
     names = [path.relative_to(root).as_posix() for path in paths]
     return JSONResponse([[name, *name.split("/")] for name in names] if split == "true" else names)
 
@@ -106,16 +110,16 @@ async def move(
 
 
 @router.get("/userdata/{file:path}")
-def read(server: ServerOf, file: str) -> FileResponse:
+def read(server: ServerOf, request: Request, file: str) -> Response:
     """A file; only the style sheet is more than data to a browser."""
     kind = "text/css" if file == STYLE else "application/octet-stream"
-    return FileResponse(_existing(server, file), media_type=kind, headers=HARMLESS)
+    return file_answer(request, _existing(server, file), media_type=kind, headers=HARMLESS)
 
 
 @router.get("/user.css")
-def style(server: ServerOf) -> FileResponse:
+def style(server: ServerOf, request: Request) -> Response:
     """The user's style sheet."""
-    return read(server, STYLE)
+    return read(server, request, STYLE)
 
 
 @router.post("/userdata/{file:path}")
@@ -158,6 +162,12 @@ def _check_free(path: Path, overwrite: str) -> None:
 def _written(server: Server, path: Path, full_info: str) -> JSONResponse:
     root = server.settings.user_folder.resolve()
     return JSONResponse(_info(path, root) if full_info == "true" else path.relative_to(root).as_posix())
+
+
+def _infos(paths: Iterable[Path], root: Path) -> Iterator[Json]:
+    for path in paths:
+        with suppress(FileNotFoundError):  # deleted meanwhile
+            yield _info(path, root)
 
 
 def _info(path: Path, root: Path) -> Json:

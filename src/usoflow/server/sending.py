@@ -1,0 +1,24 @@
+"""Files as answers, sent only to who does not have them yet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from fastapi import Request
+from fastapi.responses import FileResponse, Response
+from starlette.staticfiles import NotModifiedResponse, StaticFiles
+
+_COMPARED: Final = StaticFiles()  # of no folder: it knows how If-None-Match and If-Modified-Since are read
+
+
+def file_answer(
+    request: Request, path: Path, *, media_type: str, headers: Mapping[str, str], filename: str | None = None
+) -> Response:
+    """A file; or 304 if the client says that it has it as it is."""
+    answer = FileResponse(
+        path, media_type=media_type, headers=headers, filename=filename, stat_result=path.stat()
+    )
+    unchanged = _COMPARED.is_not_modified(answer.headers, request.headers)
+    return NotModifiedResponse(answer.headers) if unchanged else answer

@@ -1,0 +1,141 @@
+"""The application on a real socket, and its beginning and end."""
+
+from __future__ import annotations
+
+import functools
+import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+
+from e2e.real_server import until
+from server.conftest import ADDRESS, Actor, application, settings_of
+from usoflow.errors import UsoflowError
+from usoflow.server import app as app_module
+from usoflow.server import serving
+from usoflow.server.app import create_app
+
+HURRY = 0.3  # seconds, for what uvicorn would otherwise wait for longer than a test may
+UPGRADE = (
+    "GET /ws HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
+)
+
+
+@contextmanager
+def served(app: FastAPI, monkeypatch: pytest.MonkeyPatch, **defaults: Any) -> Iterator[socket.socket]:
+    """A connection to an application, where uvicorn has these defaults."""
+    running: list[uvicorn.Server] = []
+
+    class Kept(serving._Server):
+        def __init__(self, *values: Any) -> None:
+            super().__init__(*values)
+            running.append(self)
+
+    monkeypatch.setattr(serving, "_Server", Kept)
+    monkeypatch.setattr(uvicorn, "Config", functools.partial(uvicorn.Config, **defaults))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=serving.serve, args=(app, listening))
+        thread.start()
+        try:
+            with socket.create_connection(listening.getsockname()) as connection:
+                connection.settimeout(10)
+                yield connection
+        finally:
+            running[0].should_exit = True
+            thread.join()
+
+
+def test_a_script_that_does_not_read_its_socket_for_a_while_keeps_it(
+    place: Path, small_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = application(settings_of(small_models, place), Actor())
+    hub = app.state.server.hub
+    with served(app, monkeypatch, ws_ping_interval=HURRY, ws_ping_timeout=HURRY) as connection:
+        connection.sendall(UPGRADE.encode())
+        until(lambda: len(hub) == 1)
+        time.sleep(4 * HURRY)
+        assert len(hub) == 1
+        assert b"\x89" in connection.recv(10_000)  # a ping, which keeps routers from forgetting it
+
+
+def test_a_connection_that_is_not_used_for_a_while_is_kept(
+    place: Path, small_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = application(settings_of(small_models, place), Actor())
+    with served(app, monkeypatch, timeout_keep_alive=HURRY) as connection:
+        client = HTTPConnection("localhost")
+        client.sock = connection
+        for _ in range(2):
+            client.request("GET", "/queue")
+            assert client.getresponse().read()
+            time.sleep(4 * HURRY)
+        assert client.sock is connection  # and not another one
+
+
+def test_one_process_may_have_one_application_after_another(place: Path, small_models: Path) -> None:
+    settings = settings_of(small_models, place)
+    for _ in range(2):
+        with TestClient(create_app(settings, device="cpu"), base_url=ADDRESS) as client:
+            assert client.get("/queue").status_code == 200
+            with pytest.raises(UsoflowError) as caught, patience(0.1):
+                create_app(settings)
+            assert caught.value.code == "state_in_use"
+
+
+def test_an_application_that_cannot_begin_keeps_nobody_out(place: Path, small_models: Path) -> None:
+    settings = settings_of(small_models, place)
+    settings.state.mkdir()
+    settings.jobs_file.write_bytes(b"no database" * 1000)
+    for _ in range(2):
+        with pytest.raises(UsoflowError) as caught, patience(0.1):
+            create_app(settings)
+        assert caught.value.code == "state_unusable"
+
+
+@contextmanager
+def patience(seconds: float) -> Iterator[None]:
+    """How long is waited for a lock."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(app_module, "hold", functools.partial(app_module.hold, patience=seconds))
+        yield
+
+
+class Late(Actor):
+    """An engine that knows its device only a while after it was started."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.started = 0.0
+
+    def start(self) -> None:
+        self.started = self.started or time.monotonic()
+
+    def system(self) -> Mapping[str, Any]:
+        known = self.started and time.monotonic() > self.started + HURRY
+        device = {"name": "cuda:0", "type": "cuda", "index": 0, "vram_total": 7, "vram_free": 5}
+        return device if known else {}
+
+
+def test_the_device_is_described_as_soon_as_it_is_known(place: Path, small_models: Path) -> None:
+    """A client that decides by the memory it finds would else decide by that of the machine."""
+    with TestClient(application(settings_of(small_models, place), Late()), base_url=ADDRESS) as client:
+        (device,) = client.get("/system_stats").json()["devices"]
+    assert (device["name"], device["vram_total"], device["torch_vram_free"]) == ("cuda:0", 7, 5)
+
+
+def test_who_asks_for_a_device_that_does_not_start_does_not_wait(place: Path, small_models: Path) -> None:
+    engine = Late()
+    engine.broken = "The worker does not start."
+    with TestClient(application(settings_of(small_models, place), engine), base_url=ADDRESS) as client:
+        assert client.get("/system_stats").elapsed.total_seconds() < 5
+    assert not engine.started
