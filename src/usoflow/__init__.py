@@ -42,6 +42,11 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    """What a prompt completes."""
+    return __all__
+
+
 def __getattr__(name: str) -> Any:
     """Public names are imported when they are asked for (PEP 562)."""
     import importlib

@@ -142,7 +142,8 @@ def missing_file_remedy(folder: str, name: str, folders: Folders) -> str:
     place = folders.models[folder][0] if folders.models.get(folder) else folder
     base = PurePosixPath(name).name
     if wanted:
-        lines.append(f"Download {wanted.url} ({wanted.size}; {wanted.licence}) into {place}.")
+        download = "Or download" if lines else "Download"
+        lines.append(f"{download} {wanted.url} ({wanted.size}; {wanted.licence}) into {place}.")
         if wanted in missing(folders):
             lines.append(f"`{pull_command(folders)}` downloads all of the tutorial's files that are missing.")
     elif available := folders.list(folder):

@@ -18,6 +18,7 @@ from PIL import Image
 from shell import Done, usoflow
 from usoflow.api.official import LAYOUT_NOTE
 from usoflow.api.workflow import Workflow
+from usoflow.cli import report
 from usoflow.errors import UsoflowError
 from usoflow.nodes import registry
 from usoflow.workflow import metadata
@@ -229,6 +230,20 @@ def test_mistakes(small_options: list[str], arguments: list[str], code: int, sai
     done = usoflow("generate", "a cat", *small_options, *arguments)
     assert done.code == code
     assert said in done.err
+
+
+def test_a_prompt_without_quotes(small_options: list[str]) -> None:
+    done = usoflow("generate", "a", "red", "fox", *small_options)
+    assert done.code == 2
+    assert 'usoflow generate "a red fox"' in done.err
+
+
+def test_without_a_terminal_a_long_run_says_how_far_it_is(
+    small_options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "SAID_EVERY", 0.0)
+    done = usoflow("generate", "a cat", *small_options, "--set=KSampler.steps=2", "--json")
+    assert re.findall(r"^KSampler (\d)/2, [\d.]+ s/step$", done.err, re.MULTILINE) == ["1", "2"]
 
 
 def test_a_picture_where_the_prompt_belongs(small_options: list[str], pictures: Path) -> None:

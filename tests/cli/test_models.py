@@ -43,6 +43,19 @@ def tree(small_models: Path, tmp_path: Path) -> Path:
     return tmp_path / "models"
 
 
+def test_what_is_no_file(tmp_path: Path) -> None:
+    for name in ("mine.safetensors", str(tmp_path)):
+        done = usoflow("models", "check", name)
+        assert (done.code, done.err.count("is no file")) == (2, 1)
+
+
+def test_a_folder_is_only_made_for_who_agrees(tmp_path: Path) -> None:
+    done = usoflow("models", "pull", "--models", tmp_path / "new")
+    assert done.code == 2
+    assert "licence" in done.err
+    assert not (tmp_path / "new").exists()
+
+
 class TestList:
     def test_what_is_there_and_what_is_missing(self, tree: Path) -> None:
         (tree / LORA).unlink()

@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from networks import lora_of, transformer_of, velocity
 from usoflow.errors import UsoflowError
 from usoflow.models.checkpoint import CONFIG_KEY, Component, TensorFile
-from usoflow.models.library import ModelLibrary, load_clip, load_flux, load_vae
+from usoflow.models.library import LoraUse, ModelLibrary, load_clip, load_flux, load_vae
 from usoflow.models.placement import Placement, widen_fp8
 from usoflow.models.residence import stored_bytes
 from usoflow.pocket.untrained import FLUX, write_untrained
@@ -48,6 +49,25 @@ def components(models: Path) -> tuple[dict[str, Component], dict[str, Component]
     """The same models from the all-in-one file and from files of their own."""
     whole = dict(TensorFile.open(models / CHECKPOINT).components())
     return whole, {kind: TensorFile.open(models / path).component(kind) for kind, (path, _) in SPLIT.items()}
+
+
+@torch.inference_mode()
+def test_a_step_can_be_stopped_between_blocks(models: Path) -> None:
+    """With LoRAs, too; on a CPU a step of the real size takes minutes."""
+    library = ModelLibrary(CPU32)
+    flux = library.flux(transformer_of(models), (LoraUse(lora_of(models), 1.0),), "default")
+    asked: list[None] = []
+
+    def check() -> None:
+        asked.append(None)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+
+    library.begin_run(check)
+    with pytest.raises(KeyboardInterrupt):
+        velocity(flux)
+    library.begin_run()
+    assert velocity(flux).isfinite().all()
 
 
 @torch.inference_mode()

@@ -153,7 +153,8 @@ class Workflow:
                 text.encode(errors="backslashreplace")
             )  # a lone surrogate: JSON's escape
         except OSError as reason:
-            raise UsoflowError("output_unwritable", f"{file}: {reason}") from None
+            what = f"{file} cannot be written: {reason.strerror}."
+            raise UsoflowError("output_unwritable", what) from None
 
     def _find(self, node: str) -> str:
         """The id of a node of the prompt; tells of one that the editor shows and the prompt does not have."""

@@ -69,8 +69,9 @@ def pull(
         advice = "`usoflow models pull` gets the files of the tutorial."
         raise UsoflowError("request_invalid", f"There is no set of files {what!r}, only uso.", remedy=advice)
     chosen = models or context.obj
-    if chosen is not None:
-        chosen.expanduser().mkdir(parents=True, exist_ok=True)
+    new = chosen.expanduser() if chosen and not chosen.expanduser().exists() else None
+    if new:
+        new.mkdir(parents=True)
     folders = find_folders(models=chosen)
     wanted = missing(folders)
     for file in wanted:
@@ -79,7 +80,12 @@ def pull(
         if target.exists():
             print(f"  replaces {target}, which is damaged or holds something else")
     if wanted and not yes:
-        _confirm()
+        try:
+            _confirm()
+        except UsoflowError:
+            if new:  # where nothing is, nothing should be found
+                new.rmdir()
+            raise
     for file in wanted:
         with _bar(file.name) as progress:
             path = pull(file, folders, progress)
@@ -104,6 +110,8 @@ def check(
     from usoflow.models.checkpoint import TensorFile
     from usoflow.settings import find_folders
 
+    if not file.is_file():
+        raise UsoflowError("file_not_found", f"{file} is no file; its place is part of its name.")
     header = TensorFile.open(file)  # what it tells is told before torch is imported
     for name, info in header.tensors.items() if tensors else ():
         print(f"{name}  {list(info.shape)}  {info.dtype}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from usoflow.execution.progress import Event, Listener
 
 MENTIONED_SECONDS = 0.05  # faster nodes are summed up in one line
+SAID_EVERY = 30.0  # seconds between two lines about a run, where there is no terminal
 GB = 1e9
 
 
@@ -32,7 +35,9 @@ def error_record(error: UsoflowError) -> dict[str, str]:
 
 @contextmanager
 def progress(*, quiet: bool) -> Iterator[Listener]:
-    """A listener that draws a bar on a terminal's stderr; says nothing where there is none or if quiet."""
+    """A listener that draws a bar on a terminal's stderr; where there is none, or if quiet, a long run says
+    now and then how far it is.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -42,16 +47,22 @@ def progress(*, quiet: bool) -> Iterator[Listener]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     bar = Progress(*columns, TextColumn("{task.fields[rate]}"), console=console, transient=True)
     bar.disable = quiet or not console.is_terminal
+    said = time.monotonic()
     with bar:
         task = bar.add_task("", total=1, rate="")
 
         def listen(event: Event) -> None:
+            nonlocal said
             if isinstance(event, NodeStarted):
                 bar.reset(task, description=event.class_type, total=1, rate="")
             elif isinstance(event, NodeProgress):
                 elapsed = bar.tasks[0].elapsed or 0.0
                 rate = f"{elapsed / event.step:.2f} s/step"
                 bar.update(task, completed=event.step, total=event.steps, rate=rate)
+                if bar.disable and time.monotonic() - said > SAID_EVERY:
+                    said = time.monotonic()
+                    step = f"{bar.tasks[0].description} {event.step}/{event.steps}"
+                    print(f"{step}, {rate}", file=sys.stderr, flush=True)
 
         yield listen
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -92,7 +93,7 @@ def run(
 
 
 def execute(engine: Engine, job: Job, *, quiet: bool) -> Result:
-    """Run with a progress bar on stderr (none if quiet); Ctrl+C stops after the step in progress."""
+    """Run with a progress bar on stderr (none if quiet); Ctrl+C stops it."""
     with report.progress(quiet=quiet) as listen, stopped_by_interrupt() as cancellation:
         engine.start()  # imports torch: everything that can be refused has been
         return engine.run(job, progress=listen, cancellation=cancellation)
@@ -100,14 +101,15 @@ def execute(engine: Engine, job: Job, *, quiet: bool) -> Result:
 
 @contextmanager
 def stopped_by_interrupt() -> Iterator[Cancellation]:
-    """Ctrl+C stops after the step in progress; a second one stops at once."""
+    """Ctrl+C stops after the block in progress, or a part of other work; a second one ends the process."""
     from usoflow.execution.progress import Cancellation
 
     cancellation = Cancellation()
 
     def stop(*_: object) -> None:
         cancellation.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own would wait for what torch is doing
+        os.write(2, b"Stopping; Ctrl+C once more ends it at once.\n")  # print could be interrupted by itself
 
     before = signal.signal(signal.SIGINT, stop)
     try:

@@ -266,9 +266,15 @@ class ModelLibrary:
         if weight_dtype == "fp8_e4m3fn":
             self._narrow(module)
         self.placement.settle(module, module.blocks, as_stored=weight_dtype != "default")
+        for block in module.blocks:
+            block.register_forward_pre_hook(self._between)
         if self.placement.compiled:
             self._regions.attach(module)
         return module
+
+    def _between(self, _block: torch.nn.Module, _inputs: object) -> None:
+        """A step on a CPU may take minutes."""
+        self.check()
 
     def _narrow(self, module: Flux) -> None:
         """Hold the weights of the blocks in fp8, without a scale (as `weight_dtype` has it in ComfyUI).

@@ -144,13 +144,20 @@ class JobStore:
             self._connection = sqlite3.connect(
                 path, timeout=PATIENCE, check_same_thread=False, isolation_level=None
             )
-            self._connection.row_factory = sqlite3.Row
-            self._connection.execute("PRAGMA journal_mode = WAL")
-            self._connection.execute("PRAGMA synchronous = FULL")  # accepted means on the disk
-            self._connection.execute("PRAGMA foreign_keys = ON")
-            self._migrate()
+            try:
+                self._prepare()
+            except BaseException:
+                self._connection.close()
+                raise
         except (OSError, sqlite3.Error) as error:
             raise UsoflowError("state_unusable", f"{path} cannot be used: {error}.") from None
+
+    def _prepare(self) -> None:
+        self._connection.row_factory = sqlite3.Row
+        self._connection.execute("PRAGMA journal_mode = WAL")
+        self._connection.execute("PRAGMA synchronous = FULL")  # accepted means on the disk
+        self._connection.execute("PRAGMA foreign_keys = ON")
+        self._migrate()
 
     def close(self) -> None:
         """Nothing may be called after this."""
