@@ -218,6 +218,7 @@ def test_keeping_proportions_and_saving_the_workflow(
         (["--sweep=steps=few"], 2, "not values"),
         (["--keep-size"], 2, "without a subject"),
         (["--subject=none.png"], 5, "none.png"),
+        (["--subject=https://example.com/a.png"], 5, "download the picture"),
         (["--lora=none.safetensors"], 4, "none.safetensors"),
         (["--sweep", "steps=2,3", "steps=4"], 2, "swept once"),
         (["--sweep=steps=2,2"], 2, "would be the same"),

@@ -47,6 +47,10 @@ def test_unknown_node() -> None:
     assert done.err.startswith("error: There is no node Nothing.")
 
 
+def test_a_node_of_nearly_that_name() -> None:
+    assert "Did you mean KSampler?" in usoflow("nodes", "ksampler").err
+
+
 def test_help_tells_every_exit_code() -> None:
     done = usoflow("--help")
     assert done.code == 0

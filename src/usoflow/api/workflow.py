@@ -228,7 +228,9 @@ def check_picture(path: Path) -> None:
         UsoflowError: `image_missing`.
     """
     if not path.is_file():
-        reason = "is a folder" if path.is_dir() else "does not exist"
+        reason = "is no file" if path.exists() else "does not exist"
+        if path.parts[:1] in (("http:",), ("https:",)):
+            reason = "is an address: download the picture first"
         raise UsoflowError("image_missing", f"{path} {reason}.", remedy="Check the path.")
 
 

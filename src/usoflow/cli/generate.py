@@ -248,7 +248,7 @@ def _write_sheet(wanted: Sequence[_Wanted], results: Sequence[Result], columns: 
 
 
 def _size(text: str) -> tuple[int, int]:
-    width, _, height = text.lower().partition("x")
+    width, _, height = text.lower().replace("×", "x").partition("x")
     if not (width.isdecimal() and height.isdecimal()):
         raise UsoflowError("request_invalid", f"--size {text!r} is not WxH, as 1024x768.")
     return int(width), int(height)

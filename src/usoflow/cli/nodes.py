@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -27,7 +28,10 @@ def nodes(
         return
     schema = known.schema(name)
     if schema is None:
-        raise UsoflowError("node_unknown", f"There is no node {name}.")
+        written = {node.lower(): node for node in known}
+        alike = get_close_matches(name.lower(), written, n=1)
+        meant = f" Did you mean {written[alike[0]]}?" if alike else ""
+        raise UsoflowError("node_unknown", f"There is no node {name}.{meant}")
     _describe(schema)
 
 
