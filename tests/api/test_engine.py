@@ -128,7 +128,7 @@ def test_the_template_has_the_models_that_are_there(tmp_path: Path) -> None:
             given["ckpt_name"] for given in inputs if "ckpt_name" in given
         }
         assert {given["width"] for given in inputs if "width" in given} == {128}
-        assert any("Taken: usoflow-pocket" in warning for warning in workflow.warnings)
+        assert any("own small models draw" in warning for warning in workflow.warnings)
         assert engine.load("template:flux_dev_checkpoint_example").warnings == ()
 
 
@@ -181,3 +181,21 @@ def test_the_package_has_no_other_names() -> None:
     }
     with pytest.raises(AttributeError):
         _ = usoflow.nothing  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("loras", "expected"),
+    [
+        ("x.safetensors", {("x.safetensors", 1.0)}),
+        (("x.safetensors", 0.5), {("x.safetensors", 0.5)}),
+        (["x.safetensors", ("y.safetensors", 0)], {("x.safetensors", 1.0), ("y.safetensors", 0)}),
+    ],
+)
+def test_strengths_of_loras(engine: Engine, loras: Any, expected: Any) -> None:
+    nodes = engine.workflow("a fox", loras=loras).prompt.nodes.values()
+    given = [node.inputs for node in nodes if node.class_type == "LoraLoaderModelOnly"]
+    assert expected <= {(inputs["lora_name"], inputs["strength_model"]) for inputs in given}
+
+
+def test_a_seed_of_zero_is_a_seed(engine: Engine) -> None:
+    assert engine.workflow("a fox", seed=0).seeds == (0,)

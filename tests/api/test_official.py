@@ -387,3 +387,9 @@ def test_a_quantised_transformer_has_a_loader_of_its_own() -> None:
     nodes = build(Request("a fox"), replace(TUTORIAL, split=split)).prompt.nodes
     (loader,) = (node for node in nodes.values() if node.class_type == "UnetLoaderGGUF")
     assert loader.inputs == {"unet_name": "flux1-dev-Q4_K.gguf"}
+
+
+def test_the_checkpoint_comes_before_its_parts(split_models: Path) -> None:
+    (checkpoint,) = (POCKET_MODELS / "checkpoints").iterdir()
+    shutil.copy(checkpoint, split_models / "checkpoints" / TUTORIAL.names["checkpoints"])
+    assert at_hand(find_folders(models=split_models)).split is None

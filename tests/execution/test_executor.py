@@ -287,6 +287,18 @@ class TestCache:
             assert names == ["x_00001_.png", "x_00002_.png"]
         assert bench.ran == []
 
+    def test_outputs_of_one_node_differ(self, plain: Bench, calls: list[str]) -> None:
+        prompt = {
+            "first": entry("Show", text=["join", 0]),
+            "again": entry("Join", a=["join", 0]),
+            "other": entry("Join", a=["join", 1]),
+            "join": entry("Join", a="x", b="y"),
+            "show again": entry("Show", text=["again", 0]),
+            "show other": entry("Show", text=["other", 0]),
+        }
+        plain.run(prompt, "show again", "show other")
+        assert {"((xy))", "(2)"} < set(calls)
+
 
 class TestFileNames:
     def test_the_date_is_that_of_the_run(self, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -211,3 +211,24 @@ def test_bf16_is_near_fp32(full_flux: Flux, synthetic, golden) -> None:
     )
     result = golden("dit").check("t2i", velocity.numpy(), 0.01)
     assert result["ok"], result
+
+
+def test_styles_of_a_batch_share_a_prompt() -> None:
+    model = small_flux()
+    torch.manual_seed(2)
+    text, pooled, style = torch.randn(1, 5, 24), torch.randn(1, 20), torch.randn(2, 3, 64)
+    together = model.prepare(text, pooled, (4, 4), batch=2, style=style)
+    for number in range(2):
+        alone = model.prepare(text, pooled, (4, 4), style=style[number : number + 1])
+        assert torch.allclose(together.text[number], alone.text[0], atol=1e-6)
+
+
+def test_a_large_batch() -> None:
+    """Of more pictures than there are tokens at once."""
+    model = small_flux()
+    torch.manual_seed(2)
+    latent, text, pooled = torch.randn(65, 16, 2, 2), torch.randn(1, 2, 24), torch.randn(1, 20)
+    with torch.no_grad():
+        found = model(latent, torch.tensor(0.4), model.prepare(text, pooled, (2, 2), batch=65))
+        alone = model(latent[64:], torch.tensor(0.4), model.prepare(text, pooled, (2, 2)))
+    assert torch.allclose(found[64:], alone, atol=1e-4)

@@ -18,6 +18,7 @@ from usoflow.models.checkpoint import CONFIG_KEY, Component, TensorFile
 from usoflow.models.library import LoraUse, ModelLibrary, load_clip, load_flux, load_vae
 from usoflow.models.placement import Placement, widen_fp8
 from usoflow.models.residence import stored_bytes
+from usoflow.models.text import TextEncoding
 from usoflow.pocket.untrained import FLUX, write_untrained
 
 CPU32 = Placement(torch.device("cpu"), torch.float32)
@@ -340,3 +341,94 @@ def test_the_vae_computes_in_bf16_only_where_the_transformer_does() -> None:
     wide, narrow, half = torch.float32, torch.bfloat16, torch.float16
     asked = [(cuda, narrow), (cuda, half), (cuda, wide), (cpu, narrow)]
     assert [Placement(*one).vae_dtype for one in asked] == [narrow, wide, wide, wide]
+
+
+@torch.inference_mode()
+def test_each_encoder_has_its_own_prompt(models: Path) -> None:
+    library, (whole, _) = ModelLibrary(CPU32), components(models)
+
+    def encoded(clip: str | None, prompt: str = "a cat") -> TextEncoding:
+        return library.encode_text(whole["clip_l"], whole["t5"], prompt, clip_prompt=clip)
+
+    both, empty, other = encoded(None), encoded(""), encoded("a dog")
+    assert torch.equal(both.context, empty.context)
+    assert torch.equal(both.context, other.context)
+    assert torch.equal(empty.pooled, encoded(None, "").pooled)
+    assert not torch.equal(other.pooled, both.pooled)
+    assert not torch.equal(other.pooled, empty.pooled)
+
+
+@torch.inference_mode()
+def test_what_was_encoded_may_be_changed(models: Path) -> None:
+    """Custom nodes do; what is kept stays."""
+    library, (whole, _), images = ModelLibrary(CPU32), components(models), torch.rand(1, 32, 32, 3)
+
+    def outputs() -> list[Tensor]:
+        text = library.encode_text(whole["clip_l"], whole["t5"], "a cat")
+        return [text.context, text.pooled, library.vae_encode(whole["vae"], images)]
+
+    wanted = [values.clone() for values in outputs()]
+    for values in outputs():
+        values.zero_()
+    for found, expected in zip(outputs(), wanted, strict=True):
+        assert torch.equal(found, expected)
+
+
+@torch.inference_mode()
+def test_pictures_of_the_same_bytes_differ_by_shape(models: Path) -> None:
+    library, (whole, _) = ModelLibrary(CPU32), components(models)
+    wide, high = (library.vae_encode(whole["vae"], torch.ones(1, *s, 3)) for s in ((16, 32), (32, 16)))
+    assert wide.shape == high.mT.shape
+
+
+@torch.inference_mode()
+def test_what_was_asked_for_again_is_kept_longest(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("usoflow.models.library.KEPT_ENCODINGS", 2)
+    library, (whole, _) = ModelLibrary(CPU32), components(models)
+    encoded: list[float] = []
+    once = library.vae_encode_once
+
+    def watched(component: Component, images: Tensor) -> Tensor:
+        encoded.append(float(images.mean()))
+        return once(component, images)
+
+    monkeypatch.setattr(library, "vae_encode_once", watched)
+    for value in (0.0, 1.0, 0.0, 0.5, 0.0):
+        library.vae_encode(whole["vae"], torch.full((1, 16, 16, 3), value))
+    assert encoded == [0.0, 1.0, 0.5]
+
+
+@torch.inference_mode()
+def test_the_vae_of_a_file_that_changed_is_forgotten(tmp_path: Path) -> None:
+    write_untrained(tmp_path)
+    library = ModelLibrary(CPU32)
+    for seed in (1, 2):
+        vae = TensorFile.open(tmp_path / CHECKPOINT).component("vae")
+        library.vae_decode(vae, torch.zeros(1, 16, 2, 2))
+        write_untrained(tmp_path, seed=seed)
+    assert len(library._modules) == 1
+
+
+@torch.inference_mode()
+def test_a_loras_strength_can_be_changed(small_models: Path) -> None:
+    library, lora, name = ModelLibrary(CPU32), lora_of(small_models), "single_blocks.0.linear2"
+
+    def strengths(strength: float) -> list[float]:
+        flux = library.flux(transformer_of(small_models), (LoraUse(lora, strength),), "default")
+        return [branch.strength for branch in flux.get_submodule(name).branches]
+
+    assert (strengths(1.0), strengths(0.5), strengths(0.0)) == ([1.0], [0.5], [])
+
+
+@torch.inference_mode()
+def test_a_transformer_with_loras_is_not_held_beside_the_next(small_models: Path) -> None:
+    library, use = ModelLibrary(CPU32), LoraUse(lora_of(small_models), 1.0)
+    first = weakref.ref(library.flux(transformer_of(small_models), (use,), "default"))
+    library.flux(transformer_of(small_models), (), "fp8_e4m3fn")
+    gc.collect()
+    assert first() is None
+
+
+def test_a_computation_has_no_more_room_than_the_budget() -> None:
+    assert Placement(torch.device("cpu"), torch.float32, budget=1000).room == 1000
+    assert CPU32.room > 1000

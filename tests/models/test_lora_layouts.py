@@ -20,7 +20,7 @@ from usoflow.models.checkpoint import Component, TensorFile
 from usoflow.models.flux import Flux
 from usoflow.models.library import LoraUse, ModelLibrary, load_flux
 from usoflow.models.lora import attach
-from usoflow.models.lora_layouts import refuse_other_methods
+from usoflow.models.lora_layouts import pairs_for, refuse_other_methods
 from usoflow.models.placement import Placement
 from usoflow.models.weights import Linear
 from usoflow.pocket.untrained import FLUX
@@ -301,3 +301,35 @@ def test_other_methods_are_named(
         with pytest.raises(UsoflowError, match=method) as caught:
             refuse()
         assert caught.value.code == "model_unsupported"
+
+
+@pytest.mark.parametrize(("ending", "factor"), [("img_attn", 6 / RANK), ("img_attn.qkv", 12 / RANK)])
+def test_a_pattern_is_for_names_that_end_so(
+    checkpoint: TensorFile, tmp_path: Path, ending: str, factor: float
+) -> None:
+    down, up = pair(3 * W, W, 2)
+    stem = "transformer.double_blocks.0.img_attn.qkv"
+    tensors = {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}
+    declared = {"transformer.lora_alpha": 6, "transformer.alpha_pattern": {ending: 12}}
+    lora = saved(tmp_path, tensors, {"lora_adapter_metadata": json.dumps(declared)})
+    found = change(checkpoint, lora, "double_blocks.0.img_attn.qkv")
+    assert torch.allclose(found, factor * up @ down, atol=1e-4)
+
+
+@pytest.mark.parametrize("prefix", ["lora_te2_", "lora_te3_"])
+def test_both_numbers_of_t5(tmp_path: Path, prefix: str) -> None:
+    down, up = pair(8, 8, 2)
+    stem = f"{prefix}encoder_block_0_layer_0_SelfAttention_q"
+    lora = saved(tmp_path, {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up})
+    layers = {"encoder.block.0.layer.0.SelfAttention.q": (8, 8)}
+    assert [found.layer for found in pairs_for(lora, "t5", layers).fitting] == list(layers)
+    assert not pairs_for(lora, "flux", layers).total
+
+
+def test_sides_of_different_ranks_are_refused(checkpoint: TensorFile, tmp_path: Path) -> None:
+    down, up = pair(3 * W, W, 2)
+    stem = "lora_unet_double_blocks_1_img_attn_qkv"
+    lora = saved(tmp_path, {f"{stem}.lora_down.weight": down[1:], f"{stem}.lora_up.weight": up})
+    with pytest.raises(UsoflowError) as caught:
+        attach(load_flux(checkpoint.component("flux")), lora, 1.0)
+    assert caught.value.code == "lora_mismatch"

@@ -64,3 +64,13 @@ def test_there_is_no_such_method() -> None:
     with pytest.raises(UsoflowError, match="diagonal") as caught:
         position_ids((4, 4), [(2, 2)], "diagonal")
     assert caught.value.code == "reference_method"
+
+
+def test_of_equal_sides_the_next_tile_is_below() -> None:
+    assert position_ids((4, 4), [(4, 4), (4, 4)], "offset")[8].tolist() == [1, 2, 0]
+
+
+def test_the_method_of_later_models_is_offset() -> None:
+    sizes = [(4, 6), (6, 2)]
+    found = position_ids((4, 4), sizes, "index_timestep_zero")
+    assert torch.equal(found, position_ids((4, 4), sizes, "offset"))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from usoflow.errors import UsoflowError
 from usoflow.models.checkpoint import Component, TensorFile
+from usoflow.models.finite import require_finite
 from usoflow.models.weights import (
     DTYPES,
     Conv2d,
@@ -201,3 +202,10 @@ def test_fp8_stays_fp8_in_memory(synth_models: Path) -> None:
     path = synth_models / "checkpoints/flux1-dev-fp8.safetensors"
     done = subprocess.run([sys.executable, "-c", MEASURE, path], capture_output=True, text=True, check=True)
     assert int(done.stdout) <= path.stat().st_size + 1e9
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_infinite_values_are_not_finite(value: float) -> None:
+    with pytest.raises(UsoflowError, match="The VAE") as caught:
+        require_finite(torch.tensor([1.0, value]), "The VAE")
+    assert caught.value.code == "non_finite"

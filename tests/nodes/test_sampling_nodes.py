@@ -355,3 +355,43 @@ def test_a_transformer_without_guidance_has_schnells_schedule(tools: Tools, tmp_
 def test_the_scheduler_node_gives_no_more_levels_than_steps(tools: Tools) -> None:
     assert len(sigmas("ddim_uniform", 30, 1.0, schedule=FluxSchedule())) == 32
     assert len(custom_sampling.basic_scheduler(tools.model, "ddim_uniform", 30)) == 31
+
+
+def one_step(tools: Tools, text: Any, **given: Any) -> tuple[Tensor, Tensor]:
+    """One step of Euler by the nodes; and by the transformer, prepared with what is given."""
+    output, _ = custom_sampling.sampler_custom_advanced(
+        custom_sampling.random_noise(5), custom_sampling.basic_guider(tools.model, text), "euler",
+        torch.tensor([1.0, 0.0]), empty(), context=tools.context,
+    )  # fmt: skip
+    flux = tools.context.library.flux(tools.model.flux, (), "default")
+    ((states, options),) = tools.cat
+    with torch.no_grad():
+        inputs = flux.prepare(states, options["pooled_output"], (4, 6), **given)
+        expected = noise(5) - flux(noise(5), torch.tensor(1.0), inputs)
+    return output["samples"], expected / SCALE + SHIFT
+
+
+def test_references_are_seen_in_the_models_scale(tools: Tools) -> None:
+    text = conditioning.reference_latent(tools.cat, latents(1))
+    references = [(latents(1)["samples"] - SHIFT) * SCALE]
+    assert torch.allclose(*one_step(tools, text, references=references), atol=1e-4)
+
+
+def test_without_guidance_the_model_is_not_told_any(tools: Tools) -> None:
+    found = one_step(tools, conditioning.disable_guidance(tools.cat), guidance=None)
+    assert torch.allclose(*found, atol=1e-4)
+
+
+def test_previews_are_in_the_vaes_scale(tools: Tools) -> None:
+    told: list[Tensor] = []
+    context = SimpleNamespace(
+        library=tools.context.library, report=lambda step, steps, latent: told.append(latent)
+    )
+    found = whole(SimpleNamespace(**vars(tools) | {"context": context}), empty())
+    assert len(told) == 4
+    assert torch.allclose(told[-1], found, atol=1e-4)
+
+
+def test_a_shift_of_zero_is_a_shift(tools: Tools) -> None:
+    levels = custom_sampling.basic_scheduler(replace(tools.model, shift=0.0), "simple", 4)
+    assert torch.allclose(levels, torch.tensor([1, 0.75, 0.5, 0.25, 0]))

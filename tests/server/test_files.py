@@ -328,3 +328,11 @@ def test_a_full_disk_is_no_fault_of_the_client(
     for answer in (refused, client.post("/userdata/workflows%2Fa.json", content=b"{}")):
         assert (answer.status_code, answer.json()["error"]["type"]) == (507, "save_failed")
     assert [path for folder in folders for path in folder.iterdir()] == []
+
+
+@pytest.mark.parametrize("kind", ["PPM", "ICO", "TGA"])
+def test_other_kinds_of_pictures_are_not_taken(client: TestClient, kind: str) -> None:
+    data = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(data, kind)
+    status, answer = upload(client, data.getvalue(), "a.png")
+    assert (status, answer["error"]["type"]) == (400, "image_invalid")  # type: ignore[index]

@@ -155,3 +155,9 @@ def test_a_wrong_status_of_jobs_is_answered_as_comfyui_does(client: TestClient) 
     valid = "pending, in_progress, completed, failed, cancelled"
     assert answer.status_code == 400
     assert answer.json() == {"error": f"Invalid status value(s): foo. Valid values: {valid}"}
+
+
+@pytest.mark.parametrize("mode", ["no-cors", "cors"])
+def test_a_page_of_another_port_is_another_site(client: TestClient, mode: str) -> None:
+    headers = {"sec-fetch-site": "same-site", "sec-fetch-mode": mode}
+    assert client.get("/api/queue", headers=headers).status_code == 403

@@ -345,3 +345,20 @@ def test_a_full_disk_is_an_error_that_says_so_and_not_for_ever(tmp_path: Path) -
     assert [job.id for job in store.waiting()] == ["large"]
     assert store.request("none") is None
     store.close()
+
+
+def test_what_runs_comes_before_the_front(store: JobStore) -> None:
+    add(store, "runs")
+    store.start_next()
+    add(store, "now", front=True)
+    assert [job.id for job in store.waiting()] == ["runs", "now"]
+
+
+def test_with_a_job_its_files_are_forgotten(store: JobStore, tmp_path: Path) -> None:
+    add(store, "a")
+    store.start_next()
+    store.reserve("a", tmp_path / "a.png")
+    store.note_output("a", "9", {"images": [{"filename": "a.png"}]})
+    store.finish("a", State.COMPLETED)
+    store.forget()
+    assert store._connection.execute("SELECT count(*) FROM files").fetchone()[0] == 0

@@ -10,7 +10,7 @@ import pytest
 from reference_nodes import registry
 from usoflow.errors import UsoflowError
 from usoflow.workflow import document
-from usoflow.workflow.flatten import MAX_NODES, Conversion, flatten
+from usoflow.workflow.flatten import MAX_NODES, Conversion, fits, flatten
 
 Json = dict[str, Any]
 IN, OUT = -10, -20
@@ -302,3 +302,16 @@ def test_wrong_links(link: Any) -> None:
 def test_the_upload_button_stands_after_the_last_required_field() -> None:
     load = node(1, "LoadImageMask", outputs="MASK", widgets_values=["m.png", "red", "image"])
     assert inputs(workflow([load], []))["1"] == {"image": "m.png", "channel": "red"}
+
+
+def test_file_names_of_two_nodes_of_one_name_take_the_first() -> None:
+    nodes = [
+        node(n, "EmptyLatentImage", properties={"Node name for S&R": "Size"}, widgets_values=[width, 512, 1])
+        for n, width in ((1, 640), (2, 320))
+    ]
+    assert file_name("%Size.width%", *nodes) == "640"
+
+
+def test_types_fit_in_any_case() -> None:
+    assert fits("image,mask", "MASK")
+    assert not fits("image", "MASK")

@@ -37,8 +37,8 @@ class ModelFiles:
 
 
 POCKET_NOTE: Final = (
-    "No models are there: usoflow's own small ones draw, best in {side}x{side}."
-    " `usoflow doctor` tells what is missing."
+    "usoflow's own small models draw, best in {side}x{side}."
+    " `usoflow doctor` tells which of the tutorial's are missing."
 )
 TUTORIAL: Final = ModelFiles({file.folder: file.name for file in KNOWN_FILES})
 
