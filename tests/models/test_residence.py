@@ -58,9 +58,7 @@ def test_plans_are_what_they_say(small_models: Path) -> None:
 def test_training_finds_weights_as_stored(small_models: Path) -> None:
     component = transformer_of(small_models)
     flux = ModelLibrary(Placement(CPU, torch.bfloat16, 1)).flux(component, (), "default")
-    assert all(
-        len(block._forward_pre_hooks) == 1 for block in flux.blocks
-    )  # asks whether to stop; no passage
+    assert all(len(block._forward_pre_hooks) == 1 for block in flux.blocks)  # asks whether to stop
     for one, other in zip(linear_layers(flux), linear_layers(load_flux(component)), strict=True):
         assert one.weight.dtype == other.weight.dtype
         assert one.scratch is None
