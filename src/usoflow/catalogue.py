@@ -16,7 +16,7 @@ from typing import Final
 
 from usoflow.errors import UsoflowError
 from usoflow.models.checkpoint import TensorFile
-from usoflow.settings import POCKET_MODELS, Folders, own_models
+from usoflow.settings import Folders, own_models
 
 _HUB = "https://huggingface.co"
 
@@ -128,7 +128,7 @@ def missing_file_remedy(folder: str, name: str, folders: Folders) -> str:
     if twins := list(same_kind(wanted, folders)) if wanted else []:
         names = " or ".join(twins)
         small = ""
-        if folders.models[folder][-1].is_relative_to(POCKET_MODELS):
+        if folders.are_pocket(folder):
             small = " (usoflow's own small one, for pictures of 128x128)"
         lines.append(
             f"You have {names} in {folder}{small}, which holds the same kind of model: use that name instead."

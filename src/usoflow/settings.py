@@ -78,6 +78,10 @@ class Folders:
             return sorted(found | set(self.given_images))
         return sorted({n for root in self.models.get(folder, ()) for n in _names(root, MODEL_SUFFIXES)})
 
+    def are_pocket(self, folder: str) -> bool:
+        """Whether models of a kind are the small ones that ship with the package."""
+        return self.models[folder][-1].is_relative_to(POCKET_MODELS)
+
     def exists(self, folder: str, name: str) -> bool:
         """Whether "input", "output" or "temp" holds this picture; False for names that leave the folder."""
         try:

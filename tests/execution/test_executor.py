@@ -266,12 +266,9 @@ class TestCache:
         assert calls == ["s", "(sl)", "other"] * 3
 
     def test_equal_nodes_run_once(self, plain: Bench, calls: list[str]) -> None:
-        twins = {
-            "show": entry("Show", text=["top", 0]),
-            "top": entry("Join", a=["left", 0], b=["right", 0]),
+        twins = DIAMOND | {
             "right": entry("Join", a=["other", 0], b="x"),
             "left": entry("Join", a=["source", 0], b="x"),
-            "source": entry("Source", name="s"),
             "other": entry("Source", name="s"),
         }
         result = plain.run(twins, "show")

@@ -8,7 +8,7 @@ from typing import Final
 from usoflow.catalogue import CHECKPOINT, KNOWN_FILES, SplitFiles, name_of, same_kind, split_files
 from usoflow.errors import UsoflowError
 from usoflow.models.checkpoint import TensorFile
-from usoflow.settings import POCKET_MODELS, Folders
+from usoflow.settings import Folders
 
 SIDE: Final = 1024  # of a picture by FLUX.1, as the template has it
 SUBJECT_SIDE: Final = 512  # likewise
@@ -60,7 +60,7 @@ def at_hand(folders: Folders) -> ModelFiles:
         taken.append(f"{split.transformer}, {split.clip_l}, {split.t5} and {split.vae} for {CHECKPOINT.name}")
     if not taken:
         return ModelFiles(names, side=side)
-    if folders.models[CHECKPOINT.folder][-1].is_relative_to(POCKET_MODELS):
+    if folders.are_pocket(CHECKPOINT.folder):
         return ModelFiles(names, side=side, notes=(POCKET_NOTE.format(side=side),))
     small = f" Its pictures have {side}x{side} pixels." if side != SIDE else ""
     note = f"Not all files of the tutorial are there. Taken: {', '.join(taken)}.{small}"

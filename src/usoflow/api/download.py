@@ -20,6 +20,7 @@ import certifi
 
 from usoflow.catalogue import KnownFile
 from usoflow.errors import UsoflowError
+from usoflow.file_lock import taken
 from usoflow.models.checkpoint import TensorFile
 from usoflow.settings import Folders
 
@@ -121,16 +122,14 @@ def _held(name: str, part: Path) -> Iterator[None]:
     if sys.platform == "win32":  # where a file that is open cannot be put in place, either
         yield
         return
-    import fcntl
-
     with part.open("ab") as stream:
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            ours = taken(stream.fileno())
+        except OSError:  # no locks here
+            ours = True
+        if not ours:
             what, advice = f"{name}: another download of it is running.", "Wait until that one has ended."
-            raise UsoflowError("download_failed", what, remedy=advice) from None
-        except OSError:  # some network file systems have none
-            pass
+            raise UsoflowError("download_failed", what, remedy=advice)
         yield
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from pathlib import Path
 
 from usoflow.errors import UsoflowError
+from usoflow.file_lock import taken
 
 PATIENCE = 10.0  # seconds that the worker of a killed server gets to notice and end
 _PERIOD = 0.05
@@ -17,8 +17,7 @@ def hold(path: Path, *, patience: float = PATIENCE) -> int:
     """Take the lock.
 
     Returns:
-        A file descriptor: who has it open holds the lock, so a worker inherits it (flock(2)). On Windows
-        the server alone holds it.
+        A file descriptor, which a worker inherits; on Windows the server alone holds the lock.
 
     Raises:
         UsoflowError: `state_in_use`, `state_unusable`.
@@ -26,7 +25,7 @@ def hold(path: Path, *, patience: float = PATIENCE) -> int:
     descriptor = _opened(path)
     deadline = time.monotonic() + patience
     try:
-        while not _taken(descriptor):
+        while not taken(descriptor):
             if time.monotonic() > deadline:
                 raise UsoflowError("state_in_use", f"Another usoflow server uses {path.parent}.")
             time.sleep(_PERIOD)
@@ -47,18 +46,3 @@ def _opened(path: Path) -> int:
     except OSError as error:
         what = f"{path.parent} cannot be used as a folder: {error.strerror}."
         raise UsoflowError("state_unusable", what) from None
-
-
-def _taken(descriptor: int) -> bool:
-    try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):  # the latter is Windows' word for it
-        return False
-    return True
