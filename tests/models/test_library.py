@@ -72,6 +72,21 @@ def test_a_step_can_be_stopped_between_blocks(models: Path) -> None:
 
 
 @torch.inference_mode()
+def test_encoding_a_prompt_can_be_stopped_between_blocks(models: Path) -> None:
+    library, (whole, _) = ModelLibrary(CPU32), components(models)
+    library.encode_text(whole["clip_l"], whole["t5"], "a cat")  # both files are read
+
+    def check() -> None:
+        raise UsoflowError("cancelled", "enough")
+
+    library.begin_run(check)
+    with pytest.raises(UsoflowError, match="enough"):
+        library.encode_text(whole["clip_l"], whole["t5"], "a dog")
+    library.begin_run()
+    assert library.encode_text(whole["clip_l"], whole["t5"], "a dog").context.isfinite().all()
+
+
+@torch.inference_mode()
 def test_split_files_are_the_checkpoint(models: Path) -> None:
     library, (whole, split) = ModelLibrary(CPU32), components(models)
     images = torch.rand(1, 32, 32, 3)
@@ -284,6 +299,24 @@ def test_what_passes_through_a_small_memory_is_not_copied(
     assert "stay as stored" in caplog.text
 
 
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_copies_that_a_gpus_host_has_no_memory_for_are_not_made(
+    models: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, device: str
+) -> None:
+    """All would be there at once before the first is on the GPU. Apple's have no fp8 at all."""
+    whole, _ = components(models)
+    library, flux = ModelLibrary(Placement(torch.device(device), torch.bfloat16)), load_flux(whole["flux"])
+    free = 1000 if device == "cuda" else 10**12
+    monkeypatch.setattr("usoflow.models.placement._free_memory", lambda: free)
+    library._narrow(flux)
+    assert flux.double_blocks[0].img_attn.qkv.weight.dtype == torch.float16
+    assert "stay as stored" in caplog.text
+    if device == "cuda":
+        monkeypatch.setattr("usoflow.models.placement._free_memory", lambda: 10**12)
+        library._narrow(flux)
+        assert flux.double_blocks[0].img_attn.qkv.weight.dtype == torch.float8_e4m3fn
+
+
 def test_a_file_of_all_of_clip_is_a_text_encoder(models: Path, tmp_path: Path) -> None:
     """With the vision tower and projections beside it, as openai/clip-vit-large-patch14 has them."""
     _, split = components(models)
@@ -312,6 +345,18 @@ def test_a_transformer_that_is_given_more_than_a_latent_is_named(models: Path, t
     with pytest.raises(UsoflowError, match="takes 96 channels and makes 16") as error:
         load_flux(TensorFile.open(tmp_path / "fill.safetensors").component("flux"))
     assert error.value.code == "model_unsupported"
+
+
+def test_a_transformer_in_four_bits_of_bitsandbytes_is_named(models: Path, tmp_path: Path) -> None:
+    _, split = components(models)
+    tensors = load_file(split["flux"].file.path)
+    name = "double_blocks.0.img_attn.qkv.weight"
+    tensors[name] = torch.zeros(tensors[name].numel() // 2, 1, dtype=torch.uint8)
+    tensors[name + ".absmax"] = torch.ones(4)
+    save_file(tensors, tmp_path / "nf4.safetensors", metadata=dict(split["flux"].file.metadata))
+    with pytest.raises(UsoflowError, match="bitsandbytes") as error:
+        load_flux(TensorFile.open(tmp_path / "nf4.safetensors").component("flux"))
+    assert "GGUF" in error.value.remedy
 
 
 def test_forgetting_everything_also_forgets_that_memory_ran_out() -> None:
@@ -415,7 +460,7 @@ def test_a_loras_strength_can_be_changed(small_models: Path) -> None:
 
     def strengths(strength: float) -> list[float]:
         flux = library.flux(transformer_of(small_models), (LoraUse(lora, strength),), "default")
-        return [branch.strength for branch in flux.get_submodule(name).branches]
+        return [float(branch.strength) for branch in flux.get_submodule(name).branches]
 
     assert (strengths(1.0), strengths(0.5), strengths(0.0)) == ([1.0], [0.5], [])
 

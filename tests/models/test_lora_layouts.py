@@ -138,12 +138,14 @@ def test_the_last_modulation_has_its_halves_the_other_way_round(
         "base_model.model.{}.lora_A.default.weight",
         "transformer.{}.lora.down.weight",
         "base_model.model.diffusion_model.{}.lora_A.weight",
+        "lycoris_{}.lora_down.weight",
     ],
 )
 def test_prefixes_and_names_of_the_two_sides(checkpoint: TensorFile, tmp_path: Path, form: str) -> None:
     down, up = pair(3 * W, W, 2)
-    name = form.format("double_blocks.0.img_attn.qkv")
-    other = name.replace("lora_A", "lora_B").replace("lora.down", "lora.up")
+    layer = "double_blocks.0.img_attn.qkv"
+    name = form.format(layer.replace(".", "_") if form.startswith("lycoris_") else layer)
+    other = name.replace("lora_A", "lora_B").replace("down", "up")
     lora = saved(tmp_path, {name: down, other: up})
     assert torch.allclose(change(checkpoint, lora, "double_blocks.0.img_attn.qkv"), up @ down, atol=1e-4)
 
@@ -231,8 +233,11 @@ def test_text_encoders(checkpoint: TensorFile, tmp_path: Path) -> None:
         changed = library.encode_text(clip_l, t5, "a cat", loras=(LoraUse(lora, 1.0),))
         assert torch.equal(changed.pooled, plain.pooled) == (stem != clip_stem)
         assert torch.equal(changed.context, plain.context) == (stem != t5_stem)
+        kept = len(library._encodings)
         none = library.encode_text(clip_l, t5, "a cat", loras=(LoraUse(lora, 0.0),))
-        assert torch.allclose(none.context, plain.context)
+        assert torch.equal(none.context, plain.context)
+        assert len(library._encodings) == kept, "what changes nothing is not encoded again"
+    assert kept == 3  # without, for CLIP, for T5
     assert torch.equal(library.encode_text(clip_l, t5, "a cat").pooled, plain.pooled)
 
 

@@ -19,13 +19,14 @@ from torch import Tensor
 
 import networks
 from networks import lora_of, transformer_of
-from usoflow.models import int8
+from usoflow.models import int8, regions
 from usoflow.models.checkpoint import Component
 from usoflow.models.flux import Flux
 from usoflow.models.library import LoraUse, ModelLibrary
 from usoflow.models.passage import Passage
 from usoflow.models.placement import Placement
 from usoflow.models.residence import multiply_in_fp8
+from usoflow.models.weights import LowRank
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, at its imports
@@ -133,6 +134,51 @@ def test_other_loras_begin_anew(small_models: Path, graphs: Graphs) -> None:
         assert near(velocity(library.flux(file, uses, "default")), expected)
         assert graphs.calls == calls
     assert graphs.traced == 4
+
+
+@torch.inference_mode()
+def test_the_strength_of_a_lora_is_no_variant(small_models: Path, graphs: Graphs) -> None:
+    library, (file, lora) = ModelLibrary(Placement(CPU, torch.float32, compiled=True)), files(small_models)
+    plain = ModelLibrary(Placement(CPU, torch.float32))
+    for strength in (1.0, 0.5, -0.3):
+        uses = (LoraUse(lora, strength),)
+        expected = velocity(plain.flux(file, uses, "default"))
+        for _ in range(2):
+            library.begin_run()
+            assert near(velocity(library.flux(file, uses, "default")), expected)
+    assert graphs.traced == 2  # one for each type of block
+
+
+@torch.inference_mode()
+def test_where_there_are_too_many_variants_all_are_made_anew(
+    small_models: Path, graphs: Graphs, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(regions, "VARIANTS", 2)
+    library, (file, _) = ModelLibrary(Placement(CPU, torch.float32, compiled=True)), files(small_models)
+    flux, sides = library.flux(file, (), "default"), (4, 6, 8, 10)
+    expected = [velocity(flux, side=side) for side in sides]
+    library.begin_run()
+    for side, wanted in zip(sides, expected, strict=True):
+        assert near(velocity(flux, side=side), wanted)
+    assert graphs.calls == len(sides) * len(flux.blocks)
+    assert not [record for record in caplog.records if record.name.startswith("usoflow")]
+
+
+@torch.inference_mode()
+def test_where_every_block_needs_its_own_code_nothing_is_compiled(
+    small_models: Path, graphs: Graphs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a LoRA that was resized layer by layer."""
+    monkeypatch.setattr(regions, "OF_A_NETWORK", 2)
+    library, (file, _) = ModelLibrary(Placement(CPU, torch.float32, compiled=True)), files(small_models)
+    flux = library.flux(file, (), "default")
+    layer = flux.double_blocks[0].img_attn.qkv
+    down, up = torch.zeros(3, layer.shape[1]), torch.zeros(layer.shape[0], 3)
+    layer.branches.append(LowRank(down, up, strength=1.0))
+    for _ in range(2):
+        library.begin_run()
+        velocity(flux)
+    assert graphs.calls == 0
 
 
 @torch.inference_mode()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import os
 import sys
 import time
 from dataclasses import replace
@@ -14,7 +17,7 @@ from torch import Tensor, nn
 from networks import transformer_of, velocity
 from usoflow.models.flux import Flux
 from usoflow.models.library import ModelLibrary, load_flux
-from usoflow.models.pages import bring, mapped
+from usoflow.models.pages import bring, mapped, read_ahead
 from usoflow.models.placement import Placement, _free_in_container
 from usoflow.models.residence import Sizes, settle_on_cpu, settle_on_gpu
 from usoflow.models.weights import Linear, LowRank
@@ -181,6 +184,36 @@ def test_threads_read_what_is_stored_into_place(tmp_path: Path) -> None:
     while resident_bytes(stored) < size:
         assert time.monotonic() < deadline, f"{resident_bytes(stored)} of {size} bytes have come"
         time.sleep(0.01)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are asked for on Linux only")
+def test_what_is_read_ahead_comes_whole(tmp_path: Path) -> None:
+    """More than the system reads for one request: into its cache, not yet into the process."""
+    path, size = tmp_path / "weights", 64 << 20
+    path.write_bytes(bytes(size))
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+    stored = torch.from_file(str(path), size=size, dtype=torch.uint8)
+    if cached_bytes(stored) > size // 2:
+        pytest.skip("this file system keeps its files in memory")
+    read_ahead(mapped([stored]))
+    deadline = time.monotonic() + 30
+    while cached_bytes(stored) < size:
+        assert time.monotonic() < deadline, f"{cached_bytes(stored)} of {size} bytes have come"
+        time.sleep(0.01)
+    assert resident_bytes(stored) == 0
+    os.close(handle)
+
+
+def cached_bytes(tensor: Tensor) -> int:
+    """Of a mapping, what the system's cache holds (mincore(2))."""
+    pages = (ctypes.c_ubyte * -(-tensor.nbytes // mmap.PAGESIZE))()
+    assert (
+        ctypes.CDLL(None).mincore(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(tensor.nbytes), pages)
+        == 0
+    )
+    return mmap.PAGESIZE * sum(page & 1 for page in pages)
 
 
 def resident_bytes(tensor: Tensor) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from usoflow.errors import UsoflowError
 from usoflow.models.checkpoint import TensorFile
 from usoflow.models.library import ModelLibrary
 from usoflow.models.placement import Placement
@@ -36,6 +37,13 @@ def test_concatenating_appends_tokens_and_keeps_the_firsts_options() -> None:
     ((text, options),) = conditioning.concat([a], [b])
     assert torch.equal(text, torch.cat([a[0], b[0]], dim=1))
     assert options == a[1]
+
+
+@pytest.mark.parametrize("join", [conditioning.concat, conditioning.average])
+def test_prompts_of_different_encoders_are_refused(join: Any) -> None:
+    with pytest.raises(UsoflowError, match="6 and 8") as error:
+        join([entry(3, 0)], [(torch.zeros(1, 3, 8), {})])
+    assert error.value.code == "models_mismatch"
 
 
 @pytest.mark.parametrize("tokens", [2, 3, 5])

@@ -39,7 +39,14 @@ def test_scaling_is_torchs(method: str) -> None:
 
 @pytest.mark.parametrize(
     ("width", "height", "expected"),
-    [(160, 80, (10, 20)), (0, 80, (10, 15)), (192, 0, (16, 24)), (8, 8, (8, 8)), (0, 0, (8, 12))],
+    [
+        (160, 80, (10, 20)),
+        (0, 80, (10, 15)),
+        (192, 0, (16, 24)),
+        (8, 8, (8, 8)),
+        (16, 0, (8, 8)),
+        (0, 0, (8, 12)),
+    ],
 )
 def test_scaling_to_pixels(width: int, height: int, expected: tuple[int, int]) -> None:
     """Sides in pixels; 64 pixels are the least."""

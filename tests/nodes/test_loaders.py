@@ -116,6 +116,13 @@ def test_parts_that_a_file_lacks(context: NodeContext, split: NodeContext) -> No
     with refused("model_kind") as caught:
         loaders.load_text_encoders("t5.safetensors", "t5.safetensors", "flux", context=split)
     assert "holds no CLIP-L text encoder; it holds T5 text encoder" in caught.value.detail
+    folder = split.folders.models["checkpoints"][0]
+    folder.mkdir(exist_ok=True)
+    shutil.copy(split.folders.model("diffusion_models", "flux.safetensors"), folder)
+    with refused("model_kind") as caught:
+        loaders.load_checkpoint("flux.safetensors", context=split)
+    assert "holds only FLUX.1 transformer" in caught.value.detail
+    assert "UNETLoader" in caught.value.remedy
     with refused("model_missing"):
         loaders.load_vae("none.safetensors", context=split)
     with refused("path_outside"):
@@ -159,6 +166,23 @@ def test_styles_leave_the_model_as_it_was(context: NodeContext) -> None:
     assert torch.equal(picture(model, clip, vae, context), before)
     with pytest.raises(FrozenInstanceError):
         model.styles = one.styles
+
+
+@torch.inference_mode()
+def test_styles_of_a_projector_for_another_transformer_are_refused(
+    context: NodeContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever stands before it in the chain."""
+    model, clip, vae = loaders.load_checkpoint(CHECKPOINT, context=context)
+    tower = loaders.load_clip_vision("sigclip_vision_patch14_384.safetensors", context=context)
+    patch = loaders.load_model_patch("uso-flux1-projector-v1.safetensors", context=context)
+    seen = conditioning.encode_vision(tower, torch.rand(1, 32, 32, 3), "center", context=context)
+    styled = uso.style_reference(uso.style_reference(model, patch, seen), patch, seen)
+    widths = iter([128, 256])
+    monkeypatch.setattr(context.library, "style_tokens", lambda *_: torch.zeros(1, 6, next(widths)))
+    with refused("models_mismatch") as caught:
+        picture(styled, clip, vae, context)
+    assert "style projector gives vectors of 256" in caught.value.detail
 
 
 def test_both_text_encoders_from_one_file(

@@ -91,5 +91,7 @@ def head_count(component: Component, width: int, official: Mapping[int, int]) ->
         raise UsoflowError(
             "model_unsupported",
             f"{component.file.path.name}: a {kind} of width {width} with {number} heads.",
+            remedy="Use the encoders of the tutorial: clip_l.safetensors for text and"
+            " sigclip_vision_patch14_384.safetensors for pictures.",
         )
     return heads

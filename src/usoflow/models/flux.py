@@ -57,6 +57,12 @@ class FluxConfig:
         Raises:
             UsoflowError: `tensor_missing`, `block_gap`, `model_unsupported`.
         """
+        if any(name.endswith(".absmax") for name in component.tensors):
+            raise UsoflowError(
+                "model_unsupported",
+                f"{component.file.path.name} is quantised by bitsandbytes (NF4 or FP4).",
+                remedy="Use a file in fp8, or a GGUF file of about that size (Q4_0, Q4_K_S).",
+            )
         hidden, patch_dim = component.shape("img_in.weight")
         axes = component.setting("axes", cls.axes)
         config = cls(

@@ -22,6 +22,7 @@ from usoflow.models.checkpoint import Component
 from usoflow.models.finite import require_finite
 from usoflow.models.flux import OFFICIAL_DEPTH, Flux, FluxConfig
 from usoflow.models.lora import attach
+from usoflow.models.lora_layouts import is_for_text
 from usoflow.models.passage import give_back_pinned
 from usoflow.models.placement import Placement
 from usoflow.models.regions import Regions
@@ -86,6 +87,7 @@ class ModelLibrary:
         Of the LoRAs, what is for text encoders is applied. What was encoded before is known: the encoders'
         files are then not even opened. With `on_cpu` the CPU computes, whatever else there is.
         """
+        loras = tuple(use for use in loras if use.strength != 0 and is_for_text(use.lora))
         used = tuple((_key(use.lora), use.strength) for use in loras)
         key = ("text", _key(clip_l), _key(t5), prompt, clip_prompt, used)
         found = self._encoded(key, lambda: self._encode_text(clip_l, t5, prompt, clip_prompt, loras, on_cpu))
@@ -101,10 +103,9 @@ class ModelLibrary:
         on_cpu: bool,
     ) -> TextEncoding:
         clip_module = self._with_loras("clip_l", self._module(clip_l, load_clip), loras)
-        t5_module = self._with_loras("t5", self._module(t5, load_t5), loras)
+        t5_module = self._with_loras("t5", self._module(t5, self._interruptible_t5), loras)
         tokenizers = tokenizers_of(clip_module, t5_module)
         with self._borrowed(clip_module, on_cpu=on_cpu), self._borrowed(t5_module, on_cpu=on_cpu):
-            self.check()
             return encode_prompt(prompt, clip_module, t5_module, tokenizers, clip_text=clip_prompt)
 
     def encode_vision(self, siglip: Component, images: Tensor, crop: str) -> VisionOutput:
@@ -125,11 +126,11 @@ class ModelLibrary:
         found = self._encoded(key, lambda: self.vae_encode_once(component, images))
         return found.clone()  # custom nodes may change theirs
 
-    def vae_encode_once(self, component: Component, images: Tensor) -> Tensor:
+    def vae_encode_once(self, component: Component, images: Tensor, *, on_cpu: bool = False) -> Tensor:
         """The same for what will not be asked for again, as parts of a picture: it is not kept."""
         module = self._module(component, load_vae)
         work = module.encoding_bytes(images, self.placement.vae_dtype)
-        with self._borrowed(module, work=work) as placement:
+        with self._borrowed(module, work=work, on_cpu=on_cpu) as placement:
             return module.encode(images, dtype=placement.vae_dtype, room=placement.room, between=self.check)
 
     def vae_decode(self, component: Component, latents: Tensor) -> Tensor:
@@ -272,14 +273,21 @@ class ModelLibrary:
             self._regions.attach(module)
         return module
 
+    def _interruptible_t5(self, component: Component) -> T5Encoder:
+        module = load_t5(component)
+        for block in module.encoder.block:
+            block.register_forward_pre_hook(self._between)
+        return module
+
     def _between(self, _block: torch.nn.Module, _inputs: object) -> None:
-        """A step on a CPU may take minutes."""
+        """A step on a CPU may take minutes, and a prompt half of one."""
         self.check()
 
     def _narrow(self, module: Flux) -> None:
         """Hold the weights of the blocks in fp8, without a scale (as `weight_dtype` has it in ComfyUI).
 
-        Not on a CPU without the memory for them: pages of the file can pass through instead, copies cannot.
+        Not without the memory for them: pages of the file can pass through instead, copies cannot. Nor on
+        Apple's GPUs, which have no fp8.
         """
         layers = [
             layer
@@ -287,14 +295,15 @@ class ModelLibrary:
             for layer in block.modules()
             if isinstance(layer, Linear) and layer.quantised is None and layer.weight.dtype != fp8.STORED
         ]
-        needed, placement = sum(layer.weight.numel() for layer in layers), self.placement
-        if placement.device.type == "cpu" and needed > placement.weight_bytes:
+        needed, room = sum(layer.weight.numel() for layer in layers), self.placement.room_for_copies
+        if needed > room:
             logger.warning(
                 "fp8 copies of the weights would take %.1f GB, and there are %.1f: they stay as stored.",
-                needed / 1e9, placement.weight_bytes / 1e9,
+                needed / 1e9, room / 1e9,
             )  # fmt: skip
             return
         for layer in layers:
+            self.check()
             layer.weight = nn.Parameter(layer.weight.to(fp8.STORED), requires_grad=False)
 
     def _with_loras(self, role: str, base: L, loras: tuple[LoraUse, ...]) -> L:

@@ -51,7 +51,7 @@ _PREFIXES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "clip_l": ("lora_te1_", "lora_te_", "text_encoder.", "text_encoders.clip_l.transformer."),
         "t5": ("lora_te3_", "lora_te2_", "text_encoder_2.", "text_encoders.t5xxl.transformer."),
         "flux": (
-            "lora_unet_", "lora_transformer_", "base_model.model.", "model.diffusion_model.",
+            "lora_unet_", "lora_transformer_", "lycoris_", "base_model.model.", "model.diffusion_model.",
             "diffusion_model.", "transformer.",
         ),
     }
@@ -235,6 +235,11 @@ def refuse_other_methods(lora: Component) -> None:
             f"{lora.file.path.name} is a {' and '.join(sorted(found))} file: usoflow applies LoRA only.",
             remedy="Use a version of it that was trained or extracted as a LoRA.",
         )
+
+
+def is_for_text(lora: Component) -> bool:
+    """Whether the file has anything for a text encoder, by the names of its tensors."""
+    return any(_role(name) != "flux" for name in lora.tensors)
 
 
 def linear_layers(network: Component) -> Shapes:

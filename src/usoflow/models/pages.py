@@ -11,7 +11,7 @@ import mmap
 import os
 import sys
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from threading import Thread
 
@@ -24,6 +24,7 @@ _MAPS = Path("/proc/self/maps")
 _DELETED = "(deleted)"  # so the system names files that are gone, and also memory that never was a file
 _WILL_NEED, _DO_NOT_NEED, _POPULATE_READ = 3, 4, 22  # madvise(2)
 _AT_ONCE = 32 << 20  # bytes that a thread reads before it takes the next ones
+_ASKED_AT_ONCE = 128 << 10  # bytes; the least that Linux limits a request to, as it comes
 _READERS = 4  # threads: a disk is faster when it is asked for several things
 
 
@@ -46,8 +47,12 @@ def give_back(ranges: Sequence[Range]) -> None:
 
 
 def read_ahead(ranges: Sequence[Range]) -> None:
-    """The system begins to read these pages, without waiting for it."""
-    _advise(ranges, _WILL_NEED)
+    """The system begins to read these pages, in a thread: where the disk is busy, asking takes time too.
+
+    Linux reads no more at once than a device takes in one request, whatever it is asked for.
+    """
+    if ranges:
+        Thread(target=_advise, args=(_pieces(ranges, _ASKED_AT_ONCE), _WILL_NEED), daemon=True).start()
 
 
 def bring(ranges: Sequence[Range]) -> None:
@@ -57,13 +62,15 @@ def bring(ranges: Sequence[Range]) -> None:
     """
     if not ranges:
         return
-    pieces = deque(
-        (first, min(_AT_ONCE, start + size - first))
-        for start, size in sorted(ranges)
-        for first in range(start, start + size, _AT_ONCE)
-    )
+    pieces = deque(_pieces(sorted(ranges), _AT_ONCE))
     for _ in range(min(_READERS, os.cpu_count() or 1)):
         Thread(target=_populate, args=(pieces,), name="usoflow-read", daemon=True).start()
+
+
+def _pieces(ranges: Sequence[Range], at_once: int) -> Iterator[Range]:
+    for start, size in ranges:
+        for first in range(start, start + size, at_once):
+            yield first, min(at_once, start + size - first)
 
 
 def _populate(pieces: deque[Range]) -> None:
@@ -74,16 +81,14 @@ def _populate(pieces: deque[Range]) -> None:
         except IndexError:
             return
         if _advise([piece], _POPULATE_READ) != 0:  # before Linux 5.14
-            read_ahead([piece])
+            _advise(_pieces([piece], _ASKED_AT_ONCE), _WILL_NEED)
 
 
-def _advise(ranges: Sequence[Range], advice: int) -> int:
+def _advise(ranges: Iterable[Range], advice: int) -> int:
     """0, or what the system said last to a range that it could not do this with."""
-    said = 0
-    if ranges:
-        libc = ctypes.CDLL(None)
-        for start, size in ranges:
-            said = libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), advice) or said
+    said, libc = 0, ctypes.CDLL(None)
+    for start, size in ranges:
+        said = libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), advice) or said
     return said
 
 

@@ -114,6 +114,13 @@ class Placement:
         return min(int(PART_FOR_WORK * free), sys.maxsize if self.budget is None else self.budget)
 
     @property
+    def room_for_copies(self) -> int:
+        """Bytes of the host's memory that weights in another dtype than the file's may take now."""
+        if self.device.type == "mps":
+            return 0
+        return self.weight_bytes if self.device.type == "cpu" else int(PART_OF_CPU * _free_memory())
+
+    @property
     def smaller(self) -> Self:
         """The same with half of the memory for weights: where it ran out."""
         return replace(self, budget=int(SMALLER * self.weight_bytes))
@@ -158,9 +165,11 @@ class Placement:
     def borrow(self, module: M) -> Iterator[M]:
         """The module on the device for a while; then its memory-mapped parameters are put back."""
         if self.device.type == "cpu":
-            yield module
-            if residence.stored_bytes(module) > LARGE:
-                pages.give_back(pages.mapped(module.parameters()))
+            try:
+                yield module
+            finally:
+                if residence.stored_bytes(module) > LARGE:
+                    pages.give_back(pages.mapped(module.parameters()))
             return
         home = {name: parameter.data for name, parameter in module.named_parameters()}
         try:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -25,7 +25,9 @@ logger = logging.getLogger(__name__)
 
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"  # Inductor's own
 NEVER = sys.maxsize
-VARIANTS = 64  # of a block: sizes of pictures, LoRAs; torch's own limit is 8
+VARIANTS = 64  # of a block: sizes of pictures, ranks of LoRAs; torch's own limit is 8
+TOO_MANY = ("FailOnRecompileLimitHit", "RecompileLimitExceeded")  # torch's errors; of 2.6 the second
+OF_A_NETWORK = 8  # kinds of blocks that are compiled: two, more where a LoRA is for some of them only
 # Rounded to bf16 wherever it is eagerly: nearer to the first picture, and what is scaled to fp8 is scaled by
 # the very factor that its product is divided by.
 OPTIONS: dict[str, Any] = {"emulate_precision_casts": True}
@@ -60,7 +62,13 @@ class Regions:
         """Before a step: take note of its shapes."""
         assert isinstance(flux, Flux)
         known, shapes = self._first.setdefault(flux, {}), _shapes(*inputs)
-        known.setdefault(shapes, self._run)
+        if shapes not in known:
+            known[shapes] = self._run
+            if (kinds := _kinds(flux.blocks)) > OF_A_NETWORK:
+                known[shapes] = NEVER
+                logger.info(
+                    "Blocks of %d kinds (by ranks of LoRAs) are computed without the compiler.", kinds
+                )
         self._now = known, shapes
         for block in flux.blocks:
             block.way = self._compute
@@ -69,13 +77,23 @@ class Regions:
         known, shapes = self._now
         if known[shapes] < self._run:
             try:
-                return self._of(type(block))(block, *inputs)
+                return self._compiled_or_anew(block, *inputs)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # the compiler's are of many kinds
                 known[shapes] = NEVER
                 self._warn(error)
         return block.compute(*inputs)
+
+    def _compiled_or_anew(self, block: Block, *inputs: Any) -> Any:
+        """Where there are as many variants as torch keeps, all are made anew when they are needed."""
+        try:
+            return self._of(type(block))(block, *inputs)
+        except Exception as error:
+            if type(error).__name__ not in TOO_MANY:
+                raise
+        torch.compiler.reset()
+        return self._of(type(block))(block, *inputs)
 
     def _of(self, kind: type[Block]) -> Callable[..., Any]:
         if kind not in self._compiled:
@@ -94,6 +112,11 @@ class Regions:
                 "The compiler failed, blocks are computed without it: %s: %s", type(inner).__name__, reason
             )
         self._failed = True
+
+
+def _kinds(blocks: Iterable[Block]) -> int:
+    """How many variants of code the blocks need: a LoRA may have a rank of its own for each layer."""
+    return len({(type(block), *(p.shape for p in block.parameters())) for block in blocks})
 
 
 def _shapes(latent: torch.Tensor, _sigma: torch.Tensor, inputs: FluxInputs) -> Shapes:

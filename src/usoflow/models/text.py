@@ -219,6 +219,7 @@ class T5Config:
         eps: of the norms.
         min_length: shorter prompts are padded to this many tokens.
         vocabulary: rows of the embedding table.
+        table_in_fp8: whether the file stores that table so; where it overflowed there are NaNs in it.
     """
 
     dim: int
@@ -230,6 +231,7 @@ class T5Config:
     eps: float = T5_EPS
     min_length: int = T5_MIN_LENGTH
     vocabulary: int = 32128
+    table_in_fp8: bool = False
 
     @classmethod
     def from_component(cls, component: Component) -> Self:
@@ -252,6 +254,7 @@ class T5Config:
             eps=component.setting("eps", T5_EPS),
             min_length=component.setting("min_length", T5_MIN_LENGTH),
             vocabulary=vocabulary,
+            table_in_fp8=component.tensors["shared.weight"].dtype.startswith("F8"),
         )
 
 
@@ -267,7 +270,7 @@ class T5Encoder(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """int64 [B, T] -> float32 states [B, T, dim] after the final norm."""
         x = self.shared(ids)
-        if self.shared.weight.itemsize == 1 and bool(x.isnan().any()):
+        if self.config.table_in_fp8 and bool(x.isnan().any()):
             logger.warning("T5's table has NaNs for words of this prompt: they are read as 0.")
             x = x.nan_to_num(nan=0.0)
         return self.encoder(x)

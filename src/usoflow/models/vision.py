@@ -71,6 +71,7 @@ class SiglipConfig:
                 "model_unsupported",
                 f"{component.file.path.name}: pictures of {image_size} pixels in patches of {patch} do not "
                 f"give the {positions} positions of this vision tower.",
+                remedy="USO sees style pictures with sigclip_vision_patch14_384.safetensors.",
             )
         return cls(
             dim=dim,
@@ -164,6 +165,7 @@ def preprocess(images: Tensor, size: int, crop: str = "center") -> Tensor:
     x = images[..., :3].movedim(-1, 1).float()
     if crop == "center":  # of a very long picture the ends would be scaled, only to be cut off
         longest = LONGEST * min(x.shape[2:])
+        longest += (max(x.shape[2:]) - longest) % 2  # as much on either side
         (top, left) = (max(0, side - longest) // 2 for side in x.shape[2:])
         x = x[..., top : top + longest, left : left + longest]
     height, width = x.shape[2:]

@@ -59,7 +59,8 @@ class LowRank(nn.Module):
     Args:
         down: [rank, in].
         up: [rows, rank].
-        strength: factor; negative and fractional values are usual.
+        strength: factor; negative and fractional values are usual. Held as a tensor, for which a compiler
+            makes no variant of its own.
         first_row: where the rows begin in the layer's output.
     """
 
@@ -67,12 +68,12 @@ class LowRank(nn.Module):
         super().__init__()
         self.down = nn.Parameter(down, requires_grad=down.requires_grad)
         self.up = nn.Parameter(up, requires_grad=up.requires_grad)
-        self.strength = strength
+        self.strength = nn.Parameter(torch.tensor([strength], device=down.device), requires_grad=False)
         self.rows = slice(first_row, first_row + up.shape[0])
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Add the branch's part for x [..., in] to the layer's output y [..., out], in place."""
-        inner = F.linear(x, widened(self.down, x)) * self.strength  # [..., rank]
+        inner = widened(F.linear(x, widened(self.down, x)) * self.strength, x)  # [..., rank]
         y[..., self.rows].add_(F.linear(inner, widened(self.up, x)))
         return y
 
@@ -152,8 +153,9 @@ class Linear(nn.Module):
         weight = self._widened(x)  # a new tensor or the scratch, if it is not of that dtype already
         if self.scale_weight is None:
             return weight
-        scale = self.scale_weight.reshape(-1, 1) if self.scale_weight.numel() > 1 else self.scale_weight
-        factor = widened(scale.to(x.device), x)
+        scale = self.scale_weight.to(x.device)
+        # By a mere number a CPU multiplies before it rounds.
+        factor = scale.reshape(()) if scale.numel() == 1 else widened(scale.reshape(-1, 1), x)
         ours = weight.dtype != self.weight.dtype and not torch.is_grad_enabled()
         return weight.mul_(factor) if ours else weight * factor
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any
 
+from usoflow.errors import UsoflowError
 from usoflow.nodes.context import NodeContext
 from usoflow.nodes.sockets import Clip, ClipVision, ClipVisionOutput, Conditioning, Image, Latent
 from usoflow.schema.node import node
@@ -123,6 +124,7 @@ def concat(conditioning_to: Conditioning, conditioning_from: Conditioning) -> Co
     import torch
 
     appended = conditioning_from[0][0]
+    _require_one_width(conditioning_to, appended)
     return [(torch.cat([text, appended], dim=1), options) for text, options in conditioning_to]
 
 
@@ -137,6 +139,7 @@ def average(
     from torch.nn import functional as F
 
     other, other_options = conditioning_from[0]
+    _require_one_width(conditioning_to, other)
     other_pooled = other_options.get("pooled_output")
 
     def mixed(entry: tuple[Tensor, dict[str, Any]]) -> tuple[Tensor, dict[str, Any]]:
@@ -149,6 +152,15 @@ def average(
         return torch.lerp(fitted, text, conditioning_to_strength), options
 
     return [mixed(entry) for entry in conditioning_to]
+
+
+def _require_one_width(conditioning: Conditioning, other: Tensor) -> None:
+    widths = {text.shape[-1] for text, _ in conditioning} | {other.shape[-1]}
+    if len(widths) > 1:
+        raise UsoflowError(
+            "models_mismatch",
+            f"The prompts come from text encoders of {' and '.join(map(str, sorted(widths)))} numbers a token.",
+        )
 
 
 @node("ConditioningSetTimestepRange", category="advanced/conditioning")

@@ -88,11 +88,12 @@ def denoise_latent(
     samples = _with_channels(latent["samples"], FluxConfig.from_component(model.flux).channels)
     if len(levels) < 2:
         return Denoised(samples, samples)
+    style = _style_tokens(model, len(samples), library)  # first: where memory is short, they need it alone
     flux = library.flux(model.flux, model.loras, model.weight_dtype)
     device, format_ = library.placement.device, LatentFormat.from_component(model.flux)
     schedule = schedule_of(model)
     step_cache = StepCache(model.easy_cache, schedule) if model.easy_cache else None
-    guidance = _guidance(flux, samples, guider, step_cache, library)
+    guidance = _guidance(flux, samples, guider, style, step_cache, library)
     library.check()
     start = format_.to_model(samples) if bool(samples.any()) else samples
     estimate = start
@@ -138,10 +139,14 @@ def _mask(mask: Tensor | None, samples: Tensor, device: torch.device) -> Tensor 
 
 
 def _guidance(
-    flux: Flux, samples: Tensor, guider: Guider, step_cache: StepCache | None, library: ModelLibrary
+    flux: Flux,
+    samples: Tensor,
+    guider: Guider,
+    style: Tensor | None,
+    step_cache: StepCache | None,
+    library: ModelLibrary,
 ) -> Guidance:
     """The denoiser of a run; what a cfg of 1 would cancel out is not even prepared."""
-    style = _style_tokens(guider.model, len(samples), library)
 
     def velocity(conditioning: Conditioning) -> Velocity:
         return _velocity(flux, samples, conditioning, style, guider.model, library)
@@ -170,6 +175,9 @@ def _style_tokens(model: Model, batch: int, library: ModelLibrary) -> Tensor | N
     if not model.styles:
         return None
     tokens = [library.style_tokens(style.projector, style.vision.hidden) for style in model.styles]
+    width = FluxConfig.from_component(model.flux).hidden
+    for part in tokens:
+        _check_width("style projector", part, width)
     _check_batch(tokens, batch, "style pictures (or the frames of an animated one)")
     longest = max(len(part) for part in tokens)
     return torch.cat([part.expand(longest, -1, -1) for part in tokens], dim=1)
@@ -242,7 +250,8 @@ def _prepare(
     pooled = torch.zeros(1, flux.config.pooled_dim) if pooled is None else pooled
     given = options.get("reference_latents", [])  # of an animated picture, the first frames count
     references = [_with_channels(latent[:batch], flux.config.channels) for latent in given]
-    _check_widths(flux.config, text, pooled, style)
+    _check_width("T5", text, flux.config.text_dim)
+    _check_width("CLIP-L", pooled, flux.config.pooled_dim)
     _check_batch(references, batch, "reference latents")
     _check_batch([text, pooled], batch, "prompts")
     return flux.prepare(
@@ -258,18 +267,13 @@ def _prepare(
     )
 
 
-def _check_widths(config: FluxConfig, text: Tensor, pooled: Tensor, style: Tensor | None) -> None:
+def _check_width(name: str, given: Tensor, width: int) -> None:
     """Any files can be chosen together: each must give what this transformer takes."""
-    for name, tensor, width in (
-        ("T5", text, config.text_dim),
-        ("CLIP-L", pooled, config.pooled_dim),
-        ("style projector", style, config.hidden),
-    ):
-        if tensor is not None and tensor.shape[-1] != width:
-            raise UsoflowError(
-                "models_mismatch",
-                f"The {name} gives vectors of {tensor.shape[-1]} numbers, the transformer takes {width}.",
-            )
+    if given.shape[-1] != width:
+        raise UsoflowError(
+            "models_mismatch",
+            f"The {name} gives vectors of {given.shape[-1]} numbers, the transformer takes {width}.",
+        )
 
 
 def _check_batch(tensors: Sequence[Tensor], batch: int, what: str) -> None:

@@ -37,8 +37,9 @@ def upscale(
         return samples
     planes = samples["samples"].movedim(1, -1)  # [B, H, W, C], as pictures are
     rows, columns = planes.shape[1:3]
-    height = max(_LEAST, height or round(rows * width / columns))
-    width = max(_LEAST, width or round(columns * height / rows))
+    width, height = (max(_LEAST, side) if side else 0 for side in (width, height))
+    height = height or max(_LEAST, round(rows * width / columns))
+    width = width or max(_LEAST, round(columns * height / rows))
     if crop == "center":
         planes = crop_to_proportions(planes, width, height)
     return {**samples, "samples": _resized(planes, width // _DOWN, height // _DOWN, upscale_method)}

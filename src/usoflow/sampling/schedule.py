@@ -74,8 +74,8 @@ def sigmas(name: str, steps: int, denoise: float, *, schedule: FluxSchedule) -> 
         schedule: the model's time shift.
 
     Returns:
-        float32 [steps + 1] ending in 0, or [0]. `ddim_uniform` may give more levels than asked for, as
-        the reference does.
+        float32 [steps + 1] ending in 0, or [0]. As in the reference `ddim_uniform` may give more levels than
+        asked for, and `beta` fewer, where two of them would be the same.
     """
     if denoise <= 0.0:
         return torch.empty(0)

@@ -80,7 +80,9 @@ def _component(folders: Folders, folder: str, name: str) -> Component | None:
 def _fit_or_none(library: ModelLibrary, vae: Component) -> Tensor | None:
     try:
         return fit(library, vae)
-    except (UsoflowError, RuntimeError, MemoryError):  # torch's errors of memory and of algebra among them
+    except (UsoflowError, RuntimeError, MemoryError) as error:  # torch's, of memory and of algebra, too
+        if isinstance(error, UsoflowError) and error.code == "cancelled":
+            raise
         # A run does not fail for want of a preview; the decoder will say what is wrong.
         return None
 
@@ -89,7 +91,8 @@ def fit(library: ModelLibrary, vae: Component) -> Tensor:
     """The map of a VAE: float32 [channels + 1, 3], the last row is the constant."""
     with torch.inference_mode():
         picture = _colourful(SIDE)  # [1, H, W, 3]
-        latent = library.vae_encode(vae, picture).float().cpu()[0]  # [C, h, w]
+        # By the CPU: on a GPU the transformer is at work, and might have to make room.
+        latent = library.vae_encode_once(vae, picture, on_cpu=True).float()[0]  # [C, h, w]
         side = SIDE // latent.shape[-1]
         wanted = torch.nn.functional.avg_pool2d(picture.permute(0, 3, 1, 2), side)[0]  # [3, h, w]
         known = _with_constant(latent)  # [h * w, C + 1]
