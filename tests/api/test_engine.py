@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,32 @@ def test_threads_wait_for_each_other(small_models: Path, tmp_path: Path) -> None
     for first, second in zip(pictures[:4], pictures[4:], strict=True):
         assert np.array_equal(first, second)
     assert not np.array_equal(pictures[0], pictures[1])
+
+
+def test_while_one_runs_others_prepare_and_those_that_wait_can_be_stopped(engine: Engine, file: Path) -> None:
+    """The thread of a window must not stand still."""
+    running, done = threading.Event(), threading.Event()
+
+    def hold(event: object) -> None:
+        running.set()
+        assert done.wait(60)
+
+    cancellation = usoflow.Cancellation()
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(engine.run, file, progress=hold)
+        try:
+            assert running.wait(60)
+            waiting = pool.submit(engine.run, file, cancellation=cancellation)
+            prepared = pool.submit(engine.workflow, "a fox", subject=Image.new("RGB", (32, 32)))
+            assert prepared.result(30).pictures
+            assert not waiting.done()
+            cancellation.set()
+            with pytest.raises(UsoflowError, match="stopped"):
+                waiting.result(30)
+            assert not first.done()
+        finally:
+            done.set()
+        assert first.result(60).paths
 
 
 def test_progress_is_told(engine: Engine, file: Path) -> None:

@@ -46,7 +46,109 @@ def test_targets_that_are_not_there(workflow: Workflow, target: str, code: str) 
     assert caught.value.code == code
 
 
-@pytest.mark.parametrize("target", ["47.image", "LoadImage.image", "112:31.steps", "88.image"])
+@pytest.mark.parametrize(
+    ("assignment", "key", "name", "value"),
+    [
+        ("sampler.seed=9", "sampler", "seed", 9),
+        ("sampler.seed=abc", "sampler", "seed", "abc"),
+        ('sampler.model=["lora", 0]', "sampler", "model", ["lora", 0]),
+        ("sampler.sampler_name=heun", "sampler", "sampler_name", "heun"),
+        ("text.text=9", "text", "text", "9"),
+        ("text.text=a=b.c", "text", "text", "a=b.c"),
+        ("text.text=", "text", "text", ""),
+        ("v1.0 text.text=z", "text", "text", "z"),
+        ("linked.text=true", "linked", "text", "true"),
+        ("linked.text=1e3", "linked", "text", "1e3"),
+        ('linked.text="quoted"', "linked", "text", '"quoted"'),
+        ("linked loader.ckpt_name=1.50", "linked loader", "ckpt_name", "1.50"),
+        ("linked cache.verbose=true", "linked cache", "verbose", True),
+        ("unknown.word=9", "unknown", "word", "9"),
+        ("unknown.number=9", "unknown", "number", 9),
+    ],
+)
+def test_assigning_reads_a_word_as_the_input_takes_it(
+    assignment: str, key: str, name: str, value: object
+) -> None:
+    """Also where another node gives the value so far."""
+    prompt = small.subject() | {
+        "words": {"class_type": "PrimitiveString", "inputs": {"value": "a"}},
+        "linked": {"class_type": "CLIPTextEncode", "inputs": {"text": ["words", 0]}},
+        "linked loader": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": ["words", 0]}},
+        "linked cache": {"class_type": "EasyCache", "inputs": {"verbose": ["words", 0]}},
+        "unknown": {"class_type": "Unknown", "inputs": {"word": "a", "number": 1}},
+    }
+    prompt["text"]["_meta"] = {"title": "v1.0 text"}
+    assert Workflow.load(prompt).assign(assignment).to_prompt()[key]["inputs"][name] == value
+
+
+@pytest.mark.parametrize("assignment", ["sampler.seed", "seed=5"])
+def test_no_assignment(workflow: Workflow, assignment: str) -> None:
+    with pytest.raises(UsoflowError, match=r"NODE\.INPUT=VALUE"):
+        workflow.assign(assignment)
+
+
+class TestSubgraphs:
+    """The template's fields are those of a node that stands for a subgraph."""
+
+    @pytest.mark.parametrize(
+        ("field", "within"),
+        [
+            ("112.text", "112:6.text"),
+            ("USO Character Reference.text", "112:6.text"),
+            ("112.seed", "112:31.seed"),
+            ("112:57.guidance", "112:57:35.guidance"),
+        ],
+    )
+    def test_a_field_that_its_node_shows(self, field: str, within: str) -> None:
+        template = Workflow.load(TEMPLATE)
+        changed = template.assign(f"{field}=5")
+        assert changed == template.assign(f"{within}=5")
+        assert changed.ui is not None
+        assert Workflow.load(changed.ui).to_prompt() == changed.to_prompt()
+        assert changed.to_prompt() != template.to_prompt()
+        assert template.set(field, 5).to_prompt() == template.set(within, 5).to_prompt()
+
+    def test_a_field_of_a_subgraph_in_a_subgraph_and_of_two_nodes(self) -> None:
+        """Both get the value, that within by way of the field that its own host shows."""
+        text = {"name": "text", "type": "STRING", "widget": {"name": "text"}}
+        encoder = {"type": "CLIPTextEncode", "inputs": [{**text, "link": 1}], "widgets_values": ["a"]}
+        link = {"id": 1, "origin_id": -10, "origin_slot": 0, "target_slot": 0}
+        port = {"id": "p", "name": "text", "type": "STRING"}
+        outer = {
+            "id": "outer", "name": "Outer", "inputs": [port], "outputs": [],
+            "nodes": [{**encoder, "id": 1}, {"id": 2, "type": "inner", "inputs": [{**text, "link": 2}]}],
+            "links": [{**link, "target_id": 1}, {**link, "id": 2, "target_id": 2}],
+        }  # fmt: skip
+        inner = {
+            "id": "inner", "name": "Inner", "inputs": [port], "outputs": [],
+            "nodes": [{**encoder, "id": 3}], "links": [{**link, "target_id": 3}],
+        }  # fmt: skip
+        workflow = Workflow.load(
+            {
+                "nodes": [{"id": 9, "type": "outer", "inputs": [text], "widgets_values": ["a"]}],
+                "links": [],
+                "definitions": {"subgraphs": [outer, inner]},
+            }
+        )
+        changed = workflow.set("Outer.text", "b")
+        texts = {key: node.inputs["text"] for key, node in changed.prompt.nodes.items()}
+        assert texts == {"9:1": "b", "9:2:3": "b"}
+        assert changed.ui is not None
+        assert Workflow.load(changed.ui).to_prompt() == changed.to_prompt()
+
+    def test_a_field_that_it_does_not_show(self) -> None:
+        with pytest.raises(UsoflowError, match=r"node 112 \(USO Character Reference\).*only text, width"):
+            Workflow.load(TEMPLATE).set("112.steps", 5)
+
+    def test_it_is_listed_and_meant(self) -> None:
+        with pytest.raises(UsoflowError, match=r"did you mean USO Character Reference.*, 112 \(USO Char"):
+            Workflow.load(TEMPLATE).set("uso character reference.text", "a")
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["47.image", "LoadImage.image", "112:31.steps", "88.image", "112.text", "USO Character Reference.text"],
+)
 def test_nodes_that_are_bypassed_are_told(target: str) -> None:
     """The editor shows them, the prompt does not have them."""
     from usoflow.api.official import Request, build
@@ -125,6 +227,36 @@ def test_a_seed_that_cannot_be_set_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UsoflowError) as caught:
         Workflow.load(tmp_path / "prompt.json").with_seed(7)
     assert caught.value.code == "set_invalid"
+
+
+def test_a_seed_that_stays_is_told() -> None:
+    prompt = small.text_to_image()
+    prompt["other"] = {"class_type": "KSampler", "inputs": {"seed": ["else", 0]}}
+    prompt["else"] = {"class_type": "Other", "inputs": {}}
+    changed = Workflow.load(prompt).with_seed(7)
+    assert changed.seeds == (7,)
+    assert ["other.seed" in warning for warning in changed.warnings] == [True]
+
+
+def test_a_seed_from_a_node_that_has_a_seed_changes_with_it() -> None:
+    prompt = small.with_inputs(small.text_to_image(), "sampler", seed=["seed", 0])
+    prompt["seed"] = {"class_type": "Seed", "inputs": {"seed": 1}}
+    changed = Workflow.load(prompt).with_seed(7)
+    assert changed.to_prompt()["seed"]["inputs"]["seed"] == 7
+    assert changed.warnings == ()
+
+
+def test_without_any_seed_there_is_none_to_set() -> None:
+    prompt = {key: node for key, node in small.text_to_image().items() if key != "sampler"}
+    with pytest.raises(UsoflowError, match="no seed to set") as caught:
+        Workflow.load(prompt).with_seed(7)
+    assert caught.value.code == "set_invalid"
+    assert "Leave out" in caught.value.remedy
+
+
+def test_a_seed_in_quotes_is_a_seed() -> None:
+    prompt = small.with_inputs(small.text_to_image(), "sampler", seed="5")
+    assert Workflow.load(prompt).with_seed(7).seeds == (7,)
 
 
 def test_an_optional_input_that_the_prompt_leaves_out(tmp_path: Path) -> None:

@@ -123,9 +123,15 @@ class TestWorkflow:
         check(desk.run("template:nothing"), 2, "nothing", "template:flux1_dev_uso_reference_image_gen")
 
     def test_unknown_node(self, desk: Desk) -> None:
-        prompt = small.text_to_image() | {"x": {"class_type": "MagicNode", "inputs": {}}}
+        magic = {"x": {"class_type": "MagicNode", "inputs": {"a": ["y", 0]}}}
+        prompt = small.with_inputs(small.text_to_image() | magic, "save", images=["x", 0])
         check(desk.run(prompt), 3, "MagicNode", "x", "Bypass or replace")
         check(desk.run(prompt | {"y": {"class_type": "Other", "inputs": {}}}), 3, "MagicNode", "Other")
+
+    def test_unknown_node_where_no_output_is_known(self, desk: Desk) -> None:
+        prompt = small.text_to_image()
+        prompt["save"]["class_type"] = "MagicSave"
+        check(desk.run(prompt), 3, "MagicSave", "Bypass or replace")
 
     def test_a_link_that_leads_nowhere(self, desk: Desk) -> None:
         done = desk.run(small.with_inputs(small.text_to_image(), "save", images=["99", 0]))
@@ -223,6 +229,14 @@ class TestOptions:
 
     def test_input_folder_that_is_not_there(self, desk: Desk) -> None:
         check(desk.run(small.subject(), "--input", desk.root / "none"), 2, str(desk.root / "none"))
+
+    @pytest.mark.parametrize("option", ["--models", "--input", "--output", "--custom-nodes"])
+    def test_a_path_that_is_empty(self, desk: Desk, option: str) -> None:
+        """As of a shell's variable that is not set; it would be the current folder."""
+        done = desk.run(small.text_to_image(), option, "")
+        assert done.code == 2
+        assert option in done.err
+        assert "the path is empty" in done.err
 
     def test_standard_output_that_is_full(self) -> None:
         with open("/dev/full", "w") as full:

@@ -220,6 +220,10 @@ def test_keeping_proportions_and_saving_the_workflow(
         (["--subject=none.png"], 5, "none.png"),
         (["--subject=https://example.com/a.png"], 5, "download the picture"),
         (["--lora=none.safetensors"], 4, "none.safetensors"),
+        (["--lora=none.safetensors:much"], 2, "the strength 'much' is not a number"),
+        (["--lora=odd:none.safetensors"], 4, "odd:none.safetensors"),
+        ([f"--seed={2**64 - 1}", "--count=2"], 2, f"Seeds end at {2**64 - 1}"),
+        ([f"--sweep=seed={2**64}"], 2, f"Seeds end at {2**64 - 1}"),
         (["--sweep", "steps=2,3", "steps=4"], 2, "swept once"),
         (["--sweep=steps=2,2"], 2, "would be the same"),
         (["--sweep=steps=1,2", "--set=KSampler.steps=1"], 2, "would be the same"),
@@ -243,8 +247,10 @@ def test_without_a_terminal_a_long_run_says_how_far_it_is(
     small_options: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(report, "SAID_EVERY", 0.0)
-    done = usoflow("generate", "a cat", *small_options, "--set=KSampler.steps=2", "--json")
+    options = [*small_options, "--set=KSampler.steps=2"]
+    done = usoflow("generate", "a cat", *options)
     assert re.findall(r"^KSampler (\d)/2, [\d.]+ s/step$", done.err, re.MULTILINE) == ["1", "2"]
+    assert usoflow("generate", "a cat", *options, "--json").err == ""
 
 
 def test_a_picture_where_the_prompt_belongs(small_options: list[str], pictures: Path) -> None:

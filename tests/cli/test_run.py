@@ -419,6 +419,28 @@ class TestText:
         assert len(json.loads(done.out)["images"]) == 1
         assert "node broken" in json.loads(done.out)["warnings"][0]
 
+    def test_an_unknown_node_that_no_output_needs_is_left_out(
+        self, small_models: Path, tmp_path: Path
+    ) -> None:
+        """Extensions of the editor leave such nodes."""
+        prompt = small.text_to_image() | {
+            "stray": {"class_type": "Fast Groups Bypasser (rgthree)", "inputs": {}},
+            "idle": {"class_type": "ImageInvert", "inputs": {"image": ["stray", 0]}},
+        }
+        (tmp_path / "prompt.json").write_text(json.dumps(prompt))
+        done = raw(tmp_path / "prompt.json", "--json", models=small_models, output=tmp_path / "out")
+        assert done.code == 0, done.err
+        assert "node stray of the unknown type Fast Groups Bypasser (rgthree)" in done.err
+        assert len(json.loads(done.out)["images"]) == 1
+
+    def test_pictures_for_a_servers_clients_are_not_kept(self, small_models: Path, tmp_path: Path) -> None:
+        prompt = small.text_to_image()
+        prompt["save"] = {"class_type": "SaveImageWebsocket", "inputs": {"images": ["decode", 0]}}
+        (tmp_path / "prompt.json").write_text(json.dumps(prompt))
+        done = raw(tmp_path / "prompt.json", models=small_models, output=tmp_path / "out")
+        assert done.code == 0, done.err
+        assert "node save (SaveImageWebsocket) saves nothing" in done.err
+
 
 class TestInterrupt:
     def interrupted(self, prompt: Path, models: Path, output: Path, *, after: str) -> tuple[int, str, float]:

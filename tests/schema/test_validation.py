@@ -362,6 +362,20 @@ def test_conversion(key: str, name: str, sent: Any, received: Any) -> None:
     assert type(value) is type(received)
 
 
+def test_null_for_an_optional_link_is_no_link() -> None:
+    """Clients write out what they leave empty."""
+
+    def change(graph: Json) -> None:
+        graph["ref"] = node("ReferenceLatent", conditioning=["6", 0], latent=None)
+        graph["41"]["inputs"]["conditioning"] = ["ref", 0]
+
+    result = run(change)
+    assert (result.error, result.outputs) == (None, ("9",))
+    assert result.prompt["ref"]["inputs"] == {"conditioning": ["6", 0]}
+    (error,) = run(setting("31", model=None)).node_errors["31"]["errors"]
+    assert error["type"] == "bad_linked_input"
+
+
 def test_remedy_for_a_missing_model() -> None:
     result = run(
         setting("30", ckpt_name="nope.safetensors"), remedy=lambda folder, name: f"put {name} into {folder}"

@@ -21,8 +21,8 @@ DATA: dict[str, Any] = {
 
 
 def test_round_trip() -> None:
-    expected = {**DATA, "7": {**DATA["7"], "_meta": {"title": ""}}}
-    assert Prompt.parse(DATA).to_json() == expected
+    """A node without a title gets none."""
+    assert Prompt.parse(DATA).to_json() == DATA
 
 
 @pytest.mark.parametrize(
@@ -56,38 +56,32 @@ def test_a_list_that_is_no_link_is_wrapped() -> None:
 
 
 @pytest.mark.parametrize(
-    ("assignment", "key", "name", "value"),
+    ("node", "name", "told"),
     [
-        ("3.seed=9", "3", "seed", 9),
-        ("3.seed=abc", "3", "seed", "abc"),
-        ('3.model=["6", 1]', "3", "model", ["6", 1]),
-        ("6.text=9", "6", "text", "9"),
-        ("6.text=a=b.c", "6", "text", "a=b.c"),
-        ("6.text=", "6", "text", ""),
-        ("v1.0 text.text=z", "6", "text", "z"),
+        ("99", "seed", "3 (KSampler)"),
+        ("3", "sead", "seed, model"),
+        ("CLIPTextEncode", "text", "6 (v1.0 text), 7 (CLIPTextEncode)"),
     ],
 )
-def test_assign(assignment: str, key: str, name: str, value: object) -> None:
-    prompt = Prompt.parse(DATA)
-    assert prompt.set(*prompt.assignment(assignment)).nodes[key].inputs[name] == value
-
-
-@pytest.mark.parametrize(
-    ("assignment", "told"),
-    [
-        ("3.seed", "NODE.INPUT=VALUE"),
-        ("seed=5", "NODE.INPUT=VALUE"),
-        ("99.seed=5", "3 (KSampler)"),
-        ("3.sead=5", "seed, model"),
-        ("CLIPTextEncode.text=x", "6, 7"),
-    ],
-)
-def test_bad_assignment(assignment: str, told: str) -> None:
-    prompt = Prompt.parse(DATA)
+def test_bad_names(node: str, name: str, told: str) -> None:
     with pytest.raises(UsoflowError) as raised:
-        prompt.set(*prompt.assignment(assignment))
+        Prompt.parse(DATA).set(node, name, 5)
     assert raised.value.code == "set_invalid"
     assert told in raised.value.detail
+
+
+def test_the_title_of_one_node_and_type_of_another_is_ambiguous() -> None:
+    """A node has its type for a title until it is given one."""
+    refiner = {**DATA["3"], "_meta": {"title": "Refiner"}}
+    prompt = Prompt.parse({"3": {**DATA["3"], "_meta": {"title": "KSampler"}}, "4": refiner})
+    assert prompt.find("Refiner") == "4"
+    with pytest.raises(UsoflowError, match=r"2 nodes are called KSampler: 3 \(KSampler\), 4 \(Refiner\)"):
+        prompt.find("KSampler")
+
+
+def test_a_node_without_inputs() -> None:
+    with pytest.raises(UsoflowError, match=r"node 1 \(A\) has no input x, only links"):
+        Prompt.parse({"1": {"class_type": "A", "inputs": {}}}).set("1", "x", 5)
 
 
 @pytest.mark.parametrize("value", [["3"], ["3", "0"], [3, 0], ["3", True], ["3", 0, 0], "3", None, {"3": 0}])

@@ -12,9 +12,11 @@ from usoflow.errors import UsoflowError
 from usoflow.schema.node import NodeRegistry
 from usoflow.schema.validation import ValidationResult, validate
 from usoflow.settings import Folders, check_writable, inside
-from usoflow.workflow.prompt import Prompt
+from usoflow.workflow.prompt import Prompt, link_of
 
+Json = dict[str, Any]
 SAVES: Final = "SaveImage"
+SENDS: Final = "SaveImageWebsocket"
 LOADS: Final = ("LoadImage", "LoadImageMask")
 
 
@@ -46,12 +48,17 @@ def check(workflow: Workflow, folders: Folders, nodes: NodeRegistry) -> Job:
     def remedy(folder: str, name: str) -> str:
         return missing_file_remedy(folder, name, folders)
 
-    prompt = workflow.to_prompt()
+    prompt, strangers = _without_strangers(workflow.to_prompt(), nodes)
     checked = validate(prompt, nodes, folders, remedy=remedy)
     if checked.error is not None:
         types = (node["class_type"] for node in prompt.values())
         raise _error(checked, unknown=[name for name in dict.fromkeys(types) if name not in nodes])
-    left_out = tuple(f"left out: {line}" for line in _lines(checked))
+    left_out = tuple(f"left out: {line}" for line in (*strangers, *_lines(checked)))
+    sent = tuple(
+        f"node {key} ({SENDS}) saves nothing: its pictures go to clients of usoflow serve alone"
+        for key in checked.outputs
+        if checked.prompt[key]["class_type"] == SENDS
+    )
     saving = [key for key in checked.outputs if checked.prompt[key]["class_type"] == SAVES]
     if saving:
         check_writable(folders.output)
@@ -60,7 +67,36 @@ def check(workflow: Workflow, folders: Folders, nodes: NodeRegistry) -> Job:
         if isinstance(prefix, str):  # what a link gives is not known yet
             _check_inside(key, prefix)
     valid = replace(workflow, prompt=Prompt.parse(checked.prompt), warnings=())
-    return Job(valid, checked.outputs, folders, workflow.warnings + left_out)
+    return Job(valid, checked.outputs, folders, workflow.warnings + left_out + sent)
+
+
+def _without_strangers(prompt: Json, nodes: NodeRegistry) -> tuple[Json, list[str]]:
+    """The prompt without nodes of unknown types that no known output needs, and a line about each of these.
+
+    Extensions of the editor leave such nodes in workflows. Where no output is known nothing is left out.
+    """
+    pending = [key for key, node in prompt.items() if _is_output(node["class_type"], nodes)]
+    if not pending:
+        return prompt, []
+    needed: set[str] = set()
+    while pending:
+        key = pending.pop()
+        if key in prompt and key not in needed:
+            needed.add(key)
+            links = map(link_of, prompt[key]["inputs"].values())
+            pending += [link[0] for link in links if link]
+    kept = {key: node for key, node in prompt.items() if key in needed or node["class_type"] in nodes}
+    left = [
+        f"node {key} of the unknown type {node['class_type']}, which no output needs"
+        for key, node in prompt.items()
+        if key not in kept
+    ]
+    return kept, left
+
+
+def _is_output(class_type: str, nodes: NodeRegistry) -> bool:
+    schema = nodes.schema(class_type)
+    return schema is not None and schema.output_node
 
 
 def _check_inside(key: str, prefix: str) -> None:

@@ -12,11 +12,12 @@ import itertools
 import secrets
 import tempfile
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Final, Self, TypedDict, Unpack
 
 from usoflow.api.at_hand import ModelFiles, at_hand
 from usoflow.api.checking import Job, check
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
     Picture = str | Path | Image
     Lora = str | tuple[str, float]
+
+WAITED_SECONDS: Final = 0.1  # between two looks whether a run that waits for another is to stop
 
 
 class Asked(TypedDict, total=False):
@@ -122,6 +125,7 @@ class Engine:
         compiled: bool | None = None,
     ) -> None:
         self._lock = threading.RLock()  # models are shared: of several threads one computes
+        self._files_lock = threading.Lock()  # while it does, others prepare
         self._numbers = itertools.count()
         self._models, self._inputs, self._output = _path(models), _path(inputs), _path(output)
         self._device, self._dtype, self._compiled = device, dtype, compiled
@@ -142,9 +146,11 @@ class Engine:
             if self._executor is not None:
                 self._executor.cache.clear()
                 self._executor.library.clear()
+            self._executor = None
+        with self._files_lock:
             if self._temp is not None:
                 self._temp.cleanup()
-            self._executor = self._temp = None
+            self._temp = None
 
     @cached_property
     def nodes(self) -> NodeRegistry:
@@ -218,13 +224,14 @@ class Engine:
         Args:
             workflow: loaded, checked, a file, or JSON (a UI workflow or an API prompt).
             progress: is told what happens (`NodeStarted`, `NodeProgress`, `NodeFinished`, ...).
-            cancellation: its `set()`, from any thread, stops the run after the step in progress.
+            cancellation: its `set()`, from any thread, stops the run after the step in progress; one that
+                waits for another, at once.
 
         Raises:
             UsoflowError: what is wrong, and what to do about it.
         """
         job = workflow if isinstance(workflow, Job) else self.check(workflow)
-        with self._lock:
+        with self._turn(cancellation):
             self.start()
             assert self._executor is not None
             done = self._executor.run(
@@ -236,6 +243,17 @@ class Engine:
                 cancellation=cancellation,
             )
             return self._result(job, done)
+
+    @contextmanager
+    def _turn(self, cancellation: Cancellation | None) -> Iterator[None]:
+        """Wait until no other run is in progress; not for one that is to stop."""
+        while not self._lock.acquire(timeout=WAITED_SECONDS):
+            if cancellation is not None:
+                cancellation.check()
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     def workflow(
         self,
@@ -309,7 +327,7 @@ class Engine:
             return Path(picture).expanduser()
         from usoflow.nodes.pictures import write_upright
 
-        with self._lock:
+        with self._files_lock:
             self._temp = self._temp or tempfile.TemporaryDirectory(prefix="usoflow-")
             written = Path(self._temp.name) / f"picture_{next(self._numbers)}.png"
         write_upright(picture, written)

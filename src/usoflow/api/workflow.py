@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Self
 
 from usoflow.errors import UsoflowError
 from usoflow.schema.node import NodeRegistry
-from usoflow.workflow.prompt import Prompt, link_of
+from usoflow.schema.specs import Choice, InputImage, InputSpec, ModelFile, Text
+from usoflow.workflow.prompt import Prompt, PromptNode, link_of, no_input
+
+Field = tuple[str, str]  # a node's id in the prompt, and the name of its input
 
 SEEDS: Final = ("seed", "noise_seed")
 NOT_SHOWN: Final = (
@@ -65,6 +68,7 @@ class Workflow:
     def set(self, target: str, value: object) -> Self:
         """With another value for an input, named "NODE.INPUT"; NODE is an id, title or type.
 
+        NODE may stand for a subgraph; INPUT is then a field that it shows.
         The UI graph changes with the prompt: in the editor the field shows the new value.
 
         Raises:
@@ -73,7 +77,7 @@ class Workflow:
         node, dot, name = target.rpartition(".")
         if not dot:
             raise UsoflowError("set_invalid", f"{target!r} is not NODE.INPUT")
-        return self._with({(self._find(node), name): value})
+        return self._with(dict.fromkeys(self._targets(node, name), value))
 
     def assign(self, text: str) -> Self:
         """`set` from the text "NODE.INPUT=VALUE", whose value is read as the input's kind asks for.
@@ -81,11 +85,13 @@ class Workflow:
         Raises:
             UsoflowError: `set_invalid`.
         """
-        node, dot, _ = text.partition("=")[0].rpartition(".")
-        if dot:
-            self._find(node)
-        key, name, value = self.prompt.assignment(text)
-        return self._with({(key, name): value})
+        target, equals, word = text.partition("=")
+        node, dot, name = target.rpartition(".")
+        if not equals or not dot:
+            raise UsoflowError("set_invalid", f"{text!r} is not NODE.INPUT=VALUE")
+        fields = self._targets(node, name)
+        value = word if self._is_text(*fields[0]) else _decoded(word)
+        return self._with(dict.fromkeys(fields, value))
 
     def with_picture(self, node: str, file: str | Path) -> Self:
         """With this picture for a LoadImage node, wherever the file is.
@@ -95,43 +101,52 @@ class Workflow:
         """
         path = Path(file).expanduser()
         check_picture(path)
-        key = self._find(node)
-        others = [entry.inputs.get("image") for other, entry in self.prompt.nodes.items() if other != key]
+        fields = self._targets(node, "image")
+        others = [
+            entry.inputs.get("image")
+            for key, entry in self.prompt.nodes.items()
+            if (key, "image") not in fields
+        ]
         name = free_name(path.name, others)
         given = replace(self, pictures={**self.pictures, name: path})
-        return given._with({(key, "image"): name})
+        return given._with(dict.fromkeys(fields, name))
 
     def with_seed(self, seed: int) -> Self:
         """With the seed of every sampler set, also where it is the number of a PrimitiveInt.
 
+        Warns of those that other nodes make.
+
         Raises:
-            UsoflowError: `set_invalid` if all seeds come from other nodes.
+            UsoflowError: `set_invalid` if there is none that can be set.
         """
-        own = self._seeds()
-        elsewhere = [key for key, node in self.prompt.nodes.items() if any(s in node.inputs for s in SEEDS)]
-        if elsewhere and not own:
-            raise UsoflowError(
-                "set_invalid", f"the seed of node {elsewhere[0]} comes from another node: set it there"
-            )
-        return self._with(dict.fromkeys(own, seed))
+        links = {place: link_of(value) for place, value in self._seeds().items()}
+        own = {place: seed for place, link in links.items() if link is None}
+        changing = {key for key, _ in own}  # what they give changes too
+        left = ", ".join(".".join(place) for place, link in links.items() if link and link[0] not in changing)
+        if not own:
+            what = f"another node gives {left}: set it there" if left else "there is no seed to set"
+            remedy = "Leave out the seed, or set what makes it: --set NODE.INPUT=VALUE."
+            raise UsoflowError("set_invalid", what, remedy=remedy)
+        changed = self._with(own)
+        kept = f"The seed does not change {left}: another node gives it."
+        return replace(changed, warnings=(*changed.warnings, kept)) if left else changed
 
     @property
     def seeds(self) -> tuple[int, ...]:
         """The seeds of its samplers, each once."""
-        return tuple(dict.fromkeys(self._seeds().values()))
+        return tuple(dict.fromkeys(seed for seed in self._seeds().values() if isinstance(seed, int)))
 
-    def _seeds(self) -> dict[tuple[str, str], int]:
-        """The seeds by the node and input that has the number."""
+    def _seeds(self) -> dict[Field, Any]:
+        """The seeds by the node and input that has them: numbers, or links to the nodes that make them."""
         nodes, found = self.prompt.nodes, {}
         for key, node in nodes.items():
-            for name in SEEDS:
-                place, value = (key, name), node.inputs.get(name)
+            for name in (name for name in SEEDS if name in node.inputs):
+                place, value = (key, name), node.inputs[name]
                 link = link_of(value)
                 origin = nodes.get(link[0]) if link else None
                 if link and origin and origin.class_type == "PrimitiveInt":
                     place, value = (link[0], "value"), origin.inputs.get("value")
-                if isinstance(value, int):
-                    found[place] = value
+                found[place] = value
         return found
 
     def to_prompt(self) -> dict[str, Any]:
@@ -156,32 +171,45 @@ class Workflow:
             what = f"{file} cannot be written: {reason.strerror}."
             raise UsoflowError("output_unwritable", what) from None
 
-    def _find(self, node: str) -> str:
-        """The id of a node of the prompt; tells of one that the editor shows and the prompt does not have."""
+    def _targets(self, node: str, name: str) -> Sequence[Field]:
+        """The inputs of the prompt that are meant: one, or those behind a field of a subgraph's node."""
         try:
-            return self.prompt.find(node)
+            return [(self.prompt.find(node), name)]
         except UsoflowError:
-            if (kind := self._skipped().get(node)) is None:
+            if self.ui is None:
+                raise
+            return self._shown_targets(self.ui, node, name)
+
+    def _shown_targets(self, ui: Mapping[str, Any], node: str, name: str) -> Sequence[Field]:
+        """The same for a node that the editor shows and the prompt does not have."""
+        from usoflow.workflow.document import parse
+        from usoflow.workflow.flatten import all_nodes, hosts
+
+        document = parse(ui)
+        shown = {**self.prompt.nodes, **hosts(document)}
+        try:
+            key = Prompt(shown).find(node)
+        except UsoflowError:
+            if (kind := _skipped(all_nodes(document), shown).get(node)) is None:
                 raise
             raise UsoflowError(
                 "set_invalid",
                 f"node {node} ({kind}) is bypassed or muted in this workflow",
                 remedy="Make it active in the editor (Ctrl+B, Ctrl+M), save, and run that.",
             ) from None
+        fields = [field for field in shown[key].inputs.get(name, ()) if field[0] in self.prompt.nodes]
+        if not fields:
+            raise no_input(key, shown[key], name, shown[key].inputs)
+        return fields
 
-    def _skipped(self) -> Mapping[str, str]:
-        """Types of the nodes that the editor shows and the prompt does not have, by id and by type."""
-        if self.ui is None:
-            return {}
-        from usoflow.workflow.document import parse
-        from usoflow.workflow.flatten import all_nodes
+    def _is_text(self, key: str, name: str) -> bool:
+        """Whether an input takes any word as it is; of an unknown one, what it holds now tells."""
+        node = self.prompt.nodes[key]
+        schema = self._registry().schema(node.class_type)
+        spec = schema.input(name) if schema else None
+        return isinstance(node.inputs.get(name), str) if spec is None else _takes_text(spec)
 
-        nodes = self.prompt.nodes
-        absent = {key: kind for key, kind in all_nodes(parse(self.ui)).items() if key not in nodes}
-        kinds = set(absent.values()) - {node.class_type for node in nodes.values()}
-        return {kind: kind for kind in kinds} | absent
-
-    def _with(self, values: Mapping[tuple[str, str], object]) -> Self:
+    def _with(self, values: Mapping[Field, object]) -> Self:
         """With other values, by node id and input, in the prompt and in the UI graph."""
         prompt = self._set(values)
         if self.ui is None or not values:
@@ -196,7 +224,7 @@ class Workflow:
         changed = replace(self, prompt=prompt, ui=edited.workflow)
         return replace(changed, prompt=changed._set(edited.file_names))
 
-    def _set(self, values: Mapping[tuple[str, str], object]) -> Prompt:
+    def _set(self, values: Mapping[Field, object]) -> Prompt:
         prompt = self.prompt
         for (key, name), value in values.items():
             prompt = prompt.set(key, name, plain(value), optional=self._fields(key))
@@ -211,6 +239,27 @@ class Workflow:
         from usoflow.nodes import registry
 
         return registry() if self.nodes is None else self.nodes
+
+
+def _skipped(types: Mapping[str, str], shown: Mapping[str, PromptNode]) -> Mapping[str, str]:
+    """Types of the nodes that are not active, by id and by type."""
+    absent = {key: kind for key, kind in types.items() if key not in shown}
+    kinds = set(absent.values()) - {node.class_type for node in shown.values()}
+    return {kind: kind for kind in kinds} | absent
+
+
+def _takes_text(spec: InputSpec) -> bool:
+    if isinstance(spec.kind, Choice):
+        return all(isinstance(option, str) for option in spec.kind.options)
+    return isinstance(spec.kind, Text | ModelFile | InputImage)
+
+
+def _decoded(text: str) -> Any:
+    """What JSON means by it, if it is JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
 
 
 def plain(value: Any) -> Any:

@@ -18,11 +18,14 @@ from usoflow.cli.options import AsJson, Compiled, Device, Dtype, InDtype, Models
 from usoflow.cli.run import execute
 from usoflow.cli.words import SeveralWords
 from usoflow.errors import UsoflowError
-from usoflow.settings import IMAGE_SUFFIXES
+from usoflow.settings import IMAGE_SUFFIXES, MODEL_SUFFIXES
 
 if TYPE_CHECKING:
     from usoflow.api.engine import Engine, Result
     from usoflow.api.official import Request
+
+
+SEEDS = 2**64
 
 
 class Generate(SeveralWords):
@@ -71,7 +74,7 @@ def generate(
     ] = None,
     steps: Annotated[int, typer.Option(help="Of the sampler.", min=1, max=10000)] = 20,
     guidance: Annotated[float, typer.Option(help="Strength of the prompt.", min=0.0, max=100.0)] = 3.5,
-    seed: Annotated[int | None, typer.Option(help="Random if not given.", min=0, max=2**64 - 1)] = None,
+    seed: Annotated[int | None, typer.Option(help="Random if not given.", min=0, max=SEEDS - 1)] = None,
     count: Annotated[int, typer.Option(help="Pictures, of consecutive seeds.", min=1, max=1000)] = 1,
     subject_size: Annotated[
         int | None,
@@ -211,6 +214,9 @@ def _variants(request: Request, count: int, sweeps: Sequence[tuple[str, Sequence
     for values in itertools.product(*(values for _, values in sweeps)):
         chosen = {name: value for (name, _), value in zip(sweeps, values, strict=True)}
         swept = replace(request, **{name.replace("-", "_"): value for name, value in chosen.items()})
+        last = swept.seed + count - 1
+        if last >= SEEDS:
+            raise UsoflowError("request_invalid", f"Seeds end at {SEEDS - 1}; {last} is asked for.")
         for seed in range(swept.seed, swept.seed + count):
             parts = [f"{name} {value}" for name, value in chosen.items() if name != "seed"]
             yield _Wanted(replace(swept, seed=seed), SEPARATOR.join([*parts, f"seed {seed}"]))
@@ -256,10 +262,13 @@ def _size(text: str) -> tuple[int, int]:
 
 def _lora(text: str) -> tuple[str, float]:
     """A file name may hold a colon itself: what follows the last one counts if it is a number."""
-    name, colon, strength = text.rpartition(":")
+    name, _, strength = text.rpartition(":")
     try:
-        return (name, float(strength)) if colon else (text, 1.0)
+        return (name, float(strength)) if name else (text, 1.0)
     except ValueError:
+        if name.endswith(MODEL_SUFFIXES):
+            what = f"--lora {text!r}: the strength {strength!r} is not a number, as 0.8 in {name}:0.8."
+            raise UsoflowError("request_invalid", what) from None
         return text, 1.0
 
 

@@ -35,17 +35,28 @@ class Dtype(StrEnum):
     fp32 = "fp32"
 
 
+def path(text: str) -> Path:
+    """A folder by its name. An empty one, as of a shell's unset variable, would be the current folder."""
+    if not text:
+        raise typer.BadParameter("the path is empty.")
+    return Path(text)
+
+
 Models = Annotated[
     Path | None,
-    typer.Option("--models", help="A ComfyUI folder or its models folder; else USOFLOW_MODELS."),
+    typer.Option("--models", parser=path, help="A ComfyUI folder or its models folder; else USOFLOW_MODELS."),
 ]
 Input = Annotated[
     Path | None,
-    typer.Option("--input", help="Folder of input pictures; else USOFLOW_INPUT, ./input, ComfyUI's."),
+    typer.Option(
+        "--input", parser=path, help="Folder of input pictures; else USOFLOW_INPUT, ./input, ComfyUI's."
+    ),
 ]
-Output = Annotated[Path | None, typer.Option(help="Folder for results; else USOFLOW_OUTPUT, ./output.")]
+Output = Annotated[
+    Path | None, typer.Option(parser=path, help="Folder for results; else USOFLOW_OUTPUT, ./output.")
+]
 CustomNodes = Annotated[
-    Path | None, typer.Option(help="Folder of your own nodes, as ComfyUI's custom_nodes.")
+    Path | None, typer.Option(parser=path, help="Folder of your own nodes, as ComfyUI's custom_nodes.")
 ]
 OnDevice = Annotated[Device, typer.Option(help="Where to compute.")]
 InDtype = Annotated[

@@ -35,9 +35,12 @@ def error_record(error: UsoflowError) -> dict[str, str]:
 
 @contextmanager
 def progress(*, quiet: bool) -> Iterator[Listener]:
-    """A listener that draws a bar on a terminal's stderr; where there is none, or if quiet, a long run says
-    now and then how far it is.
+    """A listener that draws a bar on a terminal's stderr; where there is none a long run says now and then
+    how far it is. If quiet, it does nothing.
     """
+    if quiet:
+        yield lambda event: None
+        return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -46,7 +49,7 @@ def progress(*, quiet: bool) -> Iterator[Listener]:
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     bar = Progress(*columns, TextColumn("{task.fields[rate]}"), console=console, transient=True)
-    bar.disable = quiet or not console.is_terminal
+    bar.disable = not console.is_terminal
     said = time.monotonic()
     with bar:
         task = bar.add_task("", total=1, rate="")

@@ -77,7 +77,7 @@ class _Checked:
         self.node = node
         self.schema = schema
         inputs = node.get("inputs")
-        self.inputs: Json | None = inputs if isinstance(inputs, dict) else None
+        self.inputs: Json | None = _given(inputs, schema) if isinstance(inputs, dict) else None
         self.values: Json = {}
         self.links: list[tuple[str, str]] = []  # (input, origin) of links that lead somewhere
         self.errors: list[Json] = []
@@ -228,6 +228,12 @@ class _Validator:
             key: {**node.node, "inputs": {**(node.inputs or {}), **node.values}}
             for key, node in self._nodes.items()
         }
+
+
+def _given(inputs: Json, schema: NodeSchema) -> Json:
+    """The inputs but for null where an optional link could be: clients write out what they leave empty."""
+    links = [spec.name for spec in schema.inputs if not (spec.required or spec.is_widget)]
+    return {name: value for name, value in inputs.items() if value is not None or name not in links}
 
 
 def _not_a_prompt(prompt: object) -> Json:

@@ -90,13 +90,45 @@ def flatten(document: Document, registry: NodeRegistry, *, now: datetime | None 
 
 
 def all_nodes(document: Document) -> dict[str, str]:
-    """Types of all nodes that a prompt could have, whether or not they are active, by their id there."""
+    """Types of all nodes but the editor's own, whether or not they are active, by their id in a prompt.
+
+    The type of a node that stands for a subgraph is the subgraph's name.
+    """
     return {
-        scope.prefix + node.id: node.type
+        scope.prefix + node.id: _type(document, node)
         for scope in _levels(document, whole=True)
         for node in scope.graph.nodes.values()
-        if node.type not in document.subgraphs and node.type not in EDITOR_NODES
+        if node.type not in EDITOR_NODES
     }
+
+
+def hosts(document: Document) -> dict[str, PromptNode]:
+    """The active nodes that stand for subgraphs, by the id that they would have in a prompt.
+
+    Their inputs are the fields that they show: by name, the id and input of each node within that gets it.
+    """
+    found: dict[str, PromptNode] = {}
+    for scope in reversed(list(_levels(document))):  # what is within comes first
+        host, subgraph = scope.host, scope.subgraph
+        if host is None or subgraph is None:
+            continue
+        fields: dict[str, list[tuple[str, str]]] = {name: [] for name in subgraph.inputs}
+        for (node, name), shown in _shown_fields(subgraph).items():
+            key = scope.prefix + node
+            if key in found:
+                fields[shown] += found[key].inputs.get(name, ())
+            elif not subgraph.graph.nodes[node].skipped:
+                fields[shown].append((key, name))
+        type_ = _type(document, host)
+        leading = {name: places for name, places in fields.items() if places}
+        found[scope.prefix.removesuffix(":")] = PromptNode(type_, leading, host.title or type_)
+    return found
+
+
+def _type(document: Document, node: DocumentNode) -> str:
+    """A node's type; of one that stands for a subgraph, the subgraph's name."""
+    subgraph = document.subgraphs.get(node.type)
+    return node.type if subgraph is None else subgraph.name or subgraph.id
 
 
 def _levels(document: Document, *, whole: bool = False) -> Iterator[_Scope]:

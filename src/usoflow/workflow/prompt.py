@@ -8,8 +8,7 @@ An input is a value or a link `[node id, output index]`; a list that is a value 
 from __future__ import annotations
 
 import difflib
-import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -46,7 +45,8 @@ class Prompt:
     def to_json(self) -> dict[str, Any]:
         """The form that ComfyUI's API takes."""
         return {
-            key: {"inputs": dict(node.inputs), "class_type": node.class_type, "_meta": {"title": node.title}}
+            key: {"inputs": dict(node.inputs), "class_type": node.class_type}
+            | ({"_meta": {"title": node.title}} if node.title else {})
             for key, node in self.nodes.items()
         }
 
@@ -57,12 +57,12 @@ class Prompt:
         """
         if name in self.nodes:
             return name
-        for attribute in ("title", "class_type"):
-            found = [key for key, node in self.nodes.items() if getattr(node, attribute) == name]
-            if len(found) == 1:
-                return found[0]
-            if found:
-                raise UsoflowError("set_invalid", f"{len(found)} nodes are called {name}: {', '.join(found)}")
+        found = {key: node for key, node in self.nodes.items() if name in (node.title, node.class_type)}
+        if len(found) == 1:
+            return next(iter(found))
+        if found:
+            listed = ", ".join(f"{key} ({node.title or node.class_type})" for key, node in found.items())
+            raise UsoflowError("set_invalid", f"{len(found)} nodes are called {name}: {listed}")
         raise UsoflowError("set_invalid", f"no node {name};{self._meant(name)} there are {_listing(self)}")
 
     def _meant(self, name: str) -> str:
@@ -80,25 +80,9 @@ class Prompt:
         key = self.find(node)
         old = self.nodes[key]
         if input not in old.inputs and input not in optional:
-            known = ", ".join(dict.fromkeys([*old.inputs, *optional]))
-            raise UsoflowError(
-                "set_invalid", f"node {key} ({old.class_type}) has no input {input}, only {known}"
-            )
+            raise no_input(key, old, input, dict.fromkeys([*old.inputs, *optional]))
         wrapped = {"__value__": value} if isinstance(value, list) and link_of(value) is None else value
         return Prompt({**self.nodes, key: replace(old, inputs={**old.inputs, input: wrapped})})
-
-    def assignment(self, text: str) -> tuple[str, str, object]:
-        """The arguments for `set` from "NODE.INPUT=VALUE".
-
-        VALUE is read as JSON unless the input holds a text now. Raises UsoflowError("set_invalid").
-        """
-        target, equals, value = text.partition("=")
-        node, dot, name = target.rpartition(".")
-        if not equals or not dot:
-            raise UsoflowError("set_invalid", f"{text!r} is not NODE.INPUT=VALUE")
-        key = self.find(node)
-        is_text = isinstance(self.nodes[key].inputs.get(name), str)
-        return key, name, value if is_text else _value(value)
 
 
 def looks_like_prompt(data: object) -> bool:
@@ -113,6 +97,12 @@ def _no_nodes(data: Mapping[str, Any]) -> list[str]:
         for key, node in data.items()
         if not (isinstance(node, dict) and isinstance(node.get("inputs"), dict))
     ]
+
+
+def no_input(key: str, node: PromptNode, name: str, known: Iterable[str]) -> UsoflowError:
+    """The error of an input that is to be set and that a node does not have."""
+    only = ", ".join(known) or "links"
+    return UsoflowError("set_invalid", f"node {key} ({node.class_type}) has no input {name}, only {only}")
 
 
 def link_of(value: object) -> tuple[str, int] | None:
@@ -136,13 +126,6 @@ def _node(key: str, data: Mapping[str, Any]) -> PromptNode:
     meta = data.get("_meta")
     title = meta.get("title") if isinstance(meta, dict) else None
     return PromptNode(class_type, dict(data["inputs"]), title if isinstance(title, str) else "")
-
-
-def _value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text
 
 
 def _listing(prompt: Prompt) -> str:
