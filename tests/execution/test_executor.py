@@ -210,8 +210,16 @@ class TestCache:
         second = plain.run(DIAMOND, "show")
         assert calls == []
         assert second.shown == first.shown
-        assert second.cached == ["show"]
-        assert plain.events == [NodesCached(("show",), first.shown)]
+        assert second.cached == ["source", "left", "right", "top", "show"]
+        assert plain.events == [NodesCached(tuple(second.cached), first.shown)]
+
+    def test_every_node_that_is_not_run_is_told(self, plain: Bench) -> None:
+        """Also what only known nodes need, which nobody looks at any more."""
+        plain.run(DIAMOND, "show")
+        result = plain.run(small.with_inputs(DIAMOND, "show", text=["top", 1]), "show")
+        assert plain.ran == ["show"]
+        assert plain.events[0] == NodesCached(("source", "left", "right", "top"), {})
+        assert result.cached == ["source", "left", "right", "top"]
 
     def test_a_picture_that_was_removed_is_written_again(self, bench: Bench) -> None:
         bench.run(small.text_to_image())
@@ -273,7 +281,8 @@ class TestCache:
         }
         result = plain.run(twins, "show")
         assert calls == ["s", "(sx)", "((sx)(sx))", "show ((sx)(sx))"]
-        assert set(result.cached) == {"right", "other"}
+        assert result.cached == ["other", "right"]
+        assert plain.events[0] == NodesCached(("other", "right"), {})
 
     def test_equal_output_nodes_each_show_their_own(self, bench: Bench) -> None:
         prompt = {"picture": entry("EmptyImage", width=8, height=8, batch_size=1, color=0)}

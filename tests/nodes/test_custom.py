@@ -12,6 +12,7 @@ from PIL import Image, ImageColor
 from usoflow.api.workflow import Workflow
 from usoflow.errors import UsoflowError
 from usoflow.execution.executor import Executor, NodeError, RunResult
+from usoflow.execution.progress import Event, NodesCached
 from usoflow.models.library import ModelLibrary
 from usoflow.models.placement import Placement
 from usoflow.nodes import registry
@@ -112,6 +113,26 @@ def test_an_output_node_gives_its_outputs_on(run: Runs) -> None:
         "again": node("ShowNumber", value=["show", 0]),
     }
     assert run(prompt, "again").shown["again"].other == {"text": [f"{1 - 0x40 / 255:.3f}"]}
+    events: list[Event] = []
+    run.executor.run(Prompt.parse(prompt), ["again"], run.folders, listen=events.append)
+    (told,) = events
+    assert isinstance(told, NodesCached)
+    assert told.node_ids == ("grey", "first", "show", "again")
+    assert list(told.shown) == ["show", "again"]
+
+
+@pytest.mark.parametrize("given", ["()", "None", "{}", "{'result': ()}", "{'ui': {}}"])
+def test_an_output_node_may_show_nothing(tmp_path: Path, given: str) -> None:
+    source = f"""
+class Silent(Plain):
+    RETURN_TYPES, OUTPUT_NODE = (), True
+    def run(self, a): return {given}
+NODE_CLASS_MAPPINGS = {{"Silent": Silent}}
+"""
+    (tmp_path / "x.py").write_text(HEAD + source, encoding="utf-8")
+    result = Runs(with_custom(registry(), tmp_path), tmp_path / "output")({"7": node("Silent", a=1)}, "7")
+    assert result.shown == {}
+    assert [record.shown for record in result.finished] == [None]
 
 
 @pytest.mark.parametrize(("fixed", "second"), [(False, "2.000"), (True, "1.000")])

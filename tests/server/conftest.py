@@ -41,7 +41,7 @@ class Actor:
 
     def __init__(self) -> None:
         self.cancelled: set[str] = set()
-        self.freed = 0
+        self.freed: list[bool] = []
         self.broken = ""
 
     def run(self, run: Run, listen: Callable[[Report], None]) -> Outcome:
@@ -65,8 +65,8 @@ class Actor:
     def cancel(self, job: str) -> None:
         self.cancelled.add(job)
 
-    def free(self) -> None:
-        self.freed += 1
+    def free(self, *, outputs: bool) -> None:
+        self.freed.append(outputs)
 
     def system(self) -> Mapping[str, Any]:
         return {"name": "cpu", "type": "cpu", "index": None, "pytorch_version": "2"}

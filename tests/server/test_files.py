@@ -76,7 +76,7 @@ def test_a_model_file_put_there_is_offered_at_once(
         (b"", "a.png"),
         (picture()[:40], "a.png"),
         (picture(), "a.html"),
-        (picture(), "a"),
+        (picture(), "."),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "a.svg"),
         (b"\x80\x04cos\nsystem\n", "a.png"),
     ],
@@ -85,6 +85,21 @@ def test_only_pictures_are_taken(client: TestClient, place: Path, data: bytes, n
     status, answer = upload(client, data, name)
     assert (status, answer["error"]["type"]) == (400, "image_invalid")  # type: ignore[index]
     assert list((place / "input").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [("PNG", "blob.png"), ("JPEG", "blob.jpeg"), ("WEBP", "blob.webp")]
+)
+def test_what_browsers_call_blob_is_named_by_its_content(
+    client: TestClient, place: Path, kind: str, name: str
+) -> None:
+    """`form.append("image", blob)` of a script gives no other name."""
+    data = picture(kind=kind)
+    assert upload(client, data, "blob") == (200, {"name": name, "subfolder": "", "type": "input"})
+    assert (place / "input" / name).read_bytes() == data
+    form = {"original_ref": json.dumps({"filename": name, "type": "input"}), "overwrite": "true"}
+    mask = client.post("/upload/mask", files={"image": ("blob", picture(mode="RGBA"))}, data=form)
+    assert mask.json()["name"] == "blob.png"
 
 
 def test_too_many_pixels_are_refused_before_they_are_read(serve: Serve) -> None:

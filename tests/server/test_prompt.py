@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from server.conftest import Actor, Serve, application, ended, prompt, settings_of, submit, until
+from server.conftest import ADDRESS, Actor, Serve, application, ended, prompt, settings_of, submit, until
 from usoflow.server.context import Limits
 from usoflow.server.routes import body
 from usoflow.service.jobs import Request, State
@@ -98,6 +98,17 @@ def test_the_running_job_is_stopped(client: TestClient, way: str) -> None:
     assert ended(client, other)["status"] == "completed"
     status = client.get(f"/history/{job}").json()[job]["status"]
     assert status["messages"][-1][0] == "execution_interrupted"
+
+
+@pytest.mark.parametrize("odd", [5, True, ["x"], {"id": "x"}])
+def test_an_id_that_is_none_stops_nothing(client: TestClient, odd: Any) -> None:
+    job = submit(client, "long")
+    until(client, job, ("in_progress",))
+    answer = client.post("/interrupt", json={"prompt_id": odd})
+    assert (answer.status_code, answer.json()["error"]["message"]) == (400, "prompt_id is not a text.")
+    assert client.get(f"/jobs/{job}").json()["status"] == "in_progress"
+    assert client.post("/interrupt", json={"prompt_id": None}).status_code == 200
+    assert ended(client, job)["status"] == "cancelled"
 
 
 def test_queue_order_front_and_delete(client: TestClient) -> None:
@@ -336,14 +347,40 @@ def test_odd_values(client: TestClient, body: dict[str, Any], status: int) -> No
 
 @pytest.mark.parametrize(
     "query",
-    ["status=nonsense", "limit=x", "limit=0", "offset=-1", "sort_order=up", "limit=99999999999999999999"],
+    ["status=nonsense", "limit=x", "limit=0", "offset=-1", "sort_order=up"],
 )
 def test_odd_pages(client: TestClient, query: str) -> None:
     assert client.get(f"/api/jobs?{query}").status_code == 400
 
 
+@pytest.mark.parametrize("limit", [1001, 99999999999999999999])
+def test_a_page_has_no_more_than_its_limit(client: TestClient, limit: int) -> None:
+    assert client.get(f"/api/jobs?limit={limit}").json()["pagination"]["limit"] == 1000
+
+
+def test_jobs_by_how_long_they_ran(place: Path, small_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    app = application(settings_of(small_models, place), Actor())
+    store, client = app.state.server.store, TestClient(app, base_url=ADDRESS)
+    for number, seconds in enumerate((9, 2)):
+        name, begin = f"{seconds} s", 100 * number
+        store.add(Request(id=name, prompt={}, targets=(), extra={}), limit=1)
+        monkeypatch.setattr("usoflow.service.jobs.now", lambda begin=begin: begin)
+        store.start_next()
+        monkeypatch.setattr("usoflow.service.jobs.now", lambda end=begin + seconds: end)
+        store.finish(name, State.COMPLETED)
+    for query, order in (
+        ("", ["2 s", "9 s"]),
+        ("sort_by=create_time", ["2 s", "9 s"]),
+        ("sort_by=execution_time", ["9 s", "2 s"]),
+        ("sort_by=execution_duration", ["9 s", "2 s"]),
+        ("sort_by=execution_time&sort_order=asc", ["2 s", "9 s"]),
+    ):
+        assert [job["id"] for job in client.get(f"/api/jobs?{query}").json()["jobs"]] == order
+    store.close()
+
+
 def test_free_reaches_the_engine(client: TestClient) -> None:
     engine = client.app.state.server.engine  # type: ignore[attr-defined]
-    assert client.post("/api/free", json={"unload_models": True}).status_code == 200
-    assert client.post("/api/free", json={}).status_code == 200
-    assert engine.freed == 1
+    for asked in ({"unload_models": True}, {}, {"free_memory": True}, {"unload_models": 1, "free_memory": 1}):
+        assert client.post("/api/free", json=asked).status_code == 200
+    assert engine.freed == [False, True, True]  # whether results are forgotten, too

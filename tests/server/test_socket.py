@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import logging
 import socket as stdlib_socket
@@ -15,11 +16,26 @@ from urllib.parse import urlencode
 import pytest
 import uvicorn
 from fastapi.testclient import TestClient
+from PIL import Image
 from starlette.testclient import WebSocketTestSession
 
 from e2e import real_server
-from server.conftest import JPEG, SOCKET, Actor, application, ended, settings_of, submit, until
-from usoflow.server.hub import LONGEST_NAME, MAX_WAITING, Client, Hub, Outgoing, status_message
+from server.conftest import ADDRESS, JPEG, SOCKET, Actor, application, ended, settings_of, submit, until
+from usoflow.server.app import create_app
+from usoflow.server.hub import (
+    LONGEST_NAME,
+    MAX_LINES,
+    MAX_LOG_READERS,
+    MAX_WAITING,
+    Client,
+    Hub,
+    Outgoing,
+    status_message,
+)
+from usoflow.server.messages import messages_of
+from usoflow.service.engine import Progress
+from usoflow.service.jobs import JobStore, Request
+from usoflow.service.supervisor import Running
 
 FLAGS = {"type": "feature_flags", "data": {"supports_preview_metadata": True}}
 
@@ -170,6 +186,92 @@ def test_a_stalled_client_costs_bounded_memory_and_is_let_go() -> None:
     asyncio.run(play())
 
 
+def test_a_flood_of_the_log_lets_nobody_go() -> None:
+    """A custom node prints; of what waits the oldest lines are dropped."""
+
+    async def play() -> None:
+        hub, client = Hub(), Client("a")
+        hub.open()
+        hub.want_logs("a", True)
+        hub.join(client)
+        for number in range(3 * MAX_LINES):
+            hub.log_soon({"t": "", "m": str(number)})
+        await asyncio.sleep(0)
+        assert not client.overflowed.is_set()
+        hub.publish(Outgoing("executing", {"node": "2"}), "a")
+        lines = [entry["m"] for entry in (await client.next()).data["entries"]]
+        assert lines == [str(number) for number in range(2 * MAX_LINES, 3 * MAX_LINES)]
+        assert (await client.next()).type == "executing"
+
+    asyncio.run(play())
+
+
+def test_who_wants_the_log_is_remembered_within_bounds() -> None:
+    hub, first, last = Hub(), Client("0"), Client(str(MAX_LOG_READERS))
+    for number in range(MAX_LOG_READERS + 1):
+        hub.want_logs(str(number), True)
+    hub.want_logs("x" * (LONGEST_NAME + 1), True)
+    assert len(hub._log_readers) == MAX_LOG_READERS
+    for client in (first, last):
+        hub.join(client)
+    hub._log({"t": "", "m": "now"})
+    assert (len(first._waiting), len(last._waiting)) == (0, 1)
+
+
+def test_pictures_that_are_results_replace_nothing(tmp_path: Path) -> None:
+    store = JobStore(tmp_path / "jobs.sqlite")
+    running = Running(store.add(Request(id="job", prompt={}, targets=(), extra={}), limit=1))
+    store.close()
+    client = Client("a")
+    for number in (1, 2, 3):
+        for message in messages_of(running, Progress("9", number, 3, b"jpeg", b"png %d" % number)):
+            client.put(message)
+    waiting = [message.encoded(metadata=False) for message in client._waiting.values()]
+    frames = [message for message in waiting if isinstance(message, bytes)]
+    results = [struct.pack(">II", 1, 2) + b"png %d" % number for number in (1, 2, 3)]
+    assert [frame for frame in frames if frame in results] == results
+    assert [frame for frame in frames if frame not in results] == [struct.pack(">II", 1, 1) + b"jpeg"]
+
+
+def test_pictures_come_over_the_socket_alone(place: Path, small_models: Path) -> None:
+    """From a real worker, collected as ComfyUI's published example does; again when nothing has changed."""
+    prompt = {
+        "picture": {
+            "class_type": "EmptyImage",
+            "inputs": {"width": 8, "height": 6, "batch_size": 3, "color": 0xFF8000},
+        },
+        "size": {"class_type": "GetImageSize", "inputs": {"image": ["picture", 0]}},
+        "text": {"class_type": "PreviewAny", "inputs": {"source": ["size", 0]}},
+        "send": {"class_type": "SaveImageWebsocket", "inputs": {"images": ["picture", 0]}},
+    }
+    app = create_app(settings_of(small_models, place), device="cpu")
+    with (
+        TestClient(app, base_url=ADDRESS) as client,
+        client.websocket_connect(f"{SOCKET}?clientId=me") as socket,
+    ):
+        for _ in range(2):
+            body = {"prompt": prompt, "client_id": "me"}
+            job = client.post("/prompt", json=body).json()["prompt_id"]
+            messages = received(socket, ("executing", None))
+            current, frames = None, []
+            for message in messages:
+                if isinstance(message, dict):
+                    current = message["data"]["node"] if message["type"] == "executing" else current
+                elif current == "send":
+                    frames.append(message)
+            assert [frame[:8] for frame in frames] == [struct.pack(">II", 1, 2)] * 3
+            with Image.open(io.BytesIO(frames[-1][8:])) as picture:
+                assert (picture.format, picture.size) == ("PNG", (8, 6))
+                assert picture.getpixel((0, 0)) == (255, 128, 0)
+            executed = [m["data"] for m in messages if isinstance(m, dict) and m["type"] == "executed"]
+            assert [(data["node"], data["output"]) for data in executed] == [("text", {"text": ["8"]})]
+            entry = client.get(f"/history/{job}").json()[job]
+            assert entry["outputs"] == {"text": {"text": ["8"]}}
+        cached = dict(entry["status"]["messages"])["execution_cached"]["nodes"]
+        assert set(cached) == {"picture", "size", "text"}
+    assert list((place / "output").iterdir()) == []
+
+
 def test_who_never_reads_is_let_go_while_a_send_waits(place: Path, small_models: Path) -> None:
     """A real socket, whose buffers are full: no message of the server will ever arrive."""
     app = application(settings_of(small_models, place), Actor())
@@ -206,10 +308,14 @@ def test_the_log_goes_to_who_wants_it(client: TestClient) -> None:
         logger.warning("now\n%s", 2)
         message = socket.receive_json()
         assert (message["type"], message["data"]["entries"][0]["m"]) == ("logs", "now\n2\n")
+    with client.websocket_connect(f"{SOCKET}?clientId=me") as socket:  # it has not asked again
+        socket.receive_json()
+        logger.warning("back")
+        assert socket.receive_json()["data"]["entries"][0]["m"] == "back\n"
         client.patch("/internal/logs/subscribe", json=body | {"enabled": False})
         logger.warning("after")
         client.post("/queue", json={"delete": []})
         assert socket.receive_json()["type"] == "status"
     entries = client.get("/internal/logs/raw").json()["entries"]
-    assert [entry["m"] for entry in entries] == ["before 1\n", "now\n2\n", "after\n"]
-    assert client.get("/internal/logs").json() == "before 1\nnow\n2\nafter\n"
+    assert [entry["m"] for entry in entries] == ["before 1\n", "now\n2\n", "back\n", "after\n"]
+    assert client.get("/internal/logs").json() == "before 1\nnow\n2\nback\nafter\n"

@@ -106,7 +106,24 @@ def test_pages(store: JobStore) -> None:
     store.start_next()
     found = [job.id for job in store.jobs(WAITING, limit=2, offset=1)]
     assert found == ["3", "2"]
-    assert [job.id for job in store.jobs(WAITING, newest_first=False, started_only=True)] == ["0"]
+    assert [job.id for job in store.jobs(WAITING, descending=False, started_only=True)] == ["0"]
+
+
+def test_order_of_duration(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 1_000_000, 10_000))
+    for name, seconds in (("middle", 5), ("long", 9), ("short", 2)):
+        add(store, name)
+        begin = next(clock)
+        monkeypatch.setattr(jobs, "now", lambda begin=begin: begin)
+        store.start_next()
+        monkeypatch.setattr(jobs, "now", lambda end=begin + seconds: end)
+        store.finish(name, State.COMPLETED)
+    add(store, "waiting")
+    every = [*WAITING, *FINAL]
+    longest = [job.id for job in store.jobs(every, by_duration=True)]
+    assert longest == ["long", "middle", "short", "waiting"]
+    assert [job.id for job in store.jobs(every, by_duration=True, descending=False)] == longest[::-1]
+    assert [job.id for job in store.jobs(every, by_duration=True, limit=1, offset=1)] == ["middle"]
 
 
 def test_history_is_pruned(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:

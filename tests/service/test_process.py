@@ -85,6 +85,21 @@ def test_a_job_becomes_a_picture(engine: WorkerProcess, place: Path) -> None:
     store.close()
 
 
+@pytest.mark.parametrize("outputs", [False, True])
+def test_models_are_forgotten_and_outputs_if_asked(engine: WorkerProcess, outputs: bool) -> None:
+    def started(seed: int) -> list[str]:
+        reports: list[Report] = []
+        prompt = with_inputs(text_to_image(), "sampler", seed=seed)
+        assert engine.run(Run("after", prompt, ("save",), None), reports.append) == Done()
+        return [report.node for report in reports if isinstance(report, Started)]
+
+    started(3)
+    engine.free(outputs=outputs)
+    assert (len(started(3)) > 0) == outputs
+    engine.free(outputs=outputs)
+    assert "sampler" in started(4)  # with models that are loaded again
+
+
 def test_cancelled_before_and_meanwhile(engine: WorkerProcess) -> None:
     prompt = with_inputs(text_to_image(), "sampler", steps=10_000, seed=7)
     assert engine.run(Run("picture", text_to_image(), ("save",), None), lambda _: None) == Done()

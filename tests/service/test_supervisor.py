@@ -21,6 +21,7 @@ from usoflow.service.engine import (
     Done,
     Failed,
     Finished,
+    Free,
     Outcome,
     Progress,
     Ready,
@@ -53,7 +54,7 @@ class Scripted:
     def cancel(self, job: str) -> None:
         self.cancelled.set()
 
-    def free(self) -> None:
+    def free(self, *, outputs: bool) -> None:
         pass
 
     def system(self) -> Mapping[str, Any]:
@@ -219,6 +220,7 @@ def test_every_message_survives_the_pipe() -> None:
     for message in (
         Run("1", {"9": {"inputs": {"a": [1, "\n"]}}}, ("9",), {"nodes": []}), Cached(("1", "2")),
         Cached(("9",), {"9": images}), Progress("3", 1, 2, b"\xff\xd8\n"), Finished("9", 0.5, 7, images),
+        Progress("3", 1, 2, png=b"\x89PNG\r\n"), Free(outputs=True), Free(outputs=False),
         Finished("9", 0.5, 7, None),
         Failed("x", "y", "z", "1", "T", ("a\n", "b")), Done(),
     ):  # fmt: skip

@@ -56,7 +56,8 @@ class RunResult:
     Attributes:
         shown: what each output node has to show, by node id.
         finished: one record for each node that ran, in order.
-        cached: ids of the nodes whose outputs were known, from an earlier run or an equal node of this one.
+        cached: ids of the nodes that were not run, for what they give is known from an earlier run or an
+            equal node of this one, or not needed.
         seconds: for the whole run.
     """
 
@@ -135,8 +136,10 @@ class _Run:
         kept = {key: outputs for key in key_of.values() if (outputs := cache.get(key)) is not None}
         known = {key: outputs for key, outputs in kept.items() if self._is_there(outputs)}
         needed = list(in_order(self.prompt, targets, stop_at={n for n in reachable if key_of[n] in known}))
-        cached = [node_id for node_id in needed if key_of[node_id] in known]
-        again = {n: found for n in cached if (found := _shown(known[key_of[n]]))}
+        first = {key_of[n]: n for n in reversed(needed) if key_of[n] not in known}  # of equal nodes
+        to_run = set(first.values())
+        cached = [node_id for node_id in reachable if node_id not in to_run]
+        again = {n: found for n in cached if (found := _shown(known.get(key_of[n], ())))}
         self.listen(NodesCached(tuple(cached), again))
         try:
             for node_id in needed:
@@ -147,10 +150,8 @@ class _Run:
                 self.outputs[node_id] = known[key]
         finally:
             cache.keep_only(set(key_of.values()))
-        ran = {record.node_id for record in self.finished}
         shown = {t: found for t in targets if (found := _shown(self.outputs[t]))}
-        not_run = [node_id for node_id in needed if node_id not in ran]
-        return RunResult(shown, self.finished, not_run, time.perf_counter() - start)
+        return RunResult(shown, self.finished, cached, time.perf_counter() - start)
 
     def _is_there(self, outputs: Outputs) -> bool:
         """Whether no picture that a node has written was removed meanwhile; other outputs are in memory."""
@@ -243,9 +244,9 @@ class _Run:
         return unwrapped(value)
 
     def _context(self, node_id: str) -> NodeContext:
-        def report(step: int, steps: int, latent: Tensor | None = None) -> None:
+        def report(step: int, steps: int, latent: Tensor | None = None, png: bytes = b"") -> None:
             try:
-                self.listen(NodeProgress(node_id, step, steps, latent))
+                self.listen(NodeProgress(node_id, step, steps, latent, png))
             except Exception as error:
                 raise _ListenerError(error) from None
             self.cancellation.check()

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class NodesCached:
-    """These nodes need not run: their outputs are known from an earlier run.
+    """These nodes are not run.
 
+    What they give is known from an earlier run, will be from an equal node of this one, or is not needed.
     `shown` is what output nodes among them showed then, and show again.
     """
 
@@ -35,12 +36,18 @@ class NodeStarted:
 
 @dataclass(frozen=True, slots=True)
 class NodeProgress:
-    """A node has done `step` of `steps`; `latent` is the estimate of its result so far, if it has one."""
+    """A node has done `step` of `steps`.
+
+    Attributes:
+        latent: the estimate of its result so far, if it has one.
+        png: a picture that it sends instead of saving it, a PNG file; empty if it sends none.
+    """
 
     node_id: str
     step: int
     steps: int
     latent: Tensor | None = field(default=None, compare=False, repr=False)
+    png: bytes = field(default=b"", repr=False)
 
 
 @dataclass(frozen=True, slots=True)

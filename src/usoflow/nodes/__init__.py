@@ -20,6 +20,7 @@ def registry() -> NodeRegistry:
         latent_batch,
         loaders,
         mask,
+        output,
         primitive,
         sampling,
         uso,
@@ -39,5 +40,6 @@ def registry() -> NodeRegistry:
             custom_sampling,
             uso,
             primitive,
+            output,
         ]
     )

@@ -24,8 +24,11 @@ Reserve = Callable[[Path], None]
 class Report(Protocol):
     """Tells progress; raises `UsoflowError("cancelled")` to stop the run."""
 
-    def __call__(self, step: int, steps: int, latent: Tensor | None = None, /) -> None:
-        """`step` of `steps` are done; `latent` [B, C, H, W] is the estimate of the result."""
+    def __call__(self, step: int, steps: int, latent: Tensor | None = None, png: bytes = b"", /) -> None:
+        """`step` of `steps` are done; `latent` [B, C, H, W] is the estimate of the result.
+
+        `png` is a whole picture, sent to whoever asked for the run.
+        """
 
 
 def unreserved(path: Path) -> None:

@@ -200,7 +200,7 @@ class V1Function:
     _instances: dict[str, Any] = field(default_factory=dict)
 
     def __call__(self, *, context: NodeContext, **inputs: Any) -> Any:
-        """The outputs as a tuple, or `Shown` with them."""
+        """The outputs as a tuple, or `Shown` with them where there is something to show."""
         if context.node not in self._instances:
             self._instances[context.node] = self.cls()
         method = getattr(self._instances[context.node], self.cls.FUNCTION)
@@ -211,11 +211,11 @@ class V1Function:
 
     def _result(self, given: Any) -> Any:
         if not isinstance(given, dict):
-            outputs = self._complete(given)
-            return Shown(outputs=outputs) if self.schema.output_node else outputs
+            return self._complete(given)
         if "expand" in given:
             raise TypeError("usoflow does not run nodes that expand into others")
-        return _shown(given.get("ui", {}), self._complete(given.get("result")))
+        outputs = self._complete(given.get("result"))
+        return _shown(given["ui"], outputs) if given.get("ui") else outputs
 
     def _complete(self, given: Any) -> tuple[Any, ...]:
         values = tuple(given) if isinstance(given, list | tuple) else ()

@@ -1,8 +1,8 @@
 """Who listens on `/ws`, and what waits to be sent to each: bounded, so that nobody delays anybody.
 
 Progress, previews and the queue's length only matter in their newest form: a newer one replaces an older that
-has not been sent. Whoever lets too much else pile up is sent nothing more and disconnected, and finds out by
-reconnecting.
+has not been sent. Lines of the log wait together as one message. Whoever lets too much else pile up is sent
+nothing more and disconnected, and finds out by reconnecting.
 Everything here happens in the event loop, but for `soon` and what uses it.
 """
 
@@ -16,13 +16,16 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 MAX_WAITING: Final = 500  # messages for one client
+MAX_LINES: Final = 1000  # of the log in one of these
+MAX_LOG_READERS: Final = 1000  # that are remembered
 LONGEST_NAME: Final = 1000  # of a client
 
 IMAGE: Final = 1
 IMAGE_WITH_METADATA: Final = 4
-JPEG: Final = 1
+FORMATS: Final[Mapping[str, int]] = {"image/jpeg": 1, "image/png": 2}
 
 Key = tuple[str, ...]
+LOGS: Final[Key] = ("logs",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,18 +42,17 @@ class Outgoing:
         if not self.image:
             return json.dumps({"type": self.type, "data": self.data})
         if not metadata:
-            return struct.pack(">II", IMAGE, JPEG) + self.image
+            return struct.pack(">II", IMAGE, FORMATS[self.data["image_type"]]) + self.image
         about = json.dumps(self.data).encode()
         return struct.pack(">II", IMAGE_WITH_METADATA, len(about)) + about + self.image
 
 
 @dataclass(eq=False)
 class Client:
-    """One connection. `sid` is its name, which survives reconnecting; `logs` says that it wants the log."""
+    """One connection. `sid` is its name, which survives reconnecting."""
 
     sid: str
     metadata: bool = False
-    logs: bool = False
     overflowed: asyncio.Event = field(default_factory=asyncio.Event)
     _waiting: dict[Key, Outgoing] = field(default_factory=dict)
     _count: int = 0
@@ -69,6 +71,12 @@ class Client:
             self._waiting.clear()
             self.overflowed.set()
 
+    def put_log(self, entry: Mapping[str, str]) -> None:
+        """Queue a line of the log with those that still wait: of too many, the oldest are dropped."""
+        waiting = self._waiting.get(LOGS)
+        lines = [*waiting.data["entries"], entry] if waiting else [entry]
+        self.put(Outgoing("logs", {"entries": lines[-MAX_LINES:]}, key=LOGS))
+
     async def next(self) -> Outgoing:
         """The next message, when there is one."""
         while not self._waiting:
@@ -82,6 +90,7 @@ class Hub:
 
     def __init__(self) -> None:
         self._clients: list[Client] = []
+        self._log_readers: dict[str, None] = {}  # names of clients, who may be away
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def __len__(self) -> int:
@@ -117,18 +126,20 @@ class Hub:
 
     def log_soon(self, entry: Mapping[str, str]) -> None:
         """A line of the log to those who want it; from any thread."""
-        self.soon(self._log, Outgoing("logs", {"entries": [entry]}))
+        self.soon(self._log, entry)
 
-    def _log(self, message: Outgoing) -> None:
+    def _log(self, entry: Mapping[str, str]) -> None:
         for client in self._clients:
-            if client.logs:
-                client.put(message)
+            if client.sid in self._log_readers:
+                client.put_log(entry)
 
     def want_logs(self, sid: str, wanted: bool) -> None:
-        """Send the log to a client's connections, or no more."""
-        for client in self._clients:
-            if client.sid == sid:
-                client.logs = wanted
+        """Send the log to a client's connections, those to come too, or no more."""
+        self._log_readers.pop(sid, None)
+        if wanted and len(sid) <= LONGEST_NAME:
+            self._log_readers[sid] = None
+        if len(self._log_readers) > MAX_LOG_READERS:
+            self._log_readers.pop(next(iter(self._log_readers)))
 
     def status(self, remaining: int) -> None:
         """Tell all how many jobs wait or run; from any thread."""

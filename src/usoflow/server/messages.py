@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from usoflow.server.hub import Outgoing
+from usoflow.server.hub import Key, Outgoing
 from usoflow.service.engine import Cached, Finished, Progress, Started
 from usoflow.service.jobs import Job, State, now
 from usoflow.service.supervisor import Event, Running
@@ -86,8 +86,14 @@ def _progress(running: Running, event: Progress) -> Iterator[Outgoing]:
     data = {"value": event.step, "max": event.steps, "prompt_id": job.id, "node": node}
     yield Outgoing("progress", data, key=("progress", job.id))
     if event.preview:
-        about = {**_identity(node), "prompt_id": job.id, "image_type": "image/jpeg"}
-        yield Outgoing("preview", about, image=event.preview, key=("preview", job.id))
+        yield _picture(job, node, "image/jpeg", event.preview, key=("preview", job.id))
+    if event.png:
+        yield _picture(job, node, "image/png", event.png)
+
+
+def _picture(job: Job, node: str, kind: str, image: bytes, key: Key = ()) -> Outgoing:
+    about = {**_identity(node), "prompt_id": job.id, "image_type": kind}
+    return Outgoing("preview", about, image=image, key=key)
 
 
 def _node_state(running: Running, progress: Progress) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any, Final, Protocol
 from usoflow.errors import UsoflowError
 from usoflow.schema.specs import NodeSchema
 
+_PICTURES: Final = ("preview", "png")  # of Progress, bytes
 HALF: Final = re.compile(rb"\\u[dD][89a-fA-F]")  # the escape of a surrogate, with its other half or without
 
 # --- server to worker --------------------------------------------------------------------------------------
@@ -40,7 +41,9 @@ class Cancel:
 
 @dataclass(frozen=True, slots=True)
 class Free:
-    """Forget models and outputs before the next job."""
+    """Forget models before the next job, and `outputs` too if so asked."""
+
+    outputs: bool
 
 
 # --- worker to server --------------------------------------------------------------------------------------
@@ -66,7 +69,7 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class Cached:
-    """These nodes need not run; `shown` is what output nodes among them show, as a record of JSON."""
+    """These nodes are not run; `shown` is what output nodes among them show, as a record of JSON."""
 
     nodes: tuple[str, ...]
     shown: Mapping[str, Any] = field(default_factory=dict)
@@ -82,12 +85,17 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """A node has done `step` of `steps`; `preview` is a JPEG of how far it is, or empty."""
+    """A node has done `step` of `steps`.
+
+    `preview` is a JPEG of how far it is, or empty; `png` a picture that it sends instead of saving it, or
+    empty.
+    """
 
     node: str
     step: int
     steps: int
     preview: bytes = b""
+    png: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,8 +166,8 @@ class Engine(Protocol):
     def cancel(self, job: str) -> None:
         """Stop a job; `run` then returns `Cancelled`."""
 
-    def free(self) -> None:
-        """Give memory back before the next job."""
+    def free(self, *, outputs: bool) -> None:
+        """Give the memory of the models back before the next job, and that of outputs that are kept."""
 
     def system(self) -> Mapping[str, Any]:
         """What is known of the device that computes."""
@@ -178,7 +186,7 @@ def encode(message: Message) -> bytes:
     """One line."""
     record = {"message": type(message).__name__, **asdict(message)}
     if isinstance(message, Progress):
-        record["preview"] = base64.b64encode(message.preview).decode()
+        record |= {name: base64.b64encode(record[name]).decode() for name in _PICTURES}
     return json.dumps(record, separators=(",", ":")).encode() + b"\n"
 
 
@@ -189,7 +197,7 @@ def decode(line: bytes) -> Message:
         kind = _MESSAGES[record.pop("message")]
         values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in record.items()}
         if kind is Progress:
-            values["preview"] = base64.b64decode(values["preview"])
+            values |= {name: base64.b64decode(values[name]) for name in _PICTURES}
         return kind(**values)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsoflowError("worker_died", f"The worker wrote what cannot be read: {error!r}.") from None

@@ -230,15 +230,20 @@ class JobStore:
         *,
         limit: int = -1,
         offset: int = 0,
-        newest_first: bool = True,
+        descending: bool = True,
+        by_duration: bool = False,
         started_only: bool = False,
     ) -> list[Job]:
-        """Jobs in some states by time of acceptance; `limit` -1 is all."""
-        order = "DESC" if newest_first else "ASC"
+        """Jobs in some states by time of acceptance, or by how long they ran; `limit` -1 is all.
+
+        Jobs that have not ended, or never began, are the shortest.
+        """
+        order = "DESC" if descending else "ASC"
+        by = f"ended - started {order}, row {order}" if by_duration else f"row {order}"
         began = "AND started IS NOT NULL" if started_only else ""
         state = "state" if set(states) <= set(WAITING) else "+state"  # as for _OLDEST
         return self._select(
-            f"{_JOBS} WHERE {state} IN {_marks(states)} {began} ORDER BY row {order} LIMIT ? OFFSET ?",
+            f"{_JOBS} WHERE {state} IN {_marks(states)} {began} ORDER BY {by} LIMIT ? OFFSET ?",
             (*states, limit, offset),
         )
 

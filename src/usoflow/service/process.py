@@ -123,10 +123,10 @@ class WorkerProcess:
             self._cancelled.add(job)
             self._send(Cancel(job))
 
-    def free(self) -> None:
+    def free(self, *, outputs: bool) -> None:
         """See `Engine.free`."""
         with self._lock:
-            self._send(Free())
+            self._send(Free(outputs))
 
     def system(self) -> Mapping[str, Any]:
         """See `Engine.system`; empty until the first child has loaded its libraries."""

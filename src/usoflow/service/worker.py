@@ -160,9 +160,10 @@ class Worker:
             return engine.Failed(error.code, error.detail, error.remedy, traceback=_frames(error))
         return engine.Done()
 
-    def free(self) -> None:
-        """Forget models and outputs."""
-        self.executor.cache.clear()
+    def free(self, *, outputs: bool) -> None:
+        """Forget models, and outputs if asked to."""
+        if outputs:
+            self.executor.cache.clear()
         self.executor.library.clear()
 
     def _tell(self, event: Event) -> None:
@@ -173,10 +174,10 @@ class Worker:
                 self.send(engine.Cached(node_ids, {node: found.record() for node, found in shown.items()}))
             case NodeStarted(node, class_type):
                 self.send(engine.Started(node, class_type))
-            case NodeProgress(node, step, steps, latent):
+            case NodeProgress(node, step, steps, latent, png):
                 wanted = self._preview and latent is not None and step < steps
                 picture = self.previewer.jpeg(latent) if wanted and latent is not None else b""
-                self.send(engine.Progress(node, step, steps, picture))
+                self.send(engine.Progress(node, step, steps, picture, png))
             case NodeFinished(node_id=node, seconds=seconds, peak_bytes=peak, shown=shown):
                 self.send(engine.Finished(node, seconds, peak, shown.record() if shown else None))
 
@@ -229,7 +230,7 @@ def serve(registry: NodeRegistry, argument: str) -> None:
             outcome = worker.run(command, pipe.cancellations[command.job])
             del pipe.cancellations[command.job]
         else:
-            worker.free()
+            worker.free(outputs=command.outputs)
         pipe.send(engine.Device(_system(worker.executor.library.placement.device)))
         if outcome is not None:
             pipe.send(outcome)

@@ -16,24 +16,36 @@ from usoflow.service.jobs import FINAL, WAITING, Job, State
 router = APIRouter(tags=["jobs"])
 
 MAX_PAGE = 1000
+DURATIONS = ("execution_time", "execution_duration")  # what clients call how long a job ran
 
 
 @router.get("/jobs")
 def jobs(
     server: ServerOf,
     status: str = "",
-    limit: int = Query(default=MAX_PAGE, ge=1, le=MAX_PAGE),
+    limit: int = Query(default=MAX_PAGE, ge=1),
     offset: int = Query(default=0, ge=0, le=2**31),
+    sort_by: str = "create_time",
     sort_order: Literal["asc", "desc"] = "desc",
 ) -> JSONResponse:
-    """A page of jobs in some states (default: all), the newest first."""
+    """A page of jobs in some states (default: all), the newest first.
+
+    By `sort_by=execution_time` those that ran longest are first.
+    """
     names_ = [name for name in status.split(",") if name]
     unknown = sorted(set(names_) - set(State))
     if unknown:  # a text, as ComfyUI answers it
         wrong = f"Invalid status value(s): {', '.join(unknown)}. Valid values: {', '.join(State)}"
         return JSONResponse({"error": wrong}, 400)
     states = [State(name) for name in names_] or [*WAITING, *FINAL]
-    found = server.store.jobs(states, limit=limit, offset=offset, newest_first=sort_order == "desc")
+    limit = min(limit, MAX_PAGE)
+    found = server.store.jobs(
+        states,
+        limit=limit,
+        offset=offset,
+        descending=sort_order == "desc",
+        by_duration=sort_by in DURATIONS,
+    )
     total = server.store.count(states)
     more = offset + len(found) < total
     page = {"offset": offset, "limit": limit, "total": total, "has_more": more}

@@ -36,8 +36,9 @@ def upload_image(
 ) -> Json:
     """Put a picture into the input folder (or output, temp)."""
     data = image.file.read()
-    files.read(data, server.settings.limits.pixels)
-    return _stored(server, image.filename or "", data, type, subfolder, overwrite)
+    picture = files.read(data, server.settings.limits.pixels)
+    name = _with_suffix(image.filename or "", picture.format or "")
+    return _stored(server, name, data, type, subfolder, overwrite)
 
 
 @router.post("/upload/mask")
@@ -56,7 +57,8 @@ def upload_mask(
     full.putalpha(mask.resize(full.size, Image.Resampling.LANCZOS))
     buffer = io.BytesIO()
     full.save(buffer, "PNG", compress_level=4)
-    return _stored(server, image.filename or "", buffer.getvalue(), type, subfolder, overwrite)
+    name = _with_suffix(image.filename or "", "PNG")
+    return _stored(server, name, buffer.getvalue(), type, subfolder, overwrite)
 
 
 @router.get("/view")
@@ -95,6 +97,12 @@ def list_files(server: ServerOf, type: str) -> list[str]:
 
 def _encoded(data: bytes, kind: str) -> Response:
     return Response(data, media_type=kind, headers=HARMLESS)
+
+
+def _with_suffix(name: str, format_: str) -> str:
+    """The name of an upload; browsers call what a script has made "blob"."""
+    path, suffix = PurePosixPath(name), files.PICTURE_TYPES[format_].replace("image/", ".")
+    return name if path.suffix or not path.name else f"{path}{suffix}"
 
 
 def _stored(server: Server, name: str, data: bytes, type: str, subfolder: str, overwrite: str) -> Json:

@@ -172,7 +172,7 @@ def history(
     """Jobs that have run, the newest last: the newest `max_items`, or those from `offset` (0: the oldest)."""
     limit = min(max(max_items, 0), MAX_PAGE)
     if offset >= 0:
-        jobs = server.store.jobs(FINAL, limit=limit, offset=offset, newest_first=False, started_only=True)
+        jobs = server.store.jobs(FINAL, limit=limit, offset=offset, descending=False, started_only=True)
     else:
         jobs = server.store.jobs(FINAL, limit=limit, started_only=True)[::-1]
 
@@ -204,15 +204,17 @@ def change_history(server: ServerOf, body: ObjectBody) -> Response:
 def interrupt(server: ServerOf, body: ObjectBody) -> Response:
     """Stop the job that runs, if it is `prompt_id` or none is given."""
     job_id = body.get("prompt_id")
-    server.supervisor.interrupt(job_id if isinstance(job_id, str) else None)
+    if not isinstance(job_id, str | None):
+        raise UsoflowError("body_invalid", "prompt_id is not a text.")
+    server.supervisor.interrupt(job_id)
     return Response()
 
 
 @router.post("/free")
 def free(server: ServerOf, body: ObjectBody) -> Response:
-    """Forget models and results before the next job."""
+    """Forget models before the next job; with `free_memory` results, too."""
     if body.get("unload_models") or body.get("free_memory"):
-        server.engine.free()
+        server.engine.free(outputs=bool(body.get("free_memory")))
     return Response()
 
 
