@@ -159,7 +159,7 @@ def _require_one_width(conditioning: Conditioning, other: Tensor) -> None:
     if len(widths) > 1:
         raise UsoflowError(
             "models_mismatch",
-            f"The prompts come from text encoders of {' and '.join(map(str, sorted(widths)))} numbers a token.",
+            f"The prompts are of text encoders that give {' and '.join(map(str, sorted(widths)))} numbers.",
         )
 
 
