@@ -161,7 +161,7 @@ def test_where_there_are_too_many_variants_all_are_made_anew(
     for side, wanted in zip(sides, expected, strict=True):
         assert near(velocity(flux, side=side), wanted)
     assert graphs.calls == len(sides) * len(flux.blocks)
-    assert not [record for record in caplog.records if record.name.startswith("usoflow")]
+    assert "compiler failed" not in caplog.text
 
 
 @torch.inference_mode()

@@ -34,15 +34,14 @@ def load_checkpoint(
 ) -> tuple[Model, Clip, Vae]:
     """Loads an all-in-one checkpoint: transformer, both text encoders and VAE."""
     file = _open(context, "checkpoints", ckpt_name)
-    found = set(file.components())
-    if "flux" in found and not {"clip_l", "t5", "vae"} <= found:
+    model = ModelHandle(file.component("flux"))
+    if not {"clip_l", "t5", "vae"} <= set(file.components()):
         raise UsoflowError(
             "model_kind",
             f"{ckpt_name} holds only {file.describe()}.",
             remedy="Load the transformer with UNETLoader (its file belongs into diffusion_models), the text"
             " encoders with DualCLIPLoader and the VAE with VAELoader.",
         )
-    model = ModelHandle(file.component("flux"))
     clip = ClipHandle(file.component("clip_l"), file.component("t5"))
     return model, clip, VaeHandle(file.component("vae"))
 
