@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -162,18 +164,41 @@ def _matrices(blocks: Sequence[nn.Module]) -> Iterator[Linear]:
 def _make_ready(module: nn.Module, blocks: Sequence[nn.Module], lay: Callable[[Linear], None]) -> None:
     """Part by part; while the layers of one are laid, the system reads the next.
 
-    The file's pages of a weight that was laid elsewhere are given back.
+    Each thread lays a layer by itself: threads that share one wait for each other at every operation, and for
+    the disk together. The file's pages of a weight that was laid elsewhere are given back.
     """
     parts = [*_but(module, blocks), *blocks]
     held = [pages.mapped(part.parameters()) for part in parts]
-    for part, following in zip(parts, [*held[1:], []], strict=True):
-        pages.read_ahead(following)
-        for layer in _linear_layers(part):
-            before = layer.weight.data
+    inference = torch.is_inference_mode_enabled()
+
+    def place(layer: Linear, ahead: Sequence[pages.Range]) -> None:
+        pages.read_ahead(ahead)
+        before = layer.weight.data
+        with torch.inference_mode(inference), torch.no_grad():  # both are a thread's own
             lay(layer)
-            moved = layer.weight.is_mkldnn or layer.weight.data_ptr() != before.data_ptr()
-            if moved and before.nbytes >= WORTH_GIVING_BACK:
-                pages.give_back(pages.mapped([before]))
+        moved = layer.weight.is_mkldnn or layer.weight.data_ptr() != before.data_ptr()
+        if moved and before.nbytes >= WORTH_GIVING_BACK:
+            pages.give_back(pages.mapped([before]))
+
+    with _threads_by_themselves() as pool:
+        placed = [
+            pool.submit(place, layer, [] if number else following)
+            for part, following in zip(parts, [*held[1:], []], strict=True)
+            for number, layer in enumerate(_linear_layers(part))
+        ]
+        for layer_placed in placed:
+            layer_placed.result()
+
+
+@contextmanager
+def _threads_by_themselves() -> Iterator[ThreadPoolExecutor]:
+    """As many threads as torch has, in each of which it has one."""
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(threads)  # of threads to come, too
 
 
 def _hold_ready(layer: Linear, dtype: torch.dtype, *, packed: bool) -> None:
