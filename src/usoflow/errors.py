@@ -53,7 +53,7 @@ CATALOGUE: Mapping[str, ErrorKind] = MappingProxyType(
             "A subgraph contains itself.", "Break the recursion in the editor.", EXIT_WORKFLOW
         ),
         "prompt_invalid": ErrorKind(
-            "The prompt does not pass validation.", "Correct the inputs named above.", EXIT_WORKFLOW
+            "The prompt does not pass validation.", "Correct the inputs that are named.", EXIT_WORKFLOW
         ),
         "set_invalid": ErrorKind(
             "A --set or --image does not name an input of the workflow.",
@@ -95,11 +95,13 @@ CATALOGUE: Mapping[str, ErrorKind] = MappingProxyType(
         # --- running --------------------------------------------------------------------------------
         "non_finite": ErrorKind(
             "The result has values that are not numbers (NaN) or infinite; it would be a black picture.",
-            "Run with --dtype fp32; if it stays, the model file named is damaged.",
+            "Run with --dtype fp32; if it stays, see what `usoflow models check FILE` says of the model.",
             EXIT_RUN,
         ),
         "node_failed": ErrorKind(
-            "A node of the workflow failed.", "This is a defect of usoflow: please report it.", EXIT_RUN
+            "A node of the workflow failed.",
+            "This is a defect of usoflow: please report it with the workflow and what `usoflow doctor` says.",
+            EXIT_RUN,
         ),
         "custom_node_failed": ErrorKind(
             "A custom node failed.",
@@ -113,7 +115,8 @@ CATALOGUE: Mapping[str, ErrorKind] = MappingProxyType(
         ),
         "out_of_memory": ErrorKind(
             "There is not enough memory for this run.",
-            "Use a smaller size or batch, or a checkpoint in fp8.",
+            "Let the weights take less with --vram (say --vram 6GB), or use a smaller size or batch, or a"
+            " checkpoint in fp8.",
             EXIT_RUN,
         ),
         "save_failed": ErrorKind(
@@ -138,7 +141,8 @@ CATALOGUE: Mapping[str, ErrorKind] = MappingProxyType(
         # --- server ---------------------------------------------------------------------------------
         "worker_died": ErrorKind(
             "The process that computes ended during the job.",
-            "Run it again; if memory is scarce, use a smaller size or a checkpoint in fp8.",
+            "Run it again; if memory is scarce, start with a smaller --vram, or use a smaller size or a"
+            " checkpoint in fp8.",
             EXIT_RUN,
         ),
         "state_unusable": ErrorKind(
@@ -209,7 +213,9 @@ CATALOGUE: Mapping[str, ErrorKind] = MappingProxyType(
             EXIT_MODEL,
         ),
         "licence_declined": ErrorKind(
-            "The licences of the files were not agreed to.", "Get the files from elsewhere.", EXIT_USAGE
+            "The licences of the files were not agreed to.",
+            "Run it again and agree, or put the files where `usoflow models` expects them.",
+            EXIT_USAGE,
         ),
         "extra_missing": ErrorKind(
             "A library that this needs is not installed.", "Install the extra that is named.", EXIT_USAGE

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
@@ -57,8 +59,19 @@ def test_a_containers_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     (tmp_path / "memory.max").write_text("1000000000\n")
     monkeypatch.setattr(doctor, "CGROUP", tmp_path / "memory.max")
     (finding,) = doctor._memory()
-    assert finding.fact == "1 GB"
-    assert "read from disk again" in finding.advice
+    assert finding.fact == "1 GB, 1 GB free"
+    assert "read again at each step" in finding.advice
+
+
+@pytest.mark.parametrize(("free", "advised"), [(19e9, True), (21e9, False)])
+def test_memory_in_which_the_transformer_stays(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, free: float, advised: bool
+) -> None:
+    monkeypatch.setattr(doctor, "CGROUP", tmp_path / "none")
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=32e9, available=free))
+    (finding,) = doctor._memory()
+    assert finding.fact == f"32 GB, {free / 1e9:.0f} GB free"
+    assert bool(finding.advice) == advised
 
 
 def test_matrix_units_of_this_cpu() -> None:

@@ -21,8 +21,12 @@ if TYPE_CHECKING:
     from usoflow.settings import Folders
 
 GB = 1e9
-CHECKPOINT_GB = 17.2  # flux1-dev-fp8: what a run reads, and wants to keep
-PASSING = "Blocks that do not fit pass through it at every step; a checkpoint in fp8 needs half as much."
+TRANSFORMER_GB = 12.0  # of flux1-dev-fp8: what every step needs
+PASSING = "Of a transformer in fp8 not all blocks stay there: the others come from memory at each step."
+READ_AGAIN = (
+    "On a CPU the transformer in fp8 stays in memory where 20 GB are free. Here its blocks are read again at each"
+    " step, which is slower: close other programs."
+)
 PORT = 8188  # ComfyUI's, and ours
 STEP_TFLOP = 70  # of FLUX.1 at 1024x1024: 4352 tokens through 6.4e9 weights (56), and their attention (13)
 STEPS = 20  # of a picture, unless one asks for others
@@ -72,10 +76,12 @@ def _torch() -> Iterator[Finding]:
 def _device(device: torch.device) -> Finding:
     import torch
 
+    from usoflow.models.placement import PART_OF_GPU
+
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         fact = f"{properties.name}, {properties.total_memory / GB:.0f} GB"
-        small = properties.total_memory / GB < CHECKPOINT_GB
+        small = PART_OF_GPU * properties.total_memory / GB < TRANSFORMER_GB
         return Finding("device", fact, PASSING if small else "")
     if device.type == "mps":
         return Finding("device", "Apple GPU")
@@ -126,11 +132,14 @@ def _speed(device: torch.device, dtype: torch.dtype) -> Finding:
 def _memory() -> Iterator[Finding]:
     import psutil
 
-    total = psutil.virtual_memory().total / GB
+    from usoflow.models.placement import PART_OF_CPU
+
+    total, free = (size / GB for size in (psutil.virtual_memory().total, psutil.virtual_memory().available))
     if CGROUP.exists() and (limit := CGROUP.read_text().strip()).isdecimal():
         total = min(total, int(limit) / GB)
-    advice = f"The checkpoint ({CHECKPOINT_GB} GB) is read from disk again at each step."
-    yield Finding("memory", f"{total:.0f} GB", advice if total < CHECKPOINT_GB else "")
+    free = min(free, total)
+    small = PART_OF_CPU * free < TRANSFORMER_GB
+    yield Finding("memory", f"{total:.0f} GB, {free:.0f} GB free", READ_AGAIN if small else "")
 
 
 def _folders(folders: Folders) -> Iterator[Finding]:

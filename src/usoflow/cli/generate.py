@@ -61,7 +61,10 @@ Assignments = Annotated[
 
 def generate(
     prompt: Annotated[
-        str, typer.Argument(metavar="PROMPT", help='What the picture shows; "" keeps the subject\'s layout.')
+        str,
+        typer.Argument(
+            metavar="PROMPT", help='What the picture shows; "" with a subject and a style keeps the layout.'
+        ),
     ],
     subject: Annotated[
         list[Path] | None, typer.Option(metavar="IMG ...", help="Pictures whose subjects are kept.")
@@ -70,10 +73,18 @@ def generate(
         list[Path] | None, typer.Option(metavar="IMG ...", help="Pictures whose style is taken.")
     ] = None,
     size: Annotated[
-        str | None, typer.Option(metavar="WxH", help="Of the picture; else what the model was trained for.")
+        str | None,
+        typer.Option(metavar="WxH", help="Of the picture, as 1024x768; else what the model was trained for."),
     ] = None,
-    steps: Annotated[int, typer.Option(help="Of the sampler.", min=1, max=10000)] = 20,
-    guidance: Annotated[float, typer.Option(help="Strength of the prompt.", min=0.0, max=100.0)] = 3.5,
+    steps: Annotated[
+        int, typer.Option(help="Of the sampler: more are slower and finer.", min=1, max=10000)
+    ] = 20,
+    guidance: Annotated[
+        float,
+        typer.Option(
+            help="How closely the prompt is followed; 2 to 3 looks more like a photo.", min=0.0, max=100.0
+        ),
+    ] = 3.5,
     seed: Annotated[int | None, typer.Option(help="Random if not given.", min=0, max=SEEDS - 1)] = None,
     count: Annotated[int, typer.Option(help="Pictures, of consecutive seeds.", min=1, max=1000)] = 1,
     subject_size: Annotated[

@@ -42,7 +42,9 @@ def serve(
     ] = "127.0.0.1",
     token: Annotated[
         str | None,
-        typer.Option(envvar=TOKEN_VARIABLE, help="What clients must know; made up where one is needed."),
+        typer.Option(
+            envvar=TOKEN_VARIABLE, help="What clients must send; made up if --listen lets others in."
+        ),
     ] = None,
     preview: Annotated[bool, typer.Option(help="Show pictures while they are made.")] = True,
     ui: Annotated[bool, typer.Option(help="Serve the editor, and open it in a browser.")] = True,

@@ -16,7 +16,7 @@ def train(
         str,
         typer.Argument(
             help="render, vae, base, large, guided, tower, redraw, reward, content, style, subject,"
-            " rewarded, package, judge, evaluate, uso-judge."
+            " rewarded, package, judge, evaluate, uso-judge. Or all, in this order."
         ),
     ],
     config: Annotated[Path | None, typer.Option(help="Training file; default: the shipped one.")] = None,
