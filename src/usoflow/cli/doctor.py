@@ -24,8 +24,8 @@ GB = 1e9
 TRANSFORMER_GB = 12.0  # of flux1-dev-fp8: what every step needs
 PASSING = "Of a transformer in fp8 not all blocks stay there: the others come from memory at each step."
 READ_AGAIN = (
-    "On a CPU the transformer in fp8 stays in memory where 20 GB are free. Here its blocks are read again at each"
-    " step, which is slower: close other programs."
+    "On a CPU the transformer in fp8 stays in memory where 20 GB are free. Here its blocks are read again at"
+    " each step, which is slower: close other programs."
 )
 PORT = 8188  # ComfyUI's, and ours
 STEP_TFLOP = 70  # of FLUX.1 at 1024x1024: 4352 tokens through 6.4e9 weights (56), and their attention (13)
