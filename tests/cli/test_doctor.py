@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +24,18 @@ def test_a_machine_with_everything(small_models: Path) -> None:
     assert torch.__version__ in done.out
     assert f"models: {small_models}" in done.out
     assert "Missing" not in done.out
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch's threads are libgomp's on Linux")
+@pytest.mark.parametrize(("asked", "spins"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7")])
+def test_threads_that_wait_do_not_keep_a_core(small_models: Path, asked: dict[str, str], spins: str) -> None:
+    """As the library of torch's threads tells it; what a user has set stays."""
+    quiet = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))}
+    done = subprocess.run(
+        [sys.executable, "-m", "usoflow", "doctor", "--models", small_models],
+        env=quiet | {"OMP_DISPLAY_ENV": "VERBOSE"} | asked, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:

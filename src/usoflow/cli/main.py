@@ -41,6 +41,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 DEFECTS = ("node_failed", "custom_node_failed")  # of usoflow's code, or of a custom node's
+# How often a thread of torch's (libgomp's, on Linux) looks whether the others are done before it sleeps: µs
+# in all. By default it is a ms, and while another program has one of the cores much of that is waited in vain
+# after every operation: a picture took up to 20 times as long. Read when torch is loaded.
+SPINS, SPIN_VARIABLES = "1000", ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 UsageError: Any = typer.BadParameter.__mro__[1]  # of the click that typer brings
 
 
@@ -76,6 +80,8 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a pipe or an old console may lack a character
             stream.reconfigure(errors="backslashreplace")
+    if not any(name in os.environ for name in SPIN_VARIABLES):
+        os.environ[SPIN_VARIABLES[0]] = SPINS
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("usoflow").setLevel(logging.INFO)
     try:
