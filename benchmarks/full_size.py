@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -36,7 +37,7 @@ def table(scratch: Path | None, *, quick: bool) -> Table:
     """Write the files, measure each plan in a new process, remove them."""
     depth, t5 = (synthetic.SHALLOW, 1) if quick else (OFFICIAL_DEPTH, T5_LAYERS)
     spec = synthetic.checkpoint(depth, "F8_E4M3", t5_layers=t5)
-    with synthetic.written({CHECKPOINT: spec} | synthetic.uso_files(depth), scratch) as models:
+    with synthetic.written({CHECKPOINT: spec, **synthetic.uso_files(depth)}, scratch) as models:
         found = {name: _in_new_process(models, budget) for name, budget in PLANS.items()}
     return Table(
         "Full depth in fp8" if not quick else "Full depth in fp8 (quick: shallow)",
@@ -70,12 +71,19 @@ def read_seconds(path: Path, names: dict[str, tuple[int, int]], *, kept: bool = 
             for first, end in names.values()
             for begin in range(first, end, PIECE)
         ]
+        own = threading.local()
+
+        def begin_thread() -> None:
+            own.buffer = memoryview(bytearray(PIECE))
 
         def read(piece: tuple[int, int]) -> bytes | None:
-            found = os.pread(handle, piece[1], piece[0])
-            return found if kept else None
+            begin, size = piece
+            if kept:
+                return os.pread(handle, size, begin)
+            os.preadv(handle, [own.buffer[:size]], begin)
+            return None
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(os.cpu_count(), initializer=begin_thread) as pool:
             held = list(pool.map(read, pieces))
         seconds = time.perf_counter() - start
         del held
@@ -179,4 +187,4 @@ def _touch(parameter: torch.Tensor) -> int:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(Path(sys.argv[1]), *sys.argv[2:] or [None])))
+    print(json.dumps(measure(Path(sys.argv[1]), sys.argv[2] if sys.argv[2:] else None)))

@@ -141,7 +141,7 @@ def _contest(
     answers: dict[step.Case, Tensor] = {}
     results: dict[str, dict[step.Case, Measured | str]] = {}
     for entry in only:
-        answering: Answering | str | None = None
+        answering: Any = None  # an `Answering`, or in words why there is none
         for name in (entry, f"{entry} compiled") if compiled else (entry,):
             if not isinstance(answering, str):
                 answering = _attempt(partial(next, entries[entry]))

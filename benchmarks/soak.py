@@ -23,7 +23,7 @@ from typing import Any
 
 from websockets.sync.client import ClientConnection, connect
 
-from server import Running, post, prompt, server
+from server import Running, post, prompt, server  # type: ignore[import-not-found]  # beside this script
 
 STALLED = 50
 WARM_UP = 200  # jobs before memory is first looked at

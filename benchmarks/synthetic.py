@@ -124,7 +124,7 @@ def write(path: Path, spec: Spec) -> None:
 
 def _put(file: int, piece: Tensor, place: int) -> None:
     """All of it: the system writes 2 GB at once at most."""
-    if os.pwrite(file, memoryview(piece.numpy()), place) != len(piece):
+    if os.pwrite(file, piece.numpy().data, place) != len(piece):
         raise OSError("A piece was not written whole.")
 
 

@@ -7,10 +7,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks import peer, step, synthetic
 from benchmarks.report import Table
@@ -28,9 +29,12 @@ def table(scratch: Path | None, *, quick: bool) -> Table:
     side, subject, steps = (64, 64, 2) if quick else (512, 512, 20)
     files = {CHECKPOINT: synthetic.checkpoint(synthetic.SHALLOW, "F8_E4M3", t5_layers=1)}
     case = step.Case("both", (side, side), (subject,), style=True, text=T5_LENGTH)
-    with synthetic.written(files | synthetic.uso_files(synthetic.SHALLOW), scratch) as models:
+    with synthetic.written({**files, **synthetic.uso_files(synthetic.SHALLOW)}, scratch) as models:
         peer_step, peer_decode = _peer(models / CHECKPOINT, case)
-        with tempfile.TemporaryDirectory() as folder, Engine(models=models, output=folder) as engine:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            Engine(models=models, output=folder, device="cpu") as engine,
+        ):
             picture = Image.effect_noise((subject, subject), 64).convert("RGB")
 
             def generate(seed: int, count: int, progress: Callable[[Event], None]) -> None:
@@ -92,7 +96,7 @@ def _peer(path: Path, case: step.Case) -> tuple[Callable[[], Tensor], Callable[[
     flux = step.load(path, "fp32")
     given = step.inputs_of(case, flux, torch.device("cpu"))
     one = step.theirs(peer.twin(flux), given)
-    vae: nn.Module = AutoencoderKL(
+    vae: Any = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16,
         use_quant_conv=False, use_post_quant_conv=False,

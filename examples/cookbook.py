@@ -11,6 +11,7 @@ are left as they are, and it says so.
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -40,14 +41,16 @@ PROMPTS = (
 SUBJECT, STYLE = HERE / "robot.png", HERE / "blueprint.png"
 LARGEST_SUBJECT = 512  # pixels; as USO was trained
 CFG = 1.7  # of the pocket model, for words alone
-# What a file of a kind is called in the graph: the kind's words in the inventory, and the loader's field.
 CHECKPOINT = "CheckpointLoaderSimple.ckpt_name"
+# The loaders' fields; in which folder their files are, and what these hold, in the inventory's words.
 LOADERS = {
-    "FLUX.1 transformer": CHECKPOINT,
-    "USO DiT LoRA": "LoraLoaderModelOnly.lora_name",
-    "USO style projector": "ModelPatchLoader.name",
-    "SigLIP vision tower": "CLIPVisionLoader.clip_name",
-}
+    CHECKPOINT: (
+        "checkpoints", ("FLUX.1 transformer", "CLIP-L text encoder", "T5 text encoder", "FLUX VAE")
+    ),
+    "LoraLoaderModelOnly.lora_name": ("loras", ("USO DiT LoRA",)),
+    "ModelPatchLoader.name": ("model_patches", ("USO style projector",)),
+    "CLIPVisionLoader.clip_name": ("clip_vision", ("SigLIP vision tower",)),
+}  # fmt: skip
 
 Labelled = list[tuple[str, Image.Image]]
 
@@ -76,7 +79,7 @@ class Studio:
     @property
     def has_uso(self) -> bool:
         """Whether the pages with references can be drawn."""
-        return set(self.names) == set(LOADERS.values())
+        return set(self.names) == set(LOADERS)
 
     def draw(self, request: Request, steps: int | None = None) -> Image.Image:
         """One picture: by the official graph, or, of words alone, by the plain one."""
@@ -180,6 +183,8 @@ def main() -> None:
         usoflow.Engine(models=options.models, output=place) as engine,
     ):
         names = dict(loaders(options.models))
+        if CHECKPOINT not in names:
+            sys.exit(f"{options.models} has no checkpoint that holds FLUX.1, text encoders and VAE.")
         studio = Studio(
             engine, names, options.size, options.steps, Path(place), options.subject, options.style
         )
@@ -195,10 +200,10 @@ def main() -> None:
 
 
 def loaders(models: Path) -> Iterator[tuple[str, str]]:
-    """The first file of each kind that there is."""
+    """The first file for each loader that there is."""
     files = list(found_files(find_folders(models=models)))
-    for kind, target in LOADERS.items():
-        names = [file.name for file in files if kind in file.contents]
+    for target, (folder, kinds) in LOADERS.items():
+        names = [f.name for f in files if f.folder == folder and all(kind in f.contents for kind in kinds)]
         if names:
             yield target, names[0]
 

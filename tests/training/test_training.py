@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 from importlib import resources
 from pathlib import Path
 
@@ -198,6 +200,9 @@ def test_shipped_plan_is_read_and_a_wrong_one_refused(tmp_path: Path) -> None:
         ),
         ('style_mix = [["style", 1.0]]', 'style_mix = [["style", 0.9], ["text", 0.1]]'),
         ('["both", 0.38]', '["beth", 0.38]'),
+        ('["both", 0.38]', '["both", 0.4]'),
+        ('["style", 0.28], ["both", 0.57]', '["style", -0.28], ["both", 1.13]'),
+        ('flow_mix = [["style", 0.2], ', "flow_mix = ["),
         ("batch = 8", "batch = 0"),
         ("save_every = 8000", "save_every = 0"),
         ("samples = 56000", 'samples = "many"'),
@@ -222,6 +227,33 @@ def test_a_stage_names_the_one_that_it_needs(tmp_path: Path) -> None:
     with pytest.raises(UsoflowError, match="The stage vae was not run") as error:
         Workshop(tmp_path, Plan.read(None)).trained_vae  # noqa: B018
     assert f"usoflow train vae --work {tmp_path}" in error.value.remedy
+
+
+def test_an_autoencoder_of_other_widths_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "vae").mkdir()
+    torch.save(autoencoder.new_autoencoder(VAE).state_dict(), tmp_path / "vae" / "folded.pt")
+    with pytest.raises(UsoflowError, match=r"folded\.pt is damaged or of other settings") as error:
+        Workshop(tmp_path, Plan.read(None)).trained_vae  # noqa: B018
+    assert error.value.code == "training_config"
+    assert len(error.value.detail) < 500
+
+
+def test_what_was_begun_from_another_base_does_not_go_on(
+    batches: Batches, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vae = autoencoder.new_autoencoder(VAE)
+    for name, value in {"_batches": batches, "large_batches": batches, "trained_vae": vae}.items():
+        monkeypatch.setattr(Workshop, name, value)
+    plan = dataclasses.replace(Plan.read(None), base=stage())
+    workshop = Workshop(tmp_path, plan, torch.float32)
+    workshop.base()
+    for _ in range(2):
+        workshop.large()
+    longer = dataclasses.replace(plan.base, recipe=recipe(samples=128))
+    workshop = dataclasses.replace(workshop, plan=dataclasses.replace(plan, base=longer))
+    workshop.base()
+    with pytest.raises(UsoflowError, match="of other settings: frozen weights"):
+        workshop.large()
 
 
 def test_a_stage_that_was_interrupted_is_not_built_on(tmp_path: Path) -> None:
@@ -274,6 +306,50 @@ def test_a_state_of_other_settings_is_refused(tmp_path: Path) -> None:
     (tmp_path / "state.pt").write_bytes(b"no state")
     with pytest.raises(UsoflowError, match="damaged or of other settings"):
         Training(same, recipe, tmp_path).resume()
+
+
+def test_a_run_goes_on_with_the_decay_that_is_asked_for(tmp_path: Path) -> None:
+    parameters = {"hidden": torch.nn.Parameter(torch.ones(2, 2)), "bias": torch.nn.Parameter(torch.ones(2))}
+    training = Training(parameters, recipe(decay=0.01), tmp_path)
+    training.step(lambda done: sum(p.sum() for p in parameters.values()))
+    training.save()
+    again = Training(parameters, recipe(decay=0.5), tmp_path)
+    assert again.resume()
+    groups = [group for optimiser in again.optimisers.all for group in optimiser.param_groups]
+    decays = {p.ndim: group["weight_decay"] for group in groups for p in group["params"]}
+    assert decays == {1: 0.0, 2: 0.5}
+
+
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path) -> None:
+    """A gradient was none, and no later loss has told it yet."""
+    parameter = torch.nn.Parameter(torch.ones(2))
+    training = Training({"a": parameter}, recipe(), tmp_path)
+    training.step(lambda done: parameter.sum())
+    training.save()
+    parameter.register_hook(lambda gradient: gradient * torch.nan)
+    training.step(lambda done: parameter.sum())
+    with pytest.raises(UsoflowError, match="not finite after 8 samples; they are not saved") as error:
+        training.save()
+    assert error.value.code == "non_finite"
+    fresh = torch.nn.Parameter(torch.zeros(2))
+    assert Training({"a": fresh}, recipe(), tmp_path).resume()
+    assert bool(fresh.isfinite().all())
+
+
+def test_a_full_disk_is_told_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A map of a sparse file would end the process with a signal."""
+
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    pictures = np.zeros((2, 8, 8, 3), np.uint8)
+    with pytest.raises(UsoflowError, match="No space left") as error:
+        encoded(pictures, lambda part: part, tmp_path / "a.npy", CPU)
+    assert error.value.code == "output_unwritable"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -189,6 +190,25 @@ def test_contrast_pulls_a_batch_together(sprites: Sprites, tmp_path: Path) -> No
     captioned = Captioned.of(scenes, paint(sprites, scenes, 64, tmp_path / "drawn.npy"), contrast, WORLD)
     losses = [training.step(lambda _: captioned.loss(contrast, RECIPE, 0)) for _ in range(30)]
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_no_more_processes_draw_than_cores_may_be_used(
+    sprites: Sprites, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = []
+
+    class Pool(ThreadPoolExecutor):
+        def __init__(self, workers: int, _context: object) -> None:
+            begun.append(workers)
+            super().__init__(workers)
+
+    monkeypatch.setattr("usoflow.training.painting.ProcessPoolExecutor", Pool)
+    monkeypatch.setattr("usoflow.training.painting.CHUNK", 1)
+    scenes = [tower_scene(WORLD, i) for i in range(3)]
+    for cores in ({0}, {0, 3}):
+        monkeypatch.setattr("os.sched_getaffinity", lambda _, cores=cores: cores)
+        paint(sprites, scenes, 32, tmp_path / f"drawn-{len(cores)}.npy")
+    assert begun == [1, 2]
 
 
 def test_style_alignment_trains_the_projector_alone(teaching: Teaching, tmp_path: Path) -> None:

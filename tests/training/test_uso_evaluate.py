@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from discs import WHOLE, WORLD, paint_sprites
@@ -21,7 +23,7 @@ from usoflow.training.drawings import Sprites
 from usoflow.training.loop import Recipe
 from usoflow.training.scenes import Scene
 from usoflow.training.triplets import Triplet
-from usoflow.training.uso_evaluate import CELLS, CellName, Contender, Given, marks, questions
+from usoflow.training.uso_evaluate import CELLS, CellName, Contender, Given, components_of, marks, questions
 from usoflow.training.uso_judge import (
     UsoJudge,
     Verdict,
@@ -56,6 +58,20 @@ class Says(nn.Module):
 
 def marked(asked: list[Triplet], scenes: list[Scene]) -> dict[str, float]:
     return marks(Says(scenes), WHOLE, asked, torch.zeros(len(asked), 8, 8, 3))  # type: ignore[arg-type]
+
+
+def test_a_transformer_that_cannot_be_run_is_passed_over(tmp_path: Path, small_models: Path) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    shutil.copytree(small_models / "checkpoints", checkpoints)
+    (usual,) = checkpoints.iterdir()
+    tensors = load_file(usual)
+    (name,) = (name for name in tensors if name.endswith("img_in.weight"))
+    tensors[name] = tensors[name].repeat(1, 2)  # as a tool's, which takes a picture beside the latent
+    save_file(tensors, checkpoints / "a-canny.safetensors")
+    for left in (usual.name, "a-canny.safetensors"):  # alone it is taken, to be refused by name
+        (flux,) = components_of(find_folders(models=tmp_path), ["flux"])
+        assert flux.file.path.name == left
+        usual.unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize("name", CELLS)

@@ -6,7 +6,8 @@
 Lessons, flow matching, style reward, token order and position ids are those of the pocket (`uso`); guidance
 and an expert's answers are not taught. The base is another (`FullBase`): read from a model folder, never
 changed, in bf16 or held in fp8, its blocks recomputed in the backward pass (gradient checkpointing, arXiv
-1604.06174), so that only one block's activations are kept.
+1604.06174), so that only one block's activations are kept. All processes are on one machine: they share the
+work folder.
 """
 
 from __future__ import annotations
@@ -15,14 +16,22 @@ import argparse
 import dataclasses
 import functools
 import hashlib
+import importlib.util
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+if __name__ == "__main__" and not all(  # before they are imported
+    map(importlib.util.find_spec, ("accelerate", "cv2", "matplotlib", "pydantic", "resvg_py"))
+):
+    sys.exit('error: Not all libraries of the extra are installed.\npip install "usoflow[train]"')
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -34,11 +43,18 @@ from usoflow.models.library import ModelLibrary, load_clip, load_siglip, load_t5
 from usoflow.models.placement import Placement
 from usoflow.models.style_projector import StyleProjector
 from usoflow.models.text import ClipText, T5Encoder
-from usoflow.settings import find_folders
+from usoflow.settings import Folders, check_writable, find_folders
 from usoflow.training.base import Base, BaseStage
 from usoflow.training.captions import Ids, end_positions
 from usoflow.training.kept import write_tensors
-from usoflow.training.loop import LossFunction, Recipe, read_state, require_settings, write_state
+from usoflow.training.loop import (
+    LossFunction,
+    Recipe,
+    read_state,
+    require_finite,
+    require_settings,
+    write_state,
+)
 from usoflow.training.lora import add_lora, lora_parameters
 from usoflow.training.plan import Plan
 from usoflow.training.reward import StyleReward, train_style_encoder
@@ -53,9 +69,6 @@ from usoflow.training.uso import (
     new_projector,
 )
 from usoflow.training.uso_evaluate import components_of
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 NEEDED = ("flux", "clip_l", "t5", "vae", "siglip")
 OUTPUT = {"style": "projector.safetensors", "subject": "uso-lora.safetensors"}
@@ -138,10 +151,15 @@ def learn(
         The losses of the steps done now.
 
     Raises:
-        UsoflowError: "non_finite" if a loss is no number, "training_config" if the file is not of this run.
+        UsoflowError: "non_finite" if a loss or a weight is no number, "training_config" if the file is not of
+            this run.
     """
-    optimiser = torch.optim.AdamW(step.parameters(), lr=recipe.rate, weight_decay=recipe.decay)
     parameters = list(step.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": recipe.decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimiser = torch.optim.AdamW(groups, lr=recipe.rate)
     begun = _continue(state, step, optimiser, settings) if state.exists() else 0
     save = functools.partial(_save, state, step, optimiser, settings)
     step, optimiser = accelerator.prepare(step, optimiser)
@@ -153,7 +171,9 @@ def learn(
         loss = step(first + recipe.batch * accelerator.process_index)
         losses.append(float(loss.detach()))
         if not torch.isfinite(loss.detach()):
-            raise UsoflowError("non_finite", f"The loss is {losses[-1]} after {first} samples.")
+            raise UsoflowError(
+                "non_finite", f"The loss is {losses[-1]} after {first} samples.", remedy=_again(state)
+            )
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
@@ -168,8 +188,17 @@ def learn(
 def _save(
     state: Path, step: Step, optimiser: torch.optim.Optimizer, settings: Mapping[str, Any], done: int
 ) -> None:
+    require_finite(step.parameters(), done, _again(state))
     states = {"step": step.state_dict(), "optimiser": optimiser.state_dict()}
     write_state(state, {"done": done, "settings": dict(settings), **states})
+
+
+def _again(state: Path) -> str:
+    """What to do where losses or weights are no numbers."""
+    return (
+        "Run it again: it goes on from its last saved state. If that does not help, move"
+        f" {state} away and begin anew with a lower --rate."
+    )
 
 
 def _continue(state: Path, step: Step, optimiser: torch.optim.Optimizer, settings: Mapping[str, Any]) -> int:
@@ -206,6 +235,20 @@ class Task:
     rank: int
     recipe: Recipe
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for sizes that there cannot be."""
+        if self.side < 16 or self.side % 16:
+            raise ValueError(f"the side of pictures must be a multiple of 16, not {self.side}")
+        _ = self.stage  # which checks the others
+
+    @property
+    def stage(self) -> UsoStage:
+        """What the lessons are taught by."""
+        return dataclasses.replace(
+            self.workshop.plan.uso, style=self.recipe, subject=self.recipe, lessons=self.lessons,
+            style_tokens=self.style_tokens, rank=self.rank, reward_batch=self.recipe.batch,
+        )  # fmt: skip
+
 
 def run(task: Task, accelerator: Accelerator) -> list[float]:
     """One stage: encode its lessons, learn, write the projector or the LoRA in the official layout.
@@ -213,17 +256,14 @@ def run(task: Task, accelerator: Accelerator) -> list[float]:
     An interrupted one continues.
     """
     placement = Placement(accelerator.device, torch.bfloat16)
-    found = components_of(find_folders(models=task.models), NEEDED)
+    found = components_of(_folders(task), NEEDED)
+    accelerator.print("Read: " + ", ".join(dict.fromkeys(str(part.file.path) for part in found)))
     parts = dict(zip(NEEDED, found, strict=True))
     workshop, plan = task.workshop, task.workshop.plan
     with accelerator.main_process_first():
         workshop.render()
-    stage = dataclasses.replace(
-        plan.uso, style=task.recipe, subject=task.recipe, lessons=task.lessons,
-        style_tokens=task.style_tokens, rank=task.rank, reward_batch=task.recipe.batch,
-    )  # fmt: skip
     with accelerator.main_process_first():  # the others find what it has written
-        teaching, encoders = _teaching(task, parts, placement, stage)
+        teaching, encoders = _teaching(task, parts, placement)
         # As the pocket's: at 512 pixels its pictures would take 47 GB. Style encoders look at small ones.
         small = plan.base.large_side
         encoder = train_style_encoder(workshop.sprites, plan.reward, workshop.folder / "reward", side=small)
@@ -249,13 +289,19 @@ def _settings(task: Task, flux: Component) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _teaching(
-    task: Task,
-    parts: Mapping[str, Component],
-    placement: Placement,
-    stage: UsoStage,
-) -> tuple[Teaching, Encoders]:
-    workshop = task.workshop
+def _folders(task: Task) -> Folders:
+    """Those that are named; by themselves never the package's small models."""
+    folders = find_folders(models=task.models)
+    if task.models is None and folders.are_pocket("checkpoints"):
+        raise UsoflowError(
+            "model_missing", "There are only the package's own small models.",
+            remedy="Name the folder of FLUX.1 with --models or USOFLOW_MODELS.",
+        )  # fmt: skip
+    return folders
+
+
+def _teaching(task: Task, parts: Mapping[str, Component], placement: Placement) -> tuple[Teaching, Encoders]:
+    workshop, stage = task.workshop, task.stage
     vae, tower = placement.settle(load_vae(parts["vae"])), placement.settle(load_siglip(parts["siglip"]))
     encoders = Encoders(vae, tower, workshop.sprites, task.side, device=placement.device)
     sets = lesson_sets(
@@ -286,19 +332,11 @@ def _learned(task: Task, teaching: Teaching) -> dict[str, nn.Parameter]:
 
 def main(arguments: Sequence[str] | None = None) -> list[float]:
     """The command line; returns the losses."""
-    try:
-        from accelerate import Accelerator
-        from accelerate.utils import InitProcessGroupKwargs
-    except ImportError:
-        raise UsoflowError(
-            "extra_missing", "Not installed: accelerate.", remedy='pip install "usoflow[train]"'
-        ) from None
-
     parser = argparse.ArgumentParser(description="Train USO's projector or LoRA on FLUX.1.")
     parser.add_argument("stage", choices=tuple(OUTPUT))
     parser.add_argument("--models", type=Path, help="a ComfyUI folder or its models folder")
     parser.add_argument("--work", type=Path, default=Path("training-full"))
-    parser.add_argument("--side", type=int, default=512, help="of the pictures, in pixels")
+    parser.add_argument("--side", type=int, default=512, help="of the pictures, in pixels, a multiple of 16")
     parser.add_argument("--fp8", action="store_true", help="hold the base's blocks in fp8")
     parser.add_argument("--lessons", type=int, default=2000, help="triplets of each use")
     parser.add_argument("--samples", type=int, default=100_000)
@@ -307,15 +345,19 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
     parser.add_argument("--rank", type=int, default=128, help="of the LoRA")
     parser.add_argument("--style-tokens", type=int, default=64, help="per level of the projector")
     said = parser.parse_args(arguments)
-    recipe = Recipe(said.samples, said.batch, said.rate, warmup=min(500, said.samples // 10))
     workshop = Workshop(said.work, Plan.read(None))
-    task = Task(
-        said.stage, said.models, workshop, said.side, said.fp8, said.lessons, said.style_tokens, said.rank,
-        recipe,
-    )  # fmt: skip
+    try:
+        recipe = Recipe(said.samples, said.batch, said.rate, warmup=min(500, said.samples // 10))
+        task = Task(
+            said.stage, said.models, workshop, said.side, said.fp8, said.lessons, said.style_tokens,
+            said.rank, recipe,
+        )  # fmt: skip
+        check_writable(said.work)
+    except (ValueError, UsoflowError) as error:
+        parser.error(str(error))
     # The others wait while one process reads, draws and encodes: longer than they would by default.
     patient = InitProcessGroupKwargs(timeout=timedelta(days=1))
-    return run(task, Accelerator(kwargs_handlers=[patient]))
+    return run(task, Accelerator(mixed_precision="no", kwargs_handlers=[patient]))
 
 
 if __name__ == "__main__":

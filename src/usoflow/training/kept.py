@@ -1,15 +1,21 @@
-"""What training keeps on disk: files that are whole or not there, and what tells them apart."""
+"""What training keeps on disk: files that are whole or not there, arrays, and what tells them apart."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from usoflow.errors import UsoflowError
 
 
 @contextmanager
@@ -22,6 +28,28 @@ def whole(path: Path) -> Iterator[Path]:
     partial = path.with_name(f"part-{path.name}")
     yield partial
     partial.replace(path)
+
+
+def new_array(path: Path, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    """An array in a new file, mapped to be written.
+
+    Its room on the disk is taken at once: a map that finds a full disk ends the process (SIGBUS).
+
+    Raises:
+        UsoflowError: "output_unwritable" if there is not so much.
+    """
+    array = np.lib.format.open_memmap(path, "w+", dtype, shape)
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as file:
+            try:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+            except OSError as error:
+                path.unlink()
+                raise UsoflowError(
+                    "output_unwritable", f"{path} cannot be written: {error.strerror}.",
+                    remedy=f"Have {array.nbytes / 1e9:.1f} GB free there.",
+                ) from None  # fmt: skip
+    return array
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:

@@ -22,7 +22,7 @@ from usoflow.models.vae import AutoEncoder, LatentFormat
 from usoflow.training.autoencoder import encode
 from usoflow.training.captions import CaptionTokenizer, Ids
 from usoflow.training.drawings import Sprites
-from usoflow.training.kept import fingerprint, whole
+from usoflow.training.kept import fingerprint, new_array, whole
 from usoflow.training.loop import CPU
 from usoflow.training.painting import Pictures, painted
 from usoflow.training.scenes import Scene, caption, draw_taught_scene
@@ -85,7 +85,7 @@ def encoded(
             made = network(part.to(device).float() / 255).half().cpu().numpy()
             if stored is None:  # no more than a part is ever held
                 shape = (len(pictures), *made.shape[1:])
-                stored = np.lib.format.open_memmap(partial, "w+", np.float16, shape)
+                stored = new_array(partial, np.float16, shape)
             stored[first : first + len(made)] = made
             first += len(made)
         del stored  # written

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import math
 import pickle
+import textwrap
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +27,16 @@ CPU = torch.device("cpu")
 READ_EVERY = 16  # steps
 LossFunction = Callable[[int], Tensor]  # number of samples before this batch -> scalar loss
 # Parts of names of the matrices that AdamW keeps: tables, layers that touch latents or words, modulations,
-# and, by the name of its module (`feature_embedder`), all of the style projector.
+# and, by the names of their modules, all of the style projector (`feature_embedder`) and of CLIP
+# (`text_model`, which has "mod" in it): with these the shipped weights were trained.
 AT_EDGE = ("embed", "shared", "bias", "conv_in", "conv_out", "img_in", "txt_in", "final_layer", "mod")
+
+
+# What to do where losses or weights are no numbers.
+AGAIN = (
+    "Run the stage again: it goes on from its last saved state. If that does not help, move its folder away"
+    " and begin anew with a lower rate, or with --full-precision."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +88,7 @@ class Recipe:
 
 
 class Optimisers:
-    """Muon (torch's, after Keller Jordan, 2024) for the hidden matrices, AdamW for everything else.
+    """Muon (torch's, after Keller Jordan, 2024) for the hidden matrices but CLIP's, AdamW for all else.
 
     A convolution is to Muon the matrix [out, in * k * k]: a view that shares the parameter's memory. On the
     pocket autoencoder the same time gave 24.2 dB with Muon and 19.3 dB with AdamW alone.
@@ -118,9 +127,12 @@ class Optimisers:
         return [optimiser.state_dict() for optimiser in self.all]
 
     def load(self, states: list[dict[str, Any]]) -> None:
-        """Continue from a saved state."""
+        """Continue from a saved state, with the recipe's weight decay."""
         for optimiser, state in zip(self.all, states, strict=True):
+            decays = [group["weight_decay"] for group in optimiser.param_groups]
             optimiser.load_state_dict(state)
+            for group, decay in zip(optimiser.param_groups, decays, strict=True):
+                group["weight_decay"] = decay
 
 
 def _at_edge(name: str) -> bool:
@@ -186,10 +198,7 @@ class Training:
             self.log.append((done, float(loss)))
             if not math.isfinite(self.log[-1][1]):
                 raise UsoflowError(
-                    "non_finite",
-                    f"The loss is {float(loss)} after {done} samples.",
-                    remedy="Run the stage again: it goes on from its last saved state. If that does not help,"
-                    " move its folder away and begin anew with a lower rate, or with --full-precision.",
+                    "non_finite", f"The loss is {float(loss)} after {done} samples.", remedy=AGAIN
                 )
         self._new.clear()
 
@@ -202,8 +211,13 @@ class Training:
         torch._foreach_lerp_(list(self.average.values()), values, weight)
 
     def save(self) -> None:
-        """Write the state and the log; the old state is replaced only by a complete new one."""
+        """Write the state and the log; the old state is replaced only by a complete new one.
+
+        Raises:
+            UsoflowError: "non_finite" if a loss or a weight is no number.
+        """
         self._read()
+        require_finite([*self.parameters.values(), *self.average.values()], self.done, AGAIN)
         self.folder.mkdir(parents=True, exist_ok=True)
         state: dict[str, Any] = {
             "done": self.done,
@@ -222,10 +236,11 @@ class Training:
             log.write(json.dumps(line | {"loss": round(sum(recent) / len(recent), 5)}) + "\n")
 
     def resume(self) -> bool:
-        """Continue from the folder's state, if there is one; the recipe's length and rates may be others.
+        """Continue from the folder's state, if there is one; the recipe may be another.
 
         Raises:
-            UsoflowError: "training_config" if anything else differs.
+            UsoflowError: "training_config" if its batch or seed differs, what learns is of other names or
+                shapes, or what takes part and does not learn is another.
         """
         path = self.folder / "state.pt"
         if not path.exists():
@@ -242,6 +257,20 @@ class Training:
         return True
 
 
+def require_finite(values: Iterable[Tensor], done: int, remedy: str) -> None:
+    """Before a state is replaced: weights that are no numbers would never be numbers again.
+
+    Raises:
+        UsoflowError: "non_finite".
+    """
+    if not all(bool(value.isfinite().all()) for value in values):
+        raise UsoflowError(
+            "non_finite",
+            f"Weights are not finite after {done} samples; they are not saved, an earlier state is kept.",
+            remedy=remedy,
+        )
+
+
 def write_state(path: Path, state: Mapping[str, Any]) -> None:
     """An old state is replaced only by a complete new one."""
     with whole(path) as partial:
@@ -256,7 +285,7 @@ def read_state(path: Path) -> Iterator[dict[str, Any]]:
     except (RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise UsoflowError(
             "training_config",
-            f"{path} is damaged or of other settings: {error}.",
+            f"{path} is damaged or of other settings: {textwrap.shorten(str(error), 300)}.",
             remedy="Go on with the settings it was begun with, or move it away to begin anew.",
         ) from None
 

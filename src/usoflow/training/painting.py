@@ -17,16 +17,18 @@ from pathlib import Path
 import cv2
 import numpy as np
 import numpy.typing as npt
+import psutil
 
 from usoflow.errors import UsoflowError
 from usoflow.training.drawings import Sprites
-from usoflow.training.kept import whole
+from usoflow.training.kept import new_array, whole
 from usoflow.training.scenes import Scene, compose
 from usoflow.training.world import World
 
 Pictures = npt.NDArray[np.uint8]  # [N, side, side, 3]
 CHUNK = 128  # scenes that a process draws at once
 SOFT = 0.5  # of pictures that are softened
+WORKER = 400_000_000  # bytes of memory that a process which draws may need
 
 
 def paint(sprites: Sprites, scenes: Sequence[Scene], side: int, path: Path) -> Pictures:
@@ -38,12 +40,12 @@ def paint(sprites: Sprites, scenes: Sequence[Scene], side: int, path: Path) -> P
     shape = (len(scenes), side, side, 3)
     if not path.exists() or np.load(path, mmap_mode="r").shape != shape:
         with whole(path) as partial:
-            np.lib.format.open_memmap(partial, "w+", np.uint8, shape)
+            new_array(partial, np.uint8, shape)
             jobs = [
                 (sprites.world, sprites.folder, scenes[first : first + CHUNK], side, partial, first)
                 for first in range(0, len(scenes), CHUNK)
             ]
-            workers = min(os.cpu_count() or 1, len(jobs))
+            workers = max(1, min(_cores(), len(jobs), psutil.virtual_memory().available // WORKER))
             try:
                 with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
                     list(pool.map(_paint, *zip(*jobs, strict=True)))  # so that what goes wrong is told here
@@ -75,6 +77,11 @@ def softened(
         for picture, width in zip(pictures, widths, strict=True)
     ]
     return np.stack(soft)
+
+
+def _cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _paint(world: World, drawings: Path, scenes: Sequence[Scene], side: int, path: Path, first: int) -> None:

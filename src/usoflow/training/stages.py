@@ -20,7 +20,16 @@ from usoflow.training.drawings import Sprites
 from usoflow.training.evaluate import Question
 from usoflow.training.kept import fingerprint, whole
 from usoflow.training.latents import LatentSet, cache
-from usoflow.training.loop import CPU, LossFunction, Recipe, Training, load_average, stage_missing, swap
+from usoflow.training.loop import (
+    CPU,
+    LossFunction,
+    Recipe,
+    Training,
+    load_average,
+    read_state,
+    stage_missing,
+    swap,
+)
 from usoflow.training.plan import Plan
 from usoflow.training.scenes import caption, compose, draw_scene, pictures_of
 from usoflow.training.sheets import contact_sheet, loss_curve
@@ -83,7 +92,7 @@ class Workshop:
         """Train on, with larger pictures."""
         pocket = self.pocket()
         self.load(pocket, "base")
-        self._flow(pocket, self.plan.base.large, "large", self.large_batches)
+        self._flow(pocket, self.plan.base.large, "large", self.large_batches, pocket)
 
     def guided(self) -> None:
         """Distil guidance into a copy of the trained base."""
@@ -131,10 +140,11 @@ class Workshop:
     @functools.cached_property
     def trained_vae(self) -> AutoEncoder:
         """The trained autoencoder, folded."""
-        module = autoencoder.new_autoencoder(self.plan.vae)
-        if not (self.folder / "vae" / "folded.pt").exists():
+        module, path = autoencoder.new_autoencoder(self.plan.vae), self.folder / "vae" / "folded.pt"
+        if not path.exists():
             raise stage_missing("vae", self.folder)
-        module.load_state_dict(torch.load(self.folder / "vae" / "folded.pt", weights_only=True))
+        with read_state(path) as weights:
+            module.load_state_dict(weights)
         return module.to(self.device)
 
     def latents(self, side: int, count: int) -> LatentSet:
@@ -176,9 +186,9 @@ class Workshop:
         }  # fmt: skip
         load_average(self.folder / stage, dict(pocket.named_parameters()), recipes[stage])
 
-    def _flow(self, pocket: Pocket, recipe: Recipe, name: str, batches: Batches) -> None:
+    def _flow(self, pocket: Pocket, recipe: Recipe, name: str, batches: Batches, *begun: nn.Module) -> None:
         loss_of = flow_loss(pocket, recipe, batches, dtype=self.dtype)
-        self._run(pocket, recipe, loss_of, name, batches.latents.side)
+        self._run(pocket, recipe, loss_of, name, batches.latents.side, *begun)
 
     def _run(
         self,
@@ -209,7 +219,8 @@ class Workshop:
         """Run a stage to its end from wherever its folder is, with a loss curve at every saved state.
 
         `show` draws its sheets, then and with the averaged weights; it is told how their paths begin.
-        `frozen` is what takes part and does not learn: what was begun with others does not go on.
+        `frozen` is what takes part and does not learn, or is begun from: what was begun with others does not
+        go on.
         """
         training = Training(parameters, recipe, self.folder / name, made_with=fingerprint(*frozen))
         training.resume()

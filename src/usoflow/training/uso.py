@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +86,7 @@ class UsoStage:
 
     def __post_init__(self) -> None:
         """Raises ValueError for sizes of nothing, and for a mix of other uses than there are, or without any
-        that can have a reward.
+        that can have a reward, or of shares that do not add up.
         """
         counts = (self.lessons, self.style_tokens, self.rank, self.reward_every, self.reward_batch)
         if min(counts) < 1 or min(self.wide_rank, self.reward_weight) < 0 or self.guidance < 1:
@@ -93,6 +94,7 @@ class UsoStage:
                 "lessons, style_tokens, rank, reward_every, reward_batch and guidance must be at least 1,"
                 " wide_rank and reward_weight not below 0"
             )
+        _check_shares(self.style_mix, self.subject_mix)
         for mix, uses in ((self.style_mix, STYLED), (self.subject_mix, USES)):
             unknown = sorted({use for use, _ in mix} - set(uses))
             if unknown:
@@ -128,12 +130,22 @@ class RewardedStage:
     flow_every: int = 2
 
     def __post_init__(self) -> None:
-        """Raises ValueError for uses that have no reward, and for weights and numbers below nothing."""
+        """Raises ValueError for uses that have no reward, for shares that do not add up, and for weights and
+        numbers below nothing.
+        """
+        _check_shares(self.mix, self.flow_mix)
         unknown = sorted({use for use, _ in self.mix} - {*STYLED, *PICTURED})
         if unknown:
             raise ValueError(f"there is no reward for {', '.join(unknown)}")
         if min(self.style_weight, self.content_weight) < 0 or min(self.flow_batch, self.flow_every) < 1:
             raise ValueError("weights must not be below 0, flow_batch and flow_every at least 1")
+
+
+def _check_shares(*mixes: Mix) -> None:
+    for mix in mixes:
+        shares = [share for _, share in mix]
+        if not (min(shares, default=0) >= 0 and math.isclose(sum(shares), 1, abs_tol=1e-8)):
+            raise ValueError(f"the shares of a mix must not be below 0 and add up to 1: {shares}")
 
 
 def new_projector(stage: UsoStage, patches: int, vision_dim: int, hidden: int) -> StyleProjector:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from usoflow.errors import UsoflowError
 from usoflow.models.checkpoint import KIND_NAMES, Component, TensorFile
-from usoflow.models.flux import Flux, FluxInputs
+from usoflow.models.flux import Flux, FluxConfig, FluxInputs
 from usoflow.models.inventory import found_files
 from usoflow.models.library import LoraUse, ModelLibrary
 from usoflow.models.vae import LatentFormat
@@ -113,6 +113,8 @@ def contenders(use: Use) -> dict[str, Given]:
 def components_of(folders: Folders, needed: Sequence[str]) -> list[Component]:
     """The first component of each kind that is needed among the files of the model folders, in that order.
 
+    Of transformers the first that can be run: FLUX.1's tools, which cannot, may lie beside it.
+
     Raises:
         UsoflowError: `model_missing` naming the kinds of which there is none.
     """
@@ -120,11 +122,20 @@ def components_of(folders: Folders, needed: Sequence[str]) -> list[Component]:
     for file in found_files(folders):
         if not file.problem:
             for kind, component in TensorFile.open(file.path).components().items():
-                found.setdefault(kind, component)
+                if kind not in found or (kind == "flux" and not _runs(found[kind])):
+                    found[kind] = component
     missing = [KIND_NAMES[kind] for kind in needed if kind not in found]
     if missing:
         raise UsoflowError("model_missing", f"The model folders hold no {', no '.join(missing)}.")
     return [found[kind] for kind in needed]
+
+
+def _runs(flux: Component) -> bool:
+    try:
+        FluxConfig.from_component(flux)
+    except UsoflowError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)

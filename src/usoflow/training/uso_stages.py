@@ -27,7 +27,6 @@ from usoflow.training.stages import Workshop
 from usoflow.training.tower import train_tower
 from usoflow.training.triplets import (
     PICTURED,
-    USES,
     Encoders,
     Use,
     draw_triplet,
@@ -117,7 +116,8 @@ def rewarded(workshop: Workshop) -> None:
     style, content = _style_reward(workshop), ContentReward(_content(workshop), shown)
     loss_of = teaching.rewarded_loss(stage, style, content)
     frozen = [style.encoder, content.encoder, plain, before, teaching.projector]
-    workshop.train(pairs, stage.recipe, loss_of, "rewarded", _show(workshop, teaching, USES), frozen)
+    show = _show(workshop, teaching, teaching.lessons.sets)
+    workshop.train(pairs, stage.recipe, loss_of, "rewarded", show, frozen)
 
 
 def package_all(workshop: Workshop) -> None:
@@ -154,8 +154,9 @@ def _load_projector(workshop: Workshop, projector: StyleProjector) -> None:
 def _teaching(workshop: Workshop) -> Teaching:
     pocket = workshop.finished().requires_grad_(False)
     encoders = _encoders(workshop)
-    stage = workshop.plan.uso
-    uses = (use for use, _ in (*stage.style_mix, *stage.subject_mix))
+    stage, further = workshop.plan.uso, workshop.plan.rewarded
+    mixes = (stage.style_mix, stage.subject_mix, further.mix, further.flow_mix)
+    uses = (use for mix in mixes for use, _ in mix)
     sets = lesson_sets(encoders, workshop.folder, uses, count=stage.lessons)
     projector = _projector(workshop).requires_grad_(False)
     return Teaching(pocket, projector, Lessons.of(sets, pocket.stage.tokenizer), stage, workshop.dtype)
