@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from networks import transformer_of, velocity
+from usoflow.models import residence
 from usoflow.models.flux import Flux
 from usoflow.models.library import ModelLibrary, load_flux
 from usoflow.models.pages import bring, mapped, read_ahead
@@ -56,6 +57,24 @@ def test_plans_are_what_they_say(small_models: Path) -> None:
     assert all(layer.weight.dtype == torch.bfloat16 for layer in linear_layers(ready))
     for one, other in zip(linear_layers(passing), linear_layers(stored), strict=True):
         assert one.weight.dtype == other.weight.dtype
+
+
+def test_where_one_layer_fails_the_others_need_not_begin(
+    small_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flux, threads, begun = load_flux(transformer_of(small_models)), torch.get_num_threads(), []
+
+    def lay(layer: Linear, dtype: torch.dtype, *, packed: bool) -> None:
+        begun.append(layer)
+        if len(begun) == 1:
+            raise MemoryError
+        time.sleep(0.02)
+
+    monkeypatch.setattr(residence, "_hold_ready", lay)
+    with torch.inference_mode(), pytest.raises(MemoryError):
+        settle_on_cpu(flux, flux.blocks, torch.float32, 10**9)
+    assert len(begun) < len(linear_layers(flux))
+    assert torch.get_num_threads() == threads
 
 
 def test_training_finds_weights_as_stored(small_models: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -267,21 +267,20 @@ class ModelLibrary:
         if weight_dtype == "fp8_e4m3fn":
             self._narrow(module)
         self.placement.settle(module, module.blocks, as_stored=weight_dtype != "default")
-        for block in module.blocks:
-            block.register_forward_pre_hook(self._between)
+        self._stop_between(module.blocks)
         if self.placement.compiled:
             self._regions.attach(module)
         return module
 
     def _interruptible_t5(self, component: Component) -> T5Encoder:
         module = load_t5(component)
-        for block in module.encoder.block:
-            block.register_forward_pre_hook(self._between)
+        self._stop_between(module.encoder.block)
         return module
 
-    def _between(self, _block: torch.nn.Module, _inputs: object) -> None:
-        """A step on a CPU may take minutes, and a prompt half of one."""
-        self.check()
+    def _stop_between(self, blocks: Iterable[nn.Module]) -> None:
+        """Ask before each block whether to stop: on a CPU a step may take minutes, a prompt half of one."""
+        for block in blocks:
+            block.register_forward_pre_hook(lambda _module, _inputs: self.check())
 
     def _narrow(self, module: Flux) -> None:
         """Hold the weights of the blocks in fp8, without a scale (as `weight_dtype` has it in ComfyUI).

@@ -194,10 +194,11 @@ def _make_ready(module: nn.Module, blocks: Sequence[nn.Module], lay: Callable[[L
 def _threads_by_themselves() -> Iterator[ThreadPoolExecutor]:
     """As many threads as torch has, in each of which it has one."""
     threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
     try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield pool
+        yield pool
     finally:
+        pool.shutdown(cancel_futures=True)  # where one has failed the others need not begin
         torch.set_num_threads(threads)  # of threads to come, too
 
 

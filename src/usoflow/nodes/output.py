@@ -25,15 +25,12 @@ def _each_time(entry: AnyNode) -> AnyNode:
 @node("SaveImageWebsocket", category="api/image", output_node=True)
 def send_image(images: Image, *, context: NodeContext) -> tuple[()]:
     """Sends pictures to the client over its WebSocket, as PNG; nothing is written."""
-    import numpy as np
-    from PIL import Image as Pillow
+    from usoflow.nodes.pictures import in_8_bits
 
-    frames = (images.clamp(0, 1) * 255).cpu().numpy().astype(np.uint8)
-    for number, frame in enumerate(frames, start=1):
+    for number, picture in enumerate(in_8_bits(images.cpu().numpy()), start=1):
         buffer = io.BytesIO()
-        pixels = frame.squeeze(-1) if frame.shape[-1] == 1 else frame
-        Pillow.fromarray(pixels).save(buffer, "PNG", compress_level=_COMPRESSION)
-        context.report(number, len(frames), None, buffer.getvalue())
+        picture.save(buffer, "PNG", compress_level=_COMPRESSION)
+        context.report(number, len(images), None, buffer.getvalue())
     return ()
 
 

@@ -138,6 +138,15 @@ def _clear(picture: Image.Image) -> bool:
     return not {"A", "a"}.isdisjoint(picture.getbands()) or "transparency" in picture.info
 
 
+def in_8_bits(images: Array) -> Iterator[Image.Image]:
+    """A batch [B, H, W, C] as pictures, clipped to 0..1 and truncated, as the reference does it.
+
+    One channel is grey.
+    """
+    for pixels in (np.clip(images, 0, 1) * 255).astype(np.uint8):
+        yield Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
+
+
 def write_pictures(
     images: Array,
     root: Path,
@@ -172,11 +181,9 @@ def write_pictures(
     written = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for number, pixels in enumerate((np.clip(images, 0, 1) * 255).astype(np.uint8)):
+        for number, picture in enumerate(in_8_bits(images)):
             with _reserved(folder, stem.replace("%batch_num%", str(number)), reserve) as partial:
-                Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(
-                    partial, format="PNG", pnginfo=metadata, compress_level=compression
-                )
+                picture.save(partial, format="PNG", pnginfo=metadata, compress_level=compression)
             written.append(PurePosixPath(partial.with_suffix(".png").relative_to(root).as_posix()))
     except OSError as error:
         reason = error.strerror or error

@@ -89,8 +89,9 @@ def _lanczos(image: Tensor, width: int, height: int) -> Tensor:
     import torch
     from PIL import Image
 
-    pixels = (image.cpu().numpy() * 255).clip(0, 255).astype(np.uint8)  # truncated, as the reference does
-    pictures = (Image.fromarray(one.squeeze(-1) if one.shape[-1] == 1 else one) for one in pixels)
+    from usoflow.nodes.pictures import in_8_bits
+
+    pictures = in_8_bits(image.cpu().numpy())
     scaled = [np.asarray(one.resize((width, height), Image.Resampling.LANCZOS)) for one in pictures]
     return torch.from_numpy(np.stack(scaled).astype(np.float32) / 255).reshape(
         -1, height, width, image.shape[-1]
