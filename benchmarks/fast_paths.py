@@ -103,11 +103,11 @@ WAYS: Mapping[str, Way] = MappingProxyType(
         "fp32, weights passing through 1 MB": Way("fp32", vram="1MB"),
         "bf16": Way("bf16"),
         "bf16, weights passing through 1 MB": Way("bf16", vram="1MB"),
-        "bf16, VAE too": Way("auto", within=_bf16_is_best),
+        "bf16, T5 and VAE too": Way("auto", within=_bf16_is_best),
         "bf16, compiled": Way("bf16", compiled=True),
         "fp32, blocks rounded to fp8": Way("fp32", fp8=True),
         "bf16, blocks stored in fp8": Way("bf16", fp8=True),
-        "bf16, VAE too, blocks stored in fp8, multiplied in int8": Way(
+        "bf16, T5 and VAE too, blocks stored in fp8, multiplied in int8": Way(
             "auto", fp8=True, within=_products_in_int8
         ),
         "bf16, blocks stored and multiplied in fp8": Way("bf16", fp8=True, within=_products_in_fp8),
@@ -119,11 +119,11 @@ BOUNDS: Mapping[str, tuple[float, float]] = MappingProxyType(  # of the worst pi
         "fp32, weights passing through 1 MB": (80.0, 0.9999),
         "bf16": (46.0, 0.995),
         "bf16, weights passing through 1 MB": (46.0, 0.995),
-        "bf16, VAE too": (44.0, 0.995),
+        "bf16, T5 and VAE too": (44.0, 0.995),
         "bf16, compiled": (46.0, 0.995),
         "fp32, blocks rounded to fp8": (28.0, 0.965),
         "bf16, blocks stored in fp8": (45.0, 0.995),
-        "bf16, VAE too, blocks stored in fp8, multiplied in int8": (38.0, 0.99),
+        "bf16, T5 and VAE too, blocks stored in fp8, multiplied in int8": (38.0, 0.99),
         "bf16, blocks stored and multiplied in fp8": (38.0, 0.99),
     }
 )

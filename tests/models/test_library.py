@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from networks import lora_of, transformer_of, velocity
+from networks import lora_of, relative, transformer_of, velocity
 from usoflow.errors import UsoflowError
 from usoflow.models.checkpoint import CONFIG_KEY, Component, TensorFile
 from usoflow.models.library import LoraUse, ModelLibrary, load_clip, load_flux, load_vae
@@ -386,6 +386,19 @@ def test_the_vae_computes_in_bf16_only_where_the_transformer_does() -> None:
     wide, narrow, half = torch.float32, torch.bfloat16, torch.float16
     asked = [(cuda, narrow), (cuda, half), (cuda, wide), (cpu, narrow)]
     assert [Placement(*one).vae_dtype for one in asked] == [narrow, wide, wide, wide]
+
+
+@torch.inference_mode()
+def test_t5_multiplies_in_bf16_only_where_a_cpu_is_left_to_choose(models: Path) -> None:
+    """Else as the reference does, in fp32."""
+    whole, cpu, narrow = components(models)[0], torch.device("cpu"), torch.bfloat16
+    exact, asked, ours = (
+        ModelLibrary(placement).encode_text(whole["clip_l"], whole["t5"], "a (red:1.4) cat")
+        for placement in (CPU32, Placement(cpu, narrow), Placement(cpu, narrow, fastest=True))
+    )
+    assert torch.equal(asked.context, exact.context)
+    assert 1e-5 < relative(ours.context, exact.context) < 3e-2
+    assert torch.equal(ours.pooled, exact.pooled)
 
 
 @torch.inference_mode()

@@ -14,13 +14,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from networks import transformer_of, velocity
+from networks import relative, transformer_of, velocity
 from usoflow.models import residence
+from usoflow.models.checkpoint import TensorFile
 from usoflow.models.flux import Flux
-from usoflow.models.library import ModelLibrary, load_flux
+from usoflow.models.library import ModelLibrary, load_flux, load_t5
 from usoflow.models.pages import bring, mapped, read_ahead
 from usoflow.models.placement import Placement, _free_in_container
-from usoflow.models.residence import Sizes, settle_on_cpu, settle_on_gpu
+from usoflow.models.residence import Sizes, passing_once, settle_on_cpu, settle_on_gpu
 from usoflow.models.weights import Linear, LowRank
 from usoflow.pocket.untrained import FLUX
 
@@ -131,6 +132,21 @@ def test_pages_that_were_given_back_are_read_again(small_models: Path) -> None:
     assert mapped(flux.blocks[0].parameters()), "the file is mapped"
     first, second = (velocity(flux, torch.float32) for _ in range(2))
     assert torch.equal(first, second)
+
+
+@torch.inference_mode()
+def test_an_encoders_weights_pass_through_and_nothing_of_it_stays(small_models: Path) -> None:
+    t5 = load_t5(TensorFile.open(small_models / "checkpoints/flux1-dev-fp8.safetensors").components()["t5"])
+    layers = [layer for layer in t5.modules() if isinstance(layer, Linear)]
+    ids = torch.arange(9)[None]
+    before = t5(ids)
+    with passing_once(t5, t5.blocks, torch.float32):
+        assert torch.equal(t5(ids), before)
+    with passing_once(t5, t5.blocks, torch.bfloat16):
+        assert 1e-5 < relative(t5(ids), before) < 3e-2
+    assert not any(block._forward_hooks or block._forward_pre_hooks for block in t5.blocks)
+    assert not any(layer.scratch or layer.multiplied_in for layer in layers)
+    assert torch.equal(t5(ids), before)
 
 
 def test_memory_of_ones_own_has_no_pages_to_give_back(small_models: Path) -> None:

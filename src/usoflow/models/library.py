@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -82,7 +82,7 @@ class ModelLibrary:
         loras: tuple[LoraUse, ...] = (),
         on_cpu: bool = False,
     ) -> TextEncoding:
-        """A prompt (another one for CLIP, if given) through both text encoders, in fp32.
+        """A prompt (another one for CLIP, if given) through both text encoders, to fp32.
 
         Of the LoRAs, what is for text encoders is applied. What was encoded before is known: the encoders'
         files are then not even opened. With `on_cpu` the CPU computes, whatever else there is.
@@ -105,7 +105,8 @@ class ModelLibrary:
         clip_module = self._with_loras("clip_l", self._module(clip_l, load_clip), loras)
         t5_module = self._with_loras("t5", self._module(t5, self._interruptible_t5), loras)
         tokenizers = tokenizers_of(clip_module, t5_module)
-        with self._borrowed(clip_module, on_cpu=on_cpu), self._borrowed(t5_module, on_cpu=on_cpu):
+        clip_lent = self._borrowed(clip_module, on_cpu=on_cpu)
+        with clip_lent, self._borrowed(t5_module, t5_module.blocks, on_cpu=on_cpu):
             return encode_prompt(prompt, clip_module, t5_module, tokenizers, clip_text=clip_prompt)
 
     def encode_vision(self, siglip: Component, images: Tensor, crop: str) -> VisionOutput:
@@ -212,8 +213,10 @@ class ModelLibrary:
         self._give_back()
 
     @contextmanager
-    def _borrowed(self, module: nn.Module, *, work: int = 0, on_cpu: bool = False) -> Iterator[Placement]:
-        """Put a module on the device for a while; yields where it is.
+    def _borrowed(
+        self, module: nn.Module, blocks: Sequence[nn.Module] = (), *, work: int = 0, on_cpu: bool = False
+    ) -> Iterator[Placement]:
+        """Put a module on the device for a while (`Placement.borrow`); yields where it is.
 
         What does not fit beside the transformer, with `work` bytes for the computation, comes in its place.
         What would not fit there either is computed by the CPU.
@@ -226,7 +229,7 @@ class ModelLibrary:
             elif there:
                 self._forget_transformers()
         placement = self.placement.on_cpu if on_cpu else self.placement
-        with placement.borrow(module):
+        with placement.borrow(module, blocks):
             yield placement
 
     def _transformer_bytes(self) -> int:
@@ -274,7 +277,7 @@ class ModelLibrary:
 
     def _interruptible_t5(self, component: Component) -> T5Encoder:
         module = load_t5(component)
-        self._stop_between(module.encoder.block)
+        self._stop_between(module.blocks)
         return module
 
     def _stop_between(self, blocks: Iterable[nn.Module]) -> None:

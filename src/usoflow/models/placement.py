@@ -2,7 +2,7 @@
 
 The transformer stays on the device between runs, as far as the budget goes (`residence`); encoders and VAE
 are borrowed for one computation and give their device memory back. On a CPU nothing moves: the weights of
-encoders and VAE are memory-mapped pages of the file, and those of large ones are given back after use.
+encoders and VAE are memory-mapped pages of the file, and those of T5 pass through.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import platform
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from usoflow.errors import UsoflowError
-from usoflow.models import pages, residence
+from usoflow.models import residence
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -31,7 +31,6 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
 )
 
 
-LARGE = 1 << 30  # bytes of an encoder that are worth giving back
 PART_OF_CPU, PART_OF_GPU = 0.6, 0.8  # of what is free, for the transformer's weights
 PART_PINNED = 0.5  # of the host's free memory, for weights on their way to a GPU
 PART_FOR_WORK = 0.9  # of what is free, for one computation
@@ -46,7 +45,7 @@ class Placement:
         budget: bytes for the transformer's weights; None is a part of what is free when they are loaded.
         compiled: whether the transformer's blocks are compiled, from the second picture of a size on.
         fastest: whether blocks' weights that are stored in fp8 are multiplied in 8 bits, where the device is
-            faster at it (`fp8`, `int8`), and the VAE computes in bf16 on a CPU, too.
+            faster at it (`fp8`, `int8`), and a CPU that computes in bf16 does so for T5 and VAE, too.
     """
 
     device: torch.device
@@ -96,6 +95,12 @@ class Placement:
         On a CPU, who asks for bf16 asks for the transformer's.
         """
         narrow = self.dtype == torch.bfloat16 and (self.fastest or self.device.type != "cpu")
+        return torch.bfloat16 if narrow else torch.float32
+
+    @property
+    def t5_dtype(self) -> torch.dtype:
+        """Of T5's products; the reference computes them in fp32. A vision tower may need that."""
+        narrow = self.fastest and self.device.type == "cpu" and self.dtype == torch.bfloat16
         return torch.bfloat16 if narrow else torch.float32
 
     @property
@@ -162,14 +167,16 @@ class Placement:
         return replace(self, device=cpu, dtype=_best_dtype(cpu), budget=None)
 
     @contextmanager
-    def borrow(self, module: M) -> Iterator[M]:
-        """The module on the device for a while; then its memory-mapped parameters are put back."""
+    def borrow(self, module: M, blocks: Sequence[nn.Module] = ()) -> Iterator[M]:
+        """The module on the device for a while; then its memory-mapped parameters are put back.
+
+        Args:
+            module: all of it.
+            blocks: of T5, in the order of their use: on a CPU they pass through.
+        """
         if self.device.type == "cpu":
-            try:
+            with residence.passing_once(module, blocks, self.t5_dtype) if blocks else nullcontext():
                 yield module
-            finally:
-                if residence.stored_bytes(module) > LARGE:
-                    pages.give_back(pages.mapped(module.parameters()))
             return
         home = {name: parameter.data for name, parameter in module.named_parameters()}
         try:

@@ -9,6 +9,8 @@ On a CPU, from fast and large to slow and small:
 Where it multiplies int8, the blocks' fp8 weights are not widened but turned into whole numbers, which take as
 many bytes (`int8`): once, or each time, if they are passing.
 
+T5's weights pass through in the same way, whatever memory there is: each is used once.
+
 On a GPU, blocks are resident as stored, as many as fit; the others pass through (`passage`). Where it
 multiplies fp8, the blocks' fp8 weights are not widened (`fp8`).
 `Placement` says how much memory there is.
@@ -24,6 +26,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from usoflow.models import fp8, int8, pages
 from usoflow.models.flux import Modulation
@@ -103,6 +106,26 @@ def settle_on_cpu(
         "%.1f GB of weights in a budget of %.1f GB: blocks pass through.", sizes.stored / 1e9, budget / 1e9
     )
     return "passing"
+
+
+@contextmanager
+def passing_once(t5: nn.Module, blocks: Sequence[nn.Module], dtype: torch.dtype) -> Iterator[None]:
+    """For one computation on a CPU: the weights pass through, and products are in this dtype.
+
+    What lies between products stays in fp32, and nothing is held afterwards.
+    """
+    layers, scratch = _linear_layers(t5), Scratch()
+    for layer in layers:
+        layer.multiplied_in, layer.scratch = dtype, scratch
+    hooks = _let_pages_pass(blocks)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for layer in layers:
+            layer.multiplied_in = layer.scratch = None
+        pages.give_back(pages.mapped(t5.parameters()))
 
 
 def settle_on_gpu(
@@ -212,14 +235,19 @@ def _hold_ready(layer: Linear, dtype: torch.dtype, *, packed: bool) -> None:
     layer.quantised = layer.scale_weight = None
 
 
-def _let_pages_pass(blocks: Sequence[nn.Module]) -> None:
-    held = [pages.mapped(block.parameters()) for block in blocks]
+def _let_pages_pass(blocks: Sequence[nn.Module]) -> list[RemovableHandle]:
+    held, hooks = [pages.mapped(block.parameters()) for block in blocks], []
     for number, block in enumerate(blocks):
         following = held[(number + 1) % len(held)]
-        block.register_forward_pre_hook(lambda _module, _inputs, ranges=following: pages.read_ahead(ranges))
-        block.register_forward_hook(
-            lambda _module, _inputs, _out, ranges=held[number]: pages.give_back(ranges)
-        )
+        hooks += [
+            block.register_forward_pre_hook(
+                lambda _module, _inputs, ranges=following: pages.read_ahead(ranges)
+            ),
+            block.register_forward_hook(
+                lambda _module, _inputs, _out, ranges=held[number]: pages.give_back(ranges)
+            ),
+        ]
+    return hooks
 
 
 def _linear_layers(module: nn.Module) -> list[Linear]:

@@ -2,8 +2,9 @@
 
 Weights come from the `text_encoders.` part of a checkpoint or from the split files `clip_l.safetensors` and
 `t5xxl_*.safetensors`; token ids and weights from `tokens`. Both encoders compute in fp32, as the reference
-does, whatever dtype their weights are stored in. In a T5 table that was rounded to fp8, values that fp8 does
-not have became NaN: they are read as 0, as the reference does; other NaNs surface as the error `non_finite`.
+does, whatever dtype their weights are stored in; T5's products may be narrower (`Placement.t5_dtype`).
+In a T5 table that was rounded to fp8, values that fp8 does not have became NaN: they are read as 0, as the
+reference does; other NaNs surface as the error `non_finite`.
 
 CLIP-L: Radford et al. 2021 (arXiv 2103.00020). T5 v1.1: Raffel et al. 2020 (arXiv 1910.10683), Shazeer 2020
 (arXiv 2002.05202) for the gated feed-forward. Parameter names are those of Hugging Face's published weights.
@@ -266,6 +267,11 @@ class T5Encoder(nn.Module):
         self.config = config
         self.shared = Embedding(config.vocabulary, config.dim)
         self.encoder = _T5Stack(config)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """All blocks, in the order in which they are passed."""
+        return list(self.encoder.block)
 
     def forward(self, ids: Tensor) -> Tensor:
         """int64 [B, T] -> float32 states [B, T, dim] after the final norm."""

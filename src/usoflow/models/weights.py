@@ -84,7 +84,8 @@ class Linear(nn.Module):
     A weight of a GGUF file is held as bytes [out, bytes of a row]; `quantised` then names its format.
     `scratch`, which the layers of a network share, is where weights are widened on a CPU. With `row_scales`
     an fp8 weight is not widened at all, where the input is bf16 and no gradient is asked for (`fp8`); nor is
-    one `in_int8`, whose numbers become whole ones at each use, unless it is held so (`int8`).
+    one `in_int8`, whose numbers become whole ones at each use, unless it is held so (`int8`). `multiplied_in`
+    is a narrower dtype than the input's for the product alone, where no gradient is asked for.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
@@ -97,6 +98,7 @@ class Linear(nn.Module):
         self.scratch: Scratch | None = None
         self.row_scales: Tensor | None = None
         self.in_int8 = False
+        self.multiplied_in: torch.dtype | None = None
         self.branches = nn.ModuleList()
         self.regular: bool | None = None  # an fp8 weight without NaNs; None: not looked at yet
 
@@ -104,10 +106,14 @@ class Linear(nn.Module):
         """Hold the weight as another layer of this shape does, whose parameters are shared already."""
         self.scale_weight, self.quantised = other.scale_weight, other.quantised
         self.scratch, self.regular, self.row_scales = other.scratch, other.regular, other.row_scales
-        self.in_int8 = other.in_int8
+        self.in_int8, self.multiplied_in = other.in_int8, other.multiplied_in
 
     def forward(self, x: Tensor, *, gelu: bool = False) -> Tensor:
         """x: [..., in] -> [..., out], in the dtype of x; through GELU (tanh approximation) on request."""
+        narrow = x.dtype if self.multiplied_in is None or torch.is_grad_enabled() else self.multiplied_in
+        return self._multiplied(x.to(narrow), gelu=gelu).to(x.dtype)
+
+    def _multiplied(self, x: Tensor, *, gelu: bool) -> Tensor:
         bias = None if self.bias is None else widened(self.bias, x)
         may_be_rounded = x.dtype == fp8.WIDE and not torch.is_grad_enabled()
         if may_be_rounded and self.row_scales is not None:
