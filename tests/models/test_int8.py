@@ -48,7 +48,7 @@ def test_what_three_bits_hold_stays_in_the_upper_octaves(numbers: bytes) -> None
     """Any bytes: a row's unit is 1/128 of the power of two above its largest; none is off by half of it."""
     weight = torch.frombuffer(bytearray(numbers), dtype=torch.uint8).view(int8.STORED).view(3, 8)
     with torch.inference_mode():
-        whole, scale = int8.narrowed(weight, None)
+        whole, scale = int8.narrowed(weight, None, Scratch())
     for row, found, unit in zip(weight.double(), whole.double(), scale.double(), strict=True):
         if row.isnan().any():
             assert unit.isnan()
@@ -87,7 +87,7 @@ def test_a_product_is_as_near_as_its_rounding(scale: Tensor | None, bias: bool, 
     torch.manual_seed(0)
     x, stored = torch.randn(2, rows, 128).bfloat16(), torch.randn(48, 128).to(int8.STORED)
     added = torch.randn(48).bfloat16() if bias else None
-    found = int8.product(x, *int8.narrowed(stored, scale), added, Scratch())
+    found = int8.product(x, *int8.narrowed(stored, scale, Scratch()), added, Scratch())
     expected = x.double() @ (stored.double() * (1 if scale is None else scale.reshape(-1, 1))).T
     expected = expected if added is None else expected + added.double()
     assert (found.dtype, found.shape) == (torch.bfloat16, (2, rows, 48))
@@ -98,7 +98,7 @@ def test_a_product_is_as_near_as_its_rounding(scale: Tensor | None, bias: bool, 
 def test_rows_of_zeros_stay_zeros_and_what_is_not_finite_stays_so() -> None:
     x = torch.zeros(3, 16, dtype=torch.bfloat16)
     x[1, 3], x[2, 5] = torch.inf, torch.nan
-    weight, scale = int8.narrowed(torch.ones(8, 16).to(int8.STORED), None)
+    weight, scale = int8.narrowed(torch.ones(8, 16).to(int8.STORED), None, Scratch())
     found = int8.product(x, weight, scale, None, Scratch())
     assert (found[0] == 0).all()
     assert not found[1:].isfinite().any()

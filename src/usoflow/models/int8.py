@@ -42,11 +42,11 @@ def multiplied_here() -> bool:
 
 def works() -> bool:
     """Whether a product of which the result is known comes out right; in the log if not."""
-    x = torch.eye(TRIED, dtype=WIDE) * LARGEST
+    x, scratch = torch.eye(TRIED, dtype=WIDE) * LARGEST, Scratch()
     stored = torch.arange(TRIED * TRIED).remainder(31).sub(15).view(TRIED, TRIED).to(STORED)
     try:
         with torch.inference_mode():
-            y = product(x, *narrowed(stored, torch.tensor(1 / LARGEST)), x[0], Scratch())
+            y = product(x, *narrowed(stored, torch.tensor(1 / LARGEST), scratch), x[0], scratch)
     except (RuntimeError, AttributeError) as error:
         logger.info("fp8 weights are widened: %s", error)
         return False
@@ -58,12 +58,13 @@ def fits(weight: Tensor) -> bool:
     return weight.dtype == STORED and min(weight.shape) >= LEAST_SIDE
 
 
-def narrowed(weight: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+def narrowed(weight: Tensor, scale: Tensor | None, scratch: Scratch) -> tuple[Tensor, Tensor]:
     """A weight in e4m3 in whole numbers, and what its rows are to be multiplied with.
 
     Args:
         weight: e4m3 [out, in].
         scale: of the weight, one number or one for each row; None is 1.
+        scratch: where it is widened, a piece at a time.
 
     Returns:
         int8 [out, in]; float32 [out], NaN for a row that has one.
@@ -78,7 +79,7 @@ def narrowed(weight: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
         largest = stored.view(torch.int8).bitwise_and(_SIZE).amax(-1, keepdim=True).view(STORED).float()
         unit.copy_(torch.exp2(torch.frexp(largest).exponent - float(BITS)))
         unit.add_(0 * largest)  # which is NaN where that is
-        out.copy_(widen(stored, torch.float32).mul_(unit.reciprocal()).round_())  # bf16 takes longer
+        out.copy_(widen(stored, torch.float32, scratch).mul_(unit.reciprocal()).round_())  # bf16 takes longer
     factors = units.flatten()
     return whole, factors if scale is None else factors * scale.float().flatten()
 

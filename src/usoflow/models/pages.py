@@ -24,7 +24,7 @@ _MAPS = Path("/proc/self/maps")
 _DELETED = "(deleted)"  # so the system names files that are gone, and also memory that never was a file
 _WILL_NEED, _DO_NOT_NEED, _POPULATE_READ = 3, 4, 22  # madvise(2)
 _AT_ONCE = 32 << 20  # bytes that a thread reads before it takes the next ones
-_ASKED_AT_ONCE = 128 << 10  # bytes; the least that Linux limits a request to, as it comes
+_ASKED_AT_ONCE = 128 << 10  # bytes; Linux reads no more than one request to a disk, and this much as it comes
 _READERS = 4  # threads: a disk is faster when it is asked for several things
 
 
@@ -44,15 +44,6 @@ def mapped(tensors: Iterable[Tensor]) -> list[Range]:
 def give_back(ranges: Sequence[Range]) -> None:
     """The process holds these pages no longer."""
     _advise(ranges, _DO_NOT_NEED)
-
-
-def read_ahead(ranges: Sequence[Range]) -> None:
-    """The system begins to read these pages, in a thread: where the disk is busy, asking takes time too.
-
-    Linux reads no more at once than a device takes in one request, whatever it is asked for.
-    """
-    if ranges:
-        Thread(target=_advise, args=(_pieces(ranges, _ASKED_AT_ONCE), _WILL_NEED), daemon=True).start()
 
 
 def bring(ranges: Sequence[Range]) -> None:
@@ -80,7 +71,7 @@ def _populate(pieces: deque[Range]) -> None:
             piece = pieces.popleft()
         except IndexError:
             return
-        if _advise([piece], _POPULATE_READ) != 0:  # before Linux 5.14
+        if _advise([piece], _POPULATE_READ) != 0:  # before Linux 5.14, which can only be asked to read ahead
             _advise(_pieces([piece], _ASKED_AT_ONCE), _WILL_NEED)
 
 

@@ -185,7 +185,7 @@ def _matrices(blocks: Sequence[nn.Module]) -> Iterator[Linear]:
 
 
 def _make_ready(module: nn.Module, blocks: Sequence[nn.Module], lay: Callable[[Linear], None]) -> None:
-    """Part by part; while the layers of one are laid, the system reads the next.
+    """Part by part; while the layers of one are laid, the next one's pages are read.
 
     Each thread lays a layer by itself: threads that share one wait for each other at every operation, and for
     the disk together. The file's pages of a weight that was laid elsewhere are given back.
@@ -195,7 +195,7 @@ def _make_ready(module: nn.Module, blocks: Sequence[nn.Module], lay: Callable[[L
     inference = torch.is_inference_mode_enabled()
 
     def place(layer: Linear, ahead: Sequence[pages.Range]) -> None:
-        pages.read_ahead(ahead)
+        pages.bring(ahead)
         before = layer.weight.data
         with torch.inference_mode(inference), torch.no_grad():  # both are a thread's own
             lay(layer)
@@ -240,9 +240,7 @@ def _let_pages_pass(blocks: Sequence[nn.Module]) -> list[RemovableHandle]:
     for number, block in enumerate(blocks):
         following = held[(number + 1) % len(held)]
         hooks += [
-            block.register_forward_pre_hook(
-                lambda _module, _inputs, ranges=following: pages.read_ahead(ranges)
-            ),
+            block.register_forward_pre_hook(lambda _module, _inputs, ranges=following: pages.bring(ranges)),
             block.register_forward_hook(
                 lambda _module, _inputs, _out, ranges=held[number]: pages.give_back(ranges)
             ),

@@ -147,7 +147,7 @@ class Linear(nn.Module):
     def _whole_numbers(self) -> tuple[Tensor, Tensor]:
         if self.weight.dtype == torch.int8 and self.scale_weight is not None:
             return self.weight, self.scale_weight
-        return int8.narrowed(self.weight, self.scale_weight)
+        return int8.narrowed(self.weight, self.scale_weight, self.scratch or Scratch())
 
     def plain_weight(self, dtype: torch.dtype) -> Tensor:
         """The weight [out, in] in a dtype, its scale applied; the stored one if that is the same."""
