@@ -83,7 +83,7 @@ class Studio:
 
     def draw(self, request: Request, steps: int | None = None) -> Image.Image:
         """One picture: by the official graph, or, of words alone, by the plain one."""
-        side = min(LARGEST_SUBJECT, self.size)
+        side = min(LARGEST_SUBJECT, self.size) if request.subjects else None
         request = replace(request, size=(self.size, self.size), subject_size=side, steps=steps or self.steps)
         referring = bool(request.subjects or request.styles)
         workflow = build(request) if referring else plain(request)

@@ -9,7 +9,7 @@ import pytest
 
 from usoflow.api.at_hand import at_hand
 from usoflow.catalogue import KNOWN_FILES, KnownFile, known_file, missing, missing_file_remedy
-from usoflow.settings import MODEL_FOLDERS, find_folders
+from usoflow.settings import MODEL_FOLDERS, POCKET_MODELS, find_folders
 
 # facts of https://docs.comfy.org/tutorials/flux/flux-1-uso, written down a second time
 TUTORIAL = {
@@ -128,6 +128,24 @@ def test_unknown_file_is_answered_with_what_there_is(models: Path) -> None:
     text = remedy(models, "loras", "my.safetensors")
     assert "There are: b.safetensors" in text
     assert str(models / "loras") in text
+
+
+def test_own_files_beside_the_pocket_models(
+    tmp_path: Path, small_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A LoRA of FLUX.1 may be there before its checkpoint is: the pocket models are not mixed with it."""
+    monkeypatch.setattr("platformdirs.user_data_path", lambda name: tmp_path)
+    monkeypatch.delenv("USOFLOW_MODELS", raising=False)
+    lora = "uso-flux1-dit-lora-v1.safetensors"
+    (tmp_path / "models" / "loras").mkdir(parents=True)
+    shutil.copy(small_models / "loras" / lora, tmp_path / "models" / "loras" / "mine.safetensors")
+    folders = find_folders()
+    assert at_hand(folders).names == at_hand(find_folders(models=POCKET_MODELS)).names
+    text = missing_file_remedy("loras", lora, folders)
+    assert "You have mine.safetensors or usoflow-pocket" in text
+    assert text.count("usoflow's own small one") == 1
+    shutil.copy(small_models / "loras" / lora, tmp_path / "models" / "loras" / lora)
+    assert at_hand(folders).names["loras"].startswith("usoflow-pocket")
 
 
 def test_unknown_file_in_an_empty_folder(models: Path) -> None:

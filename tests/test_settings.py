@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import string
 from pathlib import Path
 
@@ -10,8 +11,17 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from forbidden import forbid
 from usoflow.errors import UsoflowError
-from usoflow.settings import MODEL_FOLDERS, Folders, bytes_of, find_folders
+from usoflow.settings import (
+    MODEL_FOLDERS,
+    Folders,
+    bytes_of,
+    check_prefix,
+    check_writable,
+    existing_part,
+    find_folders,
+)
 
 ESCAPES = [
     "../a.png",
@@ -21,9 +31,8 @@ ESCAPES = [
     "//host/a.png",
     "..\\a.png",
     "\\\\host\\share\\a.png",
-    "C:\\a.png",
-    "c:/a.png",
     "a\0.png",
+    *(["C:\\a.png", "c:/a.png", "a.png:stream"] if os.name == "nt" else []),
 ]
 
 
@@ -54,8 +63,19 @@ class TestModelFolders:
         folders = find_folders()
         assert folders.list("checkpoints") == ["usoflow-pocket.safetensors"]
         assert folders.models["checkpoints"][0] == tmp_path / "data" / "models" / "checkpoints"
+        touch(tmp_path / "data" / "models" / "loras" / "own.safetensors")
+        assert find_folders().list("checkpoints") == ["usoflow-pocket.safetensors"]
+        assert "own.safetensors" in find_folders().list("loras")
         touch(tmp_path / "data" / "models" / "checkpoints" / "own.safetensors")
         assert find_folders().list("checkpoints") == ["own.safetensors"]
+
+    @pytest.mark.parametrize("folder", ["checkpoints", "diffusion_models", "unet"])
+    def test_what_draws_takes_their_place(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str
+    ) -> None:
+        monkeypatch.setattr("platformdirs.user_data_path", lambda name: tmp_path / "data")
+        touch(tmp_path / "data" / "models" / folder / "own.gguf")
+        assert find_folders().list("model_patches") == []
 
     @pytest.mark.parametrize("given_as", ["ComfyUI", "ComfyUI/models"])
     def test_comfyui_folder_or_its_models(self, tmp_path: Path, given_as: str) -> None:
@@ -102,6 +122,16 @@ class TestModelFolders:
         assert len(names) <= 2
         assert folders.model("loras", "linked/a.safetensors").is_file()
 
+    def test_a_folder_that_cannot_be_read_is_told_once(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """A link to itself, which root cannot read either."""
+        (tmp_path / "loras").symlink_to(tmp_path / "loras")
+        for _ in range(2):
+            assert find_folders(models=tmp_path).list("loras") == []
+        assert len(caplog.messages) == 1
+        assert f"{tmp_path / 'loras'} cannot be read" in caplog.text
+
     def test_option_before_variable(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         touch(tmp_path / "a/vae/a.safetensors")
         touch(tmp_path / "b/vae/b.safetensors")
@@ -118,6 +148,35 @@ class TestModelFolders:
         found = find_folders(models=Path("~/models"), inputs=Path("~"))
         assert found.models["loras"][0] == tmp_path / "models/loras"
         assert (found.inputs, found.output) == ((tmp_path,), tmp_path / "made")
+
+    def test_a_home_that_nobody_has_is_a_name(self, tmp_path: Path) -> None:
+        """A folder may be called so."""
+        (tmp_path / "here/~nobody-of-this-name").mkdir()
+        for options in ({"models": Path("~nobody-of-this-name")}, {"inputs": Path("~nobody-of-this-name")}):
+            assert find_folders(**options, output=Path("~nobody-of-this-name"))
+            with pytest.raises(UsoflowError) as caught:
+                find_folders(**{key: Path("~nobody-of-that-name") for key in options})
+            assert code_of(caught) == "file_not_found"
+
+    def test_places_that_may_not_be_looked_into_hold_nothing(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        touch(tmp_path / "models/loras/mine.safetensors")
+        touch(tmp_path / "secret/theirs.safetensors")
+        (tmp_path / "models/loras/theirs.safetensors").symlink_to(tmp_path / "secret/theirs.safetensors")
+        forbid(monkeypatch, tmp_path / "secret")
+        folders = find_folders(models=tmp_path / "models")
+        assert folders.list("loras") == ["mine.safetensors"]
+        with pytest.raises(UsoflowError) as caught:
+            folders.model("loras", "theirs.safetensors")
+        assert code_of(caught) == "model_missing"
+        for options in ({"models": tmp_path / "secret/models"}, {"inputs": tmp_path / "secret/input"}):
+            with pytest.raises(UsoflowError, match="cannot be read") as caught:
+                find_folders(**options)
+            assert code_of(caught) == "file_not_found"
+        monkeypatch.chdir(tmp_path / "secret")
+        assert find_folders().list("input") == []
+        assert existing_part(tmp_path / "secret/output/x") == tmp_path / "secret"
 
     def test_folder_that_is_not_there(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(UsoflowError) as error:
@@ -205,6 +264,20 @@ class TestExtraModelPaths:
             self.found(tmp_path, text)
         assert code_of(error) == "settings_invalid"
 
+    @pytest.mark.parametrize(
+        ("text", "said"),
+        [
+            ("mine:\n  loras: 5", "mine, loras: 5 is no path"),
+            ("mine:\n  loras: [a, b]", "mine, loras: ['a', 'b'] is no path"),
+            ("mine:\n  base_path: 7", "mine, base_path: 7 is no path"),
+            ("mine: text", "mine: 'text' stands where lines"),
+            ("7", "7 stands where lines"),
+        ],
+    )
+    def test_section_and_key_are_told(self, tmp_path: Path, text: str, said: str) -> None:
+        with pytest.raises(UsoflowError, match=re.escape(said)):
+            self.found(tmp_path, text)
+
     def test_not_text(self, tmp_path: Path) -> None:
         (tmp_path / "ComfyUI/models").mkdir(parents=True)
         (tmp_path / "ComfyUI/extra_model_paths.yaml").write_bytes(b"\xff\xfe\x00")
@@ -257,6 +330,15 @@ class TestPictures:
         assert find_folders().picture("output", "a.png") == file
         assert not find_folders().exists("temp", "a.png")
 
+    @pytest.mark.parametrize("output", ["link", "link/below", "x" * 300, "file", "file/below"])
+    def test_an_output_that_cannot_be_made(self, tmp_path: Path, output: str) -> None:
+        (tmp_path / "link").symlink_to(tmp_path / "nothing")
+        touch(tmp_path / "file")
+        check_writable(tmp_path / "new" / "folder")
+        with pytest.raises(UsoflowError) as caught:
+            check_writable(tmp_path / output)
+        assert code_of(caught) == "output_unwritable"
+
     def test_missing_picture(self, tmp_path: Path) -> None:
         (tmp_path / "here-in").mkdir()
         with pytest.raises(UsoflowError, match=r"nothing\.png.*here-in") as error:
@@ -283,6 +365,19 @@ class TestNames:
         with pytest.raises(UsoflowError) as error:
             folders.picture("input", name)
         assert code_of(error) == "image_missing"
+
+    @pytest.mark.parametrize("name", ["x" * 240, "猫" * 80, "a/" + "x" * 240, "%date%"])
+    def test_names_of_pictures_that_fit(self, name: str) -> None:
+        check_prefix(name)
+
+    @pytest.mark.parametrize(
+        ("name", "code"),
+        [("x" * 241, "prompt_invalid"), ("猫" * 81 + "/a", "prompt_invalid"), ("../a", "path_outside")],
+    )
+    def test_names_of_pictures_that_do_not(self, name: str, code: str) -> None:
+        with pytest.raises(UsoflowError) as caught:
+            check_prefix(name)
+        assert code_of(caught) == code
 
     @given(name=st.text(st.sampled_from("./\\:\0 ~a$%") | st.characters(), max_size=20))
     def test_what_is_found_lies_inside(self, tmp_path_factory: pytest.TempPathFactory, name: str) -> None:
@@ -324,7 +419,9 @@ def test_amounts_of_memory(text: str, expected: int) -> None:
     assert bytes_of(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "GB", "-1GB", "eight", "0GB", "8 GB GB", "8", "8B"])
+@pytest.mark.parametrize(
+    "text", ["", "GB", "-1GB", "eight", "0GB", "0.0001K", "8 GB GB", "8", "8B", "9" * 400 + "GB"]
+)
 def test_what_is_no_amount_of_memory(text: str) -> None:
     with pytest.raises(UsoflowError) as caught:
         bytes_of(text)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from usoflow.api.workflow import Workflow as Workflow
     from usoflow.errors import UsoflowError as UsoflowError
     from usoflow.execution.progress import Cancellation as Cancellation
+    from usoflow.execution.progress import Event as Event
     from usoflow.execution.progress import NodeFinished as NodeFinished
     from usoflow.execution.progress import NodeProgress as NodeProgress
     from usoflow.execution.progress import NodesCached as NodesCached
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Cancellation",
     "Engine",
+    "Event",
     "NodeFinished",
     "NodeProgress",
     "NodeStarted",
@@ -54,7 +56,7 @@ def __getattr__(name: str) -> Any:
     progress = "usoflow.execution.progress"
     places = {
         **dict.fromkeys(
-            ("Cancellation", "NodeFinished", "NodeProgress", "NodeStarted", "NodesCached"), progress
+            ("Cancellation", "Event", "NodeFinished", "NodeProgress", "NodeStarted", "NodesCached"), progress
         ),
         "Engine": "usoflow.api.engine",
         "Result": "usoflow.api.engine",

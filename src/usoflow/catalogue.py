@@ -16,7 +16,7 @@ from typing import Final
 
 from usoflow.errors import UsoflowError
 from usoflow.models.checkpoint import TensorFile
-from usoflow.settings import Folders, own_models
+from usoflow.settings import POCKET_MODELS, Folders, own_models
 
 _HUB = "https://huggingface.co"
 
@@ -126,12 +126,9 @@ def missing_file_remedy(folder: str, name: str, folders: Folders) -> str:
     if PurePosixPath(name).suffix in PICKLE_SUFFIXES:
         lines.append(f"{name} is a pickle, which can execute code when it is loaded: it is refused.")
     if twins := list(same_kind(wanted, folders)) if wanted else []:
-        names = " or ".join(twins)
-        small = ""
-        if folders.are_pocket(folder):
-            small = " (usoflow's own small one, for pictures of 128x128)"
+        names = " or ".join(f"{twin}{_origin(folder, twin, folders)}" for twin in twins)
         lines.append(
-            f"You have {names} in {folder}{small}, which holds the same kind of model: use that name instead."
+            f"You have {names} in {folder}, which holds the same kind of model: use that name instead."
         )
     if wanted is CHECKPOINT and (split := split_files(folders)):
         parts = f"{split.transformer}, {split.clip_l}, {split.t5} and {split.vae}"
@@ -151,6 +148,11 @@ def missing_file_remedy(folder: str, name: str, folders: Folders) -> str:
     else:
         lines.append(f"Put {base} into {place}, or name your models folder with --models.")
     return "\n".join(lines)
+
+
+def _origin(folder: str, name: str, folders: Folders) -> str:
+    ours = folders.model(folder, name).is_relative_to(POCKET_MODELS)
+    return " (usoflow's own small one, for pictures of 128x128)" if ours else ""
 
 
 def pull_command(folders: Folders) -> str:

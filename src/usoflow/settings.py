@@ -2,18 +2,22 @@
 
 Sources, the first that speaks wins: command-line options, `USOFLOW_*` variables, defaults. ComfyUI's folders
 and its `extra_model_paths.yaml` are understood (https://docs.comfy.org/development/core-concepts/models).
+
+What is there `os.path` is asked: where nobody may look it finds nothing, and `pathlib` raises an error.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
+from typing import Any
 
 import platformdirs
 import yaml
@@ -35,12 +39,14 @@ MODEL_FOLDERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "clip_vision": ("clip_vision", "clip_visions"),
     }
 )
+DRAWING = ("checkpoints", "diffusion_models")  # the kinds without one of which nothing is drawn
 MODEL_SUFFIXES = (".safetensors", ".sft", ".gguf")
 IMAGE_SUFFIXES = (
     ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff",
 )  # fmt: skip
 EXTRA_PATHS_FILE = "extra_model_paths.yaml"
 
+LONGEST_PART = 240  # bytes: most systems take 255, of which _00001_.part has 12
 POCKET_MODELS = Path(__file__).parent / "pocket" / "models"  # small ones that ship with the package
 
 _UNITS: Mapping[str, int] = MappingProxyType({"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12})
@@ -133,7 +139,7 @@ def find_folders(
 
     Args:
         models: a ComfyUI folder or its `models` folder; default `USOFLOW_MODELS` (several may be given, as
-            in PATH), else the user's data directory and, while that holds no model, `POCKET_MODELS`.
+            in PATH), else the user's data directory and, while that holds none that draws, `POCKET_MODELS`.
         inputs: where pictures are; default `USOFLOW_INPUT`, else `input` here and in ComfyUI folders, those
             that are there first.
         beside: the workflow file, whose own folder is searched last where `inputs` is not given.
@@ -143,7 +149,7 @@ def find_folders(
     Raises:
         UsoflowError: `file_not_found` for a folder of models or inputs that is not there, `settings_invalid`.
     """
-    models, inputs = (folder and folder.expanduser() for folder in (models, inputs))
+    models, inputs = (folder and expanded(folder) for folder in (models, inputs))
     roots = [models] if models else _from_variable(MODELS_VARIABLE)
     named_inputs = [inputs] if inputs else _from_variable(INPUT_VARIABLE)
     for what, folders in (("models", roots), ("input", named_inputs)):
@@ -151,27 +157,42 @@ def find_folders(
             _check_folder(folder, what)
     roots = roots or _default_models()
     default_inputs = [Path("input"), *(r / "input" for r in roots), *(r.parent / "input" for r in roots)]
-    default_inputs.sort(key=lambda folder: not folder.is_dir())  # uploads go into the first
+    default_inputs.sort(key=lambda folder: not os.path.isdir(folder))  # uploads go into the first
     default_inputs += [beside.parent] if beside else []
     return Folders(
         models=_model_directories(roots),
         inputs=tuple(named_inputs or default_inputs),
-        output=(output or Path(os.environ.get(OUTPUT_VARIABLE) or "output")).expanduser(),
+        output=expanded(output or Path(os.environ.get(OUTPUT_VARIABLE) or "output")),
         temp=platformdirs.user_cache_path("usoflow") / "temp",
         given_images=given_images or {},
     )
 
 
+def expanded(path: str | Path) -> Path:
+    """The path with a home folder for `~` or `~NAME`; as it is where nobody has that name: a file may."""
+    return Path(os.path.expanduser(path))
+
+
 def _check_folder(folder: Path, what: str) -> None:
-    if not folder.is_dir():
-        reason = "is no folder" if folder.exists() else "does not exist"
+    if not os.path.isdir(folder):
+        reason = "is no folder" if os.path.exists(folder) else "does not exist or cannot be read"
         raise UsoflowError("file_not_found", f"The {what} folder {folder} {reason}.")
 
 
 def existing_part(folder: Path) -> Path | None:
-    """The folder, or the nearest above it that exists; None on a drive or a share that is not there."""
-    above = (folder.absolute(), *folder.absolute().parents)
-    return next((path for path in above if path.exists()), None)
+    """The folder, or the nearest above it that is there; None on a drive or a share that is not.
+
+    A link to nothing is there, and so is a name that is too long: no folder can be made in its place.
+    """
+    for path in (folder.absolute(), *folder.absolute().parents):
+        try:
+            path.lstat()
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
+            continue
+        except OSError:
+            pass
+        return path
+    return None
 
 
 def check_writable(folder: Path) -> None:
@@ -181,7 +202,7 @@ def check_writable(folder: Path) -> None:
         UsoflowError: `output_unwritable`.
     """
     there = existing_part(folder)
-    if there is None or not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+    if there is None or not (os.path.isdir(there) and os.access(there, os.W_OK | os.X_OK)):
         raise UsoflowError(
             "output_unwritable",
             f"{folder} is no folder that can be written to.",
@@ -200,18 +221,21 @@ def own_models() -> Path:
 
 
 def _default_models() -> list[Path]:
+    """The user's own; the small ones too as long as none of the user's draws, whatever else is there."""
     own = own_models()
-    return [own] if any(_names(own, MODEL_SUFFIXES)) else [own, POCKET_MODELS]
+    folders = _model_directories([own])
+    drawing = (folder for kind in DRAWING for folder in folders[kind])
+    return [own] if any(any(_names(folder, MODEL_SUFFIXES)) for folder in drawing) else [own, POCKET_MODELS]
 
 
 def _from_variable(name: str) -> list[Path]:
-    return [Path(part).expanduser() for part in os.environ.get(name, "").split(os.pathsep) if part]
+    return [expanded(part) for part in os.environ.get(name, "").split(os.pathsep) if part]
 
 
 def _model_directories(roots: Sequence[Path]) -> Mapping[str, tuple[Path, ...]]:
     found: dict[str, list[Path]] = {kind: [] for kind in MODEL_FOLDERS}
     for root in roots:
-        base = root / "models" if (root / "models").is_dir() else root
+        base = root / "models" if os.path.isdir(root / "models") else root
         for kind, names in MODEL_FOLDERS.items():
             found[kind] += [base / name for name in names]
         for place in (root, root.parent):
@@ -222,31 +246,50 @@ def _model_directories(roots: Sequence[Path]) -> Mapping[str, tuple[Path, ...]]:
 
 def _extra_paths(file: Path) -> Iterator[tuple[str, list[Path]]]:
     """Directories by kind from ComfyUI's file: sections of `kind: paths`, a path a line under `base_path`."""
-    if not file.is_file():
+    if not os.path.isfile(file):
         return
     try:
-        sections = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-        for section in filter(None, sections.values()):  # one of which all lines are comments is None
-            base = Path(os.path.expandvars(section.get("base_path") or file.parent)).expanduser()
-            base = base if base.is_absolute() else file.parent / base
-            for kind, names in MODEL_FOLDERS.items():
-                for key in (kind, *names):
-                    lines = (section.get(key) or "").split("\n")
-                    yield kind, [base / line.strip() for line in lines if line.strip()]
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, TypeError) as error:
+        sections = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UsoflowError("settings_invalid", f"{file} cannot be read: {error}") from None
+    for title, section in _entries(sections, str(file)).items():
+        where = f"{file}, {title}"
+        entries = _entries(section, where)
+        base = expanded(os.path.expandvars(_text(entries, "base_path", where) or file.parent))
+        base = base if base.is_absolute() else file.parent / base
+        for kind, names in MODEL_FOLDERS.items():
+            for key in (kind, *names):
+                lines = _text(entries, key, where).split("\n")
+                yield kind, [base / line.strip() for line in lines if line.strip()]
+
+
+def _entries(value: object, where: str) -> Mapping[Any, Any]:
+    """The file's sections, or the lines of one; where all lines are comments it is None."""
+    if value is None or isinstance(value, Mapping):
+        return value or {}
+    raise UsoflowError("settings_invalid", f"{where}: {value!r} stands where lines of `name: ...` must.")
+
+
+def _text(entries: Mapping[Any, Any], key: str, where: str) -> str:
+    value = entries.get(key)
+    if value is None or isinstance(value, str):
+        return value or ""
+    what = f"{where}, {key}: {value!r} is no path."
+    raise UsoflowError(
+        "settings_invalid", what, remedy="Write a path there; several go below each other, after `|`."
+    )
 
 
 def _names(root: Path, suffixes: tuple[str, ...], *, deep: bool = True) -> Iterator[str]:
     """Files by suffix; a folder that cannot be read offers nothing, one that is a link is followed once."""
     seen: set[str] = set()
-    for folder, subfolders, files in os.walk(root, followlinks=True):
+    for folder, subfolders, files in os.walk(root, onerror=_tell, followlinks=True):
         if not deep or os.path.realpath(folder) in seen:
             subfolders.clear()
         seen.add(os.path.realpath(folder))
         for name in files:
             path = Path(folder, name)
-            if path.suffix.lower() in suffixes and path.is_file():
+            if path.suffix.lower() in suffixes and os.path.isfile(path):
                 found = path.relative_to(root).as_posix()
                 if is_text(found):
                     yield found
@@ -263,6 +306,17 @@ def is_text(name: str) -> bool:
     return True
 
 
+def _tell(error: OSError) -> None:
+    """Why a folder offers nothing, unless it is not there."""
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        _warn_of_folder(error.filename, error.strerror)
+
+
+@functools.cache  # once for each folder
+def _warn_of_folder(folder: str, reason: str) -> None:
+    logger.warning("%s cannot be read, so nothing in it is offered: %s.", folder, reason)
+
+
 @functools.cache  # once for each file
 def _warn_of_name(root: Path, name: str) -> None:
     logger.warning("%r in %s is not offered: its name is not UTF-8. Rename it.", name, root)
@@ -272,27 +326,34 @@ def inside(name: str) -> PurePosixPath:
     r"""A name from a workflow as a path relative to some folder, with `/` or `\` between its parts.
 
     Raises:
-        UsoflowError: `path_outside` for what leads out of the folder: `..`, absolute paths, drives, NUL; on
-            Windows for any colon, since what follows one is a stream of the file.
+        UsoflowError: `path_outside` for what leads out of the folder: `..`, absolute paths, NUL; on Windows
+            for any colon: before one is a drive, after one a stream of the file.
     """
     relative = PurePosixPath(name.replace("\\", "/"))
-    drive = re.match(r"[A-Za-z]:", str(relative)) or (os.name == "nt" and ":" in name)
-    if relative.is_absolute() or ".." in relative.parts or "\0" in name or drive:
+    colon = os.name == "nt" and ":" in name
+    if relative.is_absolute() or ".." in relative.parts or "\0" in name or colon:
         raise UsoflowError("path_outside", f"{name!r} is not a name inside a folder.")
     return relative
+
+
+def check_prefix(prefix: str) -> None:
+    """Whether pictures can be saved in a folder under names that begin so.
+
+    Raises:
+        UsoflowError: `path_outside`, `prompt_invalid` for what is too long.
+    """
+    if any(len(part.encode(errors="replace")) > LONGEST_PART for part in inside(prefix).parts):
+        raise UsoflowError(
+            "prompt_invalid",
+            f"The name {prefix[:50]}... is longer than that of a file may be.",
+            remedy=f"Let filename_prefix have at most {LONGEST_PART} bytes between two slashes.",
+        )
 
 
 def _find(roots: Sequence[Path], name: str) -> Path | None:
     """The first file of this name; names that leave their folder are refused before the disk is asked."""
     relative = inside(name)
-    return next((root / relative for root in roots if _is_file(root / relative)), None)
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # a name that is too long for the file system
-        return False
+    return next((root / relative for root in roots if os.path.isfile(root / relative)), None)
 
 
 def bytes_of(text: str) -> int:
@@ -302,6 +363,7 @@ def bytes_of(text: str) -> int:
         UsoflowError: `budget_invalid`.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT])(?:i?B)?\s*", text, re.IGNORECASE)
-    if not match or not float(match[1]):
+    amount = float(match[1]) * _UNITS[match[2].upper()] if match else 0.0
+    if not 1 <= amount < math.inf:
         raise UsoflowError("budget_invalid", f"{text!r} is not an amount of memory.")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    return int(amount)

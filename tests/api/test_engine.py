@@ -96,6 +96,7 @@ def test_progress_is_told(engine: Engine, file: Path) -> None:
     engine.run(file, progress=events.append)
     assert [e.step for e in events if isinstance(e, NodeProgress)] == [1, 2]
     assert any(isinstance(e, NodeStarted) and e.class_type == "KSampler" for e in events)
+    assert all(isinstance(event, usoflow.Event) for event in events)
 
 
 def test_what_generate_runs_can_be_changed(engine: Engine, small_models: Path) -> None:
@@ -120,6 +121,44 @@ def test_what_a_listener_raises_is_the_callers_own(engine: Engine, file: Path) -
 
     with pytest.raises(MineError):
         engine.run(file, progress=fail)
+
+
+def test_a_listener_may_close_the_engine(engine: Engine, file: Path) -> None:
+    """The run goes on to its end, and the next one loads the models anew."""
+
+    def close(event: object) -> None:
+        if isinstance(event, NodeProgress):
+            engine.close()
+
+    assert engine.run(file, progress=close).paths[0].is_file()
+    assert engine.run(file).paths[0].is_file()
+
+
+def test_a_picture_from_memory_goes_with_its_engine(
+    engine: Engine, small_models: Path, tmp_path: Path
+) -> None:
+    given: dict[str, Any] = {"size": (32, 32), "steps": 1, "subject_size": 32, "seed": 1}
+    result = usoflow.generate(
+        "a fox",
+        subject=Image.new("RGB", (32, 32)),
+        models=small_models,
+        output=tmp_path,
+        device="cpu",
+        **given,
+    )
+    with pytest.raises(UsoflowError) as caught:
+        engine.run(result.workflow)
+    assert caught.value.code == "image_missing"
+    assert "with_picture(NODE, FILE)" in caught.value.remedy
+    again = result.workflow.with_picture("LoadImage", small_models.parent / "input" / "subject.png")
+    assert engine.run(again).paths
+
+
+@pytest.mark.parametrize("name", ["models", "inputs", "output", "custom_nodes"])
+def test_an_empty_path_is_refused(name: str) -> None:
+    with pytest.raises(UsoflowError, match=f"{name} is an empty path") as caught:
+        Engine(**{name: ""})  # type: ignore[arg-type]
+    assert caught.value.code == "settings_invalid"
 
 
 def test_generating_can_be_stopped(engine: Engine) -> None:
@@ -156,6 +195,7 @@ def test_the_template_has_the_models_that_are_there(tmp_path: Path) -> None:
         }
         assert {given["width"] for given in inputs if "width" in given} == {128}
         assert any("own small models draw" in warning for warning in workflow.warnings)
+        assert engine.load(Path("template:flux1_dev_uso_reference_image_gen")) == workflow
         assert engine.load("template:flux_dev_checkpoint_example").warnings == ()
 
 

@@ -178,7 +178,8 @@ def test_subjects_and_styles_beyond_the_places_of_the_template(
     for file in files:
         file.write_bytes(picture.read_bytes())
     subjects = tuple(files[:3]) if with_subject else ()
-    nodes = built(Request("a", subjects=subjects, styles=tuple(files[2:]), subject_size=256))
+    size = 256 if with_subject else None
+    nodes = built(Request("a", subjects=subjects, styles=tuple(files[2:]), subject_size=size))
     sampler = next(inputs for kind, inputs in nodes.values() if kind == "KSampler")
     styles = [upstream(nodes, node, "clip_vision_output", "image") for node in chain(nodes, sampler["model"])]
     assert [image for image in styles if image] == ["5.png", "4.png", "3.png", "2.png"]
@@ -285,6 +286,7 @@ def test_the_note_about_layout(picture: Path) -> None:
         {"size": 128},
         {"size": (128, 128, 1)},
         {"keep_size": True, "subjects": ()},
+        {"subject_size": 256, "subjects": ()},
     ],
 )
 def test_what_cannot_be_asked_for(picture: Path, wrong: dict[str, Any]) -> None:
@@ -332,16 +334,16 @@ def split_models(tmp_path: Path) -> Path:
 
 def test_split_files_take_the_checkpoints_place(split_models: Path, picture: Path, tmp_path: Path) -> None:
     """All four uses give the same pictures; the workflow in them opens as what was run."""
-    others = {"steps": 1, "seed": 3, "size": (64, 64), "subject_size": 64}
+    others = {"steps": 1, "seed": 3, "size": (64, 64)}
     with (
         Engine(models=split_models, output=tmp_path / "a", device="cpu", dtype="fp32") as split,
         Engine(models=POCKET_MODELS, output=tmp_path / "b", device="cpu", dtype="fp32") as whole,
     ):
         for given in (
             {},
-            {"subject": picture},
+            {"subject": picture, "subject_size": 64},
             {"style": picture},
-            {"subject": [picture] * 2, "style": picture},
+            {"subject": [picture] * 2, "style": picture, "subject_size": 64},
         ):
             found, wanted = (engine.generate("a fox", **given, **others) for engine in (split, whole))
             assert found.images[0].tobytes() == wanted.images[0].tobytes()

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 import small
+from forbidden import forbid
 from usoflow import Engine, UsoflowError, Workflow
 
 TEMPLATE = "template:flux1_dev_uso_reference_image_gen"
@@ -199,6 +200,42 @@ def test_without_a_field_for_a_change_there_is_no_ui_graph(tmp_path: Path) -> No
     assert any("112:31.model" in warning for warning in changed.warnings)
     changed.save(tmp_path / "changed.json")
     assert Workflow.load(tmp_path / "changed.json").to_prompt() == changed.to_prompt()
+
+
+def test_names_that_begin_as_a_home_does(
+    workflow: Workflow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are names like others where nobody is called so."""
+    monkeypatch.chdir(tmp_path)
+    workflow.save("~nobody-of-this-name.json")
+    assert Workflow.load("~nobody-of-this-name.json").to_prompt() == workflow.to_prompt()
+    with pytest.raises(UsoflowError) as caught:
+        workflow.with_picture("picture", "~nobody-of-this-name/a.png")
+    assert caught.value.code == "image_missing"
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "none/a.png", "."])
+def test_a_picture_that_is_not_there(workflow: Workflow, name: str) -> None:
+    with pytest.raises(UsoflowError) as caught:
+        workflow.with_picture("picture", name)
+    assert (caught.value.code, caught.value.remedy) == ("image_missing", "Check the path.")
+
+
+def test_a_picture_in_a_folder_that_may_not_be_searched(
+    workflow: Workflow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "secret").mkdir()
+    forbid(monkeypatch, tmp_path / "secret")
+    with pytest.raises(UsoflowError, match="cannot be read"):
+        workflow.with_picture("picture", tmp_path / "secret" / "a.png")
+
+
+def test_the_name_of_a_picture_means_no_other_folder(workflow: Workflow, tmp_path: Path) -> None:
+    """An ending that ComfyUI reads as a folder's is left out of the name in the prompt."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "robot [output]", "PNG")
+    changed = workflow.with_picture("picture", tmp_path / "robot [output]")
+    assert changed.to_prompt()["picture"]["inputs"]["image"] == "robot"
+    assert changed.pictures == {"robot": tmp_path / "robot [output]"}
 
 
 def test_a_folder_that_is_not_there(workflow: Workflow, tmp_path: Path) -> None:

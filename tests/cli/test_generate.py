@@ -25,12 +25,14 @@ from usoflow.workflow import metadata
 from usoflow.workflow.loading import load_json
 from usoflow.workflow.prompt import PromptNode
 
+SMALL_SUBJECT = "--subject-size=32"  # which is refused where there is no subject
+
 
 @pytest.fixture
 def small_options(small_models: Path, tmp_path: Path) -> list[str]:
     return [
         "--models", str(small_models), "--output", str(tmp_path / "out"), "--device=cpu", "--dtype=fp32",
-        "--size=32x32", "--steps=1", "--subject-size=32",
+        "--size=32x32", "--steps=1",
     ]  # fmt: skip
 
 
@@ -56,7 +58,7 @@ def test_a_line_of_text(small_options: list[str], tmp_path: Path) -> None:
 def test_count_shares_encodings_and_makes_a_sheet(small_options: list[str], pictures: Path) -> None:
     done = usoflow(
         "generate", "a cat", f"--subject={pictures / 'subject.png'}", "--seed=7", "--count=3", "--sheet",
-        "--json", *small_options,
+        "--json", *small_options, SMALL_SUBJECT,
     )  # fmt: skip
     found = record(done)
     assert found["seeds"] == [7, 8, 9]
@@ -119,7 +121,8 @@ def test_each_subject_and_each_style_counts(small_options: list[str], pictures: 
         ["--subject", subject, "--style", style, style, subject],
         ["--style", style, style, subject],
     ):
-        done = usoflow("generate", "a cat", *words, "--seed=1", "--json", *small_options)
+        small = [SMALL_SUBJECT] if "--subject" in words else []
+        done = usoflow("generate", "a cat", *words, "--seed=1", "--json", *small_options, *small)
         with Image.open(record(done)["images"][0]) as picture:
             seen.add(picture.tobytes())
     assert len(seen) == 6
@@ -129,7 +132,7 @@ def test_the_graph_in_the_picture_gives_the_prompt_in_the_picture(
     small_options: list[str], pictures: Path
 ) -> None:
     references = ["--subject", pictures / "subject.png", pictures / "style.png"]
-    references += ["--style", *[pictures / "style.png"] * 3]
+    references += ["--style", *[pictures / "style.png"] * 3, SMALL_SUBJECT]
     options = ["--easycache", "0.3", "--lora", "uso-flux1-dit-lora-v1.safetensors:0.3", "--keep-size"]
     done = usoflow("generate", "a cat", *references, *options, "--guidance=2", "--json", *small_options)
     texts = metadata.read(Path(record(done)["images"][0]).read_bytes())
@@ -188,7 +191,7 @@ def test_only_a_second_picture_is_compiled(small_options: list[str], count: int,
 
 
 def test_an_empty_prompt_is_explained(small_options: list[str], pictures: Path) -> None:
-    references = [f"--subject={pictures / 'subject.png'}", f"--style={pictures / 'style.png'}"]
+    references = [f"--subject={pictures / 'subject.png'}", f"--style={pictures / 'style.png'}", SMALL_SUBJECT]
     assert LAYOUT_NOTE in usoflow("generate", "", *references, *small_options).out
 
 
@@ -198,7 +201,7 @@ def test_keeping_proportions_and_saving_the_workflow(
     done = usoflow(
         "generate", "a cat", f"--subject={pictures / 'subject.png'}", "--keep-size", "--easycache=0.3",
         "--lora=uso-flux1-dit-lora-v1.safetensors:-0.5", f"--save-workflow={tmp_path / 'w.json'}", "--json",
-        *small_options,
+        *small_options, SMALL_SUBJECT,
     )  # fmt: skip
     with Image.open(record(done)["images"][0]) as picture:
         assert picture.size == (48, 32)
@@ -214,7 +217,8 @@ def test_keeping_proportions_and_saving_the_workflow(
         (["--size=big"], 2, "--size"),
         (["--size=1000x1000"], 2, "multiples of 16"),
         (["--sweep=colour=red"], 2, "can be swept"),
-        (["--sweep=subject-size=64,128"], 2, "without a --subject"),
+        (["--sweep=subject-size=64,128"], 2, "subject-size without a subject"),
+        (["--subject-size=64"], 2, "subject-size without a subject"),
         (["--sweep=steps=few"], 2, "not values"),
         (["--keep-size"], 2, "without a subject"),
         (["--subject=none.png"], 5, "none.png"),
@@ -226,8 +230,10 @@ def test_keeping_proportions_and_saving_the_workflow(
         ([f"--sweep=seed={2**64}"], 2, f"Seeds end at {2**64 - 1}"),
         (["--sweep", "steps=2,3", "steps=4"], 2, "swept once"),
         (["--sweep=steps=2,2"], 2, "would be the same"),
-        (["--sweep=steps=1,2", "--set=KSampler.steps=1"], 2, "would be the same"),
-        (["--count=3", "--seed=1", "--set=KSampler.seed=5"], 2, "would be the same"),
+        (["--sweep=steps=1,2", "--set=KSampler.steps=1"], 2, "would change what is swept"),
+        (["--sweep=steps=1", "--set=KSampler.steps=2"], 2, "would change what is swept"),
+        (["--sweep=size=32x32", "--set=113.width=48"], 2, "would change what is swept"),
+        (["--count=3", "--seed=1", "--set=KSampler.seed=5"], 2, "by --count, the seed"),
         (["--count=2", "--sweep=seed=1,2"], 2, "would be the same"),
     ],
 )
@@ -237,15 +243,43 @@ def test_mistakes(small_options: list[str], arguments: list[str], code: int, sai
     assert said in done.err
 
 
+def test_labels_tell_what_was_run(small_options: list[str]) -> None:
+    done = usoflow(
+        "generate", "a cat", "--set=KSampler.seed=77", "--sweep=guidance=2", "--json", *small_options
+    )
+    assert [run["label"] for run in record(done)["runs"]] == ["guidance 2.0 · seed 77"]
+
+
+def test_an_older_sheet_stays(small_options: list[str], tmp_path: Path) -> None:
+    """Where pictures were moved away their numbers begin anew."""
+    (tmp_path / "out").mkdir()
+    older = tmp_path / "out" / "sheet_of_ComfyUI_00001_.png"
+    older.write_bytes(b"older")
+    found = record(usoflow("generate", "a cat", "--seed=1", "--sheet", "--json", *small_options))
+    assert older.read_bytes() == b"older"
+    with Image.open(found["sheet"]) as sheet:
+        assert sheet.size == (264 + 8, 256 + 26 + 8)
+    assert len(list((tmp_path / "out").iterdir())) == 3
+
+
+def test_a_long_prompt_that_ends_as_a_picture_does(small_options: list[str]) -> None:
+    """No file can have such a name."""
+    prompt = "a cat, " * 40 + "as in cat.png"
+    assert usoflow("generate", prompt, *small_options).code == 0
+
+
 def test_a_prompt_without_quotes(small_options: list[str]) -> None:
     done = usoflow("generate", "a", "red", "fox", *small_options)
     assert done.code == 2
     assert 'usoflow generate "a red fox"' in done.err
 
 
-def test_without_a_terminal_a_long_run_says_how_far_it_is(
-    small_options: list[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("variables", [{}, {"FORCE_COLOR": "1", "TERM": "dumb"}], ids=["none", "dumb"])
+def test_without_a_terminal_that_draws_a_long_run_says_how_far_it_is(
+    small_options: list[str], monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]
 ) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(report, "SAID_EVERY", 0.0)
     options = [*small_options, "--set=KSampler.steps=2"]
     done = usoflow("generate", "a cat", *options)

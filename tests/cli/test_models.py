@@ -50,10 +50,16 @@ def test_what_is_no_file(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_only_made_for_who_agrees(tmp_path: Path) -> None:
-    done = usoflow("models", "pull", "--models", tmp_path / "new")
+    done = usoflow("models", "pull", "--models", tmp_path / "new" / "folder")
     assert done.code == 2
     assert "licence" in done.err
-    assert not (tmp_path / "new").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_json_is_for_the_list_alone() -> None:
+    done = usoflow("models", "--json", "pull")
+    assert done.code == 2
+    assert json.loads(done.out)["error"]["code"] == "command_invalid"
 
 
 class TestList:
@@ -360,6 +366,33 @@ class TestPull:
         done = self.pull(tree, hub.url, "--yes", before=full)
         assert done.returncode == 2
         assert "are to come, and there is room for 0.0" in done.stderr
+
+    def test_a_sound_file_of_the_same_name_is_kept(self, hub: Hub, tree: Path) -> None:
+        """Somebody's own, of another kind; what is damaged is replaced."""
+        projector = (tree / "model_patches/uso-flux1-projector-v1.safetensors").read_bytes()
+        (tree / LORA).write_bytes(projector)
+        (tree / CHECKPOINT).write_bytes((tree / CHECKPOINT).read_bytes()[:-1])
+        done = self.pull(tree, hub.url, "--yes")
+        assert done.returncode == 0, done.stderr
+        kept = tree / "loras" / f"1_{Path(LORA).name}"
+        assert kept.read_bytes() == projector
+        assert f"kept as {kept.name}" in done.stdout
+        assert f"replaces {tree / CHECKPOINT}, which is damaged" in done.stdout
+        assert [path.name for path in (tree / "checkpoints").iterdir()] == [Path(CHECKPOINT).name]
+
+    def test_half_of_what_the_hub_had_before_goes(self, hub: Hub, tree: Path) -> None:
+        (tree / LORA).unlink()
+        staging = tree / "loras" / ".download"
+        staging.mkdir()
+        (staging / f"{Path(LORA).name}.{'0' * 16}.part").write_bytes(b"half of an older one")
+        assert self.pull(tree, hub.url, "--yes").returncode == 0
+        assert not staging.exists()
+
+    def test_nothing_is_left_of_what_did_not_begin(self, tmp_path: Path) -> None:
+        done = self.pull(tmp_path / "hub", "http://127.0.0.1:9", "--yes", "--models", str(tmp_path / "a/b"),
+                         HF_HUB_OFFLINE="1")  # fmt: skip
+        assert done.returncode == 4
+        assert not (tmp_path / "a").exists()
 
     def test_there_is_one_set(self, tmp_path: Path) -> None:
         assert usoflow("models", "pull", "sdxl").code == 2

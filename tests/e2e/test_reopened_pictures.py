@@ -27,7 +27,8 @@ DROP = "bytes => app.handleFile(new File([new Uint8Array(bytes)], 'made.png', {t
 SENT = "async () => (await app.graphToPrompt()).output"
 ENTER = "id => app.canvas.setGraph(app.graph.getNodeById(id).subgraph)"
 FIT = "() => app.extensionManager.command.execute('Comfy.Canvas.FitView')"
-SMALL = ("--size=32x32", "--steps=1", "--subject-size=32", "--seed=7")
+SMALL = ("--size=32x32", "--steps=1", "--seed=7")
+SMALL_SUBJECT = (*SMALL, "--subject-size=32")
 
 
 @pytest.fixture(scope="module")
@@ -55,13 +56,15 @@ def commands(folder: Path) -> dict[str, list[str]]:
     subject, style = str(folder / "subject.png"), str(folder / "style.png")
     return {
         "text": ["generate", "a cat", *SMALL],
-        "subject": ["generate", "a cat", "--subject", subject, "--keep-size", *SMALL],
-        "subjects": ["generate", "a cat", "--subject", subject, style, subject, "--guidance=2", *SMALL],
+        "subject": ["generate", "a cat", "--subject", subject, "--keep-size", *SMALL_SUBJECT],
+        "subjects": [
+            "generate", "a cat", "--subject", subject, style, subject, "--guidance=2", *SMALL_SUBJECT,
+        ],
         "style": ["generate", "a cat", "--style", style, "--guidance=2", "--easycache", *SMALL],
         "styles": ["generate", "a cat", "--style", style, subject, style, subject, *SMALL],
         "all": [
             "generate", "", "--subject", subject, style, "--style", style, subject, style,
-            "--easycache", "0.3", "--lora", "uso-flux1-dit-lora-v1.safetensors:-0.5", *SMALL,
+            "--easycache", "0.3", "--lora", "uso-flux1-dit-lora-v1.safetensors:-0.5", *SMALL_SUBJECT,
         ],
         "set": [
             "run", "template:flux1_dev_uso_reference_image_gen", "--image", f"47={subject}", "--seed=9",

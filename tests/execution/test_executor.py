@@ -191,6 +191,13 @@ class TestOrder:
         plain.run(prompt, "show")
         assert len(calls) == 3000
 
+    def test_links_in_a_circle_are_an_error(self, plain: Bench) -> None:
+        """Which validation does not let through."""
+        prompt = {key: entry("Join", a=[origin, 0]) for key, origin in (("a", "b"), ("b", "c"), ("c", "b"))}
+        with pytest.raises(UsoflowError, match="circle through node b") as caught:
+            plain.run(prompt, "a")
+        assert caught.value.code == "prompt_invalid"
+
     def test_in_order_stops_at_what_is_known(self) -> None:
         prompt = Prompt.parse(DIAMOND)
         assert list(in_order(prompt, ["show"], stop_at={"left": ()})) == [
@@ -201,6 +208,47 @@ class TestOrder:
             "show",
         ]
         assert list(in_order(prompt, ["top"], stop_at={"top": ()})) == ["top"]
+
+
+class TestLinkedValues:
+    """What validation could not see: it is checked when it is there."""
+
+    PICTURE: Mapping[str, Any] = {"width": 8, "height": 8, "batch_size": 1, "color": 0}
+
+    @pytest.mark.parametrize("name", ["width", "batch_size"])
+    def test_a_value_outside_the_range(self, bench: Bench, name: str) -> None:
+        prompt = {
+            "none": entry("PrimitiveInt", value=0),
+            "picture": entry("EmptyImage", **{**self.PICTURE, name: ["none", 0]}),
+            "show": entry("PreviewImage", images=["picture", 0]),
+        }
+        with pytest.raises(NodeError, match=f"smaller than min of 1: {name}.*from node none") as caught:
+            bench.run(prompt, "show")
+        assert (caught.value.code, caught.value.node_id) == ("prompt_invalid", "picture")
+        assert "node none" in caught.value.remedy
+
+    def test_a_value_is_converted_as_one_that_is_given_directly(self, bench: Bench, calls: list[str]) -> None:
+        bench.executor.registry = NodeRegistry([*registry().values(), *counting_nodes(calls).values()])
+        prompt = {
+            "text": entry("Join", a="xyz"),
+            "name": entry("Source", name="12"),
+            "picture": entry("EmptyImage", **{**self.PICTURE, "width": ["text", 1], "height": ["name", 0]}),
+            "size": entry("GetImageSize", image=["picture", 0]),
+            "show": entry("Show", text=["size", 1]),
+        }
+        bench.run(prompt, "show")
+        assert calls[-1] == "show 12"
+
+    def test_a_name_that_is_none_of_the_options(self, bench: Bench) -> None:
+        prompt = {
+            "name": entry("PrimitiveString", value="fuzzy"),
+            "picture": entry("EmptyImage", **self.PICTURE),
+            "scale": entry("ImageScaleBy", image=["picture", 0], upscale_method=["name", 0], scale_by=2.0),
+            "show": entry("PreviewImage", images=["scale", 0]),
+        }
+        with pytest.raises(NodeError, match="upscale_method: 'fuzzy' not in") as caught:
+            bench.run(prompt, "show")
+        assert caught.value.code == "prompt_invalid"
 
 
 class TestCache:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image, ImageColor
 
+from forbidden import forbid
 from usoflow.api.workflow import Workflow
 from usoflow.errors import UsoflowError
 from usoflow.execution.executor import Executor, NodeError, RunResult
@@ -196,6 +197,11 @@ def test_an_exception_is_its_authors(run: Runs) -> None:
         (HEAD + taking("{'optional': {'b': ('INT', {'rawLink': True})}}"), "lazy or rawLink: b"),
         (HEAD + taking("{'required': {'a': ('STRING', {'default': object()})}}"), "not JSON serializable"),
         ("import usoflow_custom_nodes.broken.absent", "one of its own files is missing: broken.absent"),
+        (
+            HEAD + "class X(Plain): INPUT_TYPES = lambda: exit(3)\nNODE_CLASS_MAPPINGS = {'X': X}",
+            "SystemExit: 3",
+        ),
+        ("NODE_CLASS_MAPPINGS = type('D', (dict,), {'items': lambda _: 1 / 0})()", "ZeroDivisionError"),
     ],
 )
 def test_a_broken_file_is_named_and_stops_no_other(tmp_path: Path, source: str, words: str) -> None:
@@ -213,6 +219,31 @@ def test_a_broken_file_is_named_and_stops_no_other(tmp_path: Path, source: str, 
     assert words in problem
 
 
+@pytest.mark.parametrize("names", ["None", "['Good']", "'Good'"])
+def test_names_that_are_none_leave_the_node_its_own(tmp_path: Path, names: str) -> None:
+    lines = ["NODE_CLASS_MAPPINGS = {'Good': Plain}", f"NODE_DISPLAY_NAME_MAPPINGS = {names}"]
+    (tmp_path / "x.py").write_text(HEAD + "\n".join(lines), encoding="utf-8")
+    found = load(tmp_path, registry())
+    assert not found.problems
+    assert render(found.nodes[0].schema, find_folders())["display_name"] == "Good"
+
+
+def test_a_limit_that_is_no_number_is_none(tmp_path: Path) -> None:
+    """Infinity, which JSON does not have either; a text; a truth."""
+    types = """{"required": {"a": ("FLOAT", {"default": 1.0, "min": float("-inf"), "max": float("inf")}),
+                             "b": ("INT", {"min": "0", "max": True, "step": 2})}}"""
+    (tmp_path / "x.py").write_text(HEAD + taking(types), encoding="utf-8")
+    nodes = with_custom(registry(), tmp_path)
+    record = render(nodes["X"].schema, find_folders())["input"]["required"]
+    assert json.loads(json.dumps(record, allow_nan=False))["a"][1]["max"] is None
+    prompt = {"x": node("X", a="-1e300", b="9"), "show": node("PreviewAny", source=["x", 0])}
+    good = validate(prompt, nodes, find_folders())
+    assert good.prompt["x"]["inputs"] == {"a": -1e300, "b": 9}
+    prompt["x"]["inputs"]["a"] = "much"
+    errors = validate(prompt, nodes, find_folders()).node_errors["x"]["errors"]
+    assert "'much'" in json.dumps(errors, allow_nan=False)
+
+
 def test_outputs_that_were_promised_must_come(tmp_path: Path) -> None:
     text = HEAD + "class X(Plain):\n    def run(self, a): return ()\nNODE_CLASS_MAPPINGS = {'X': X}"
     (tmp_path / "x.py").write_text(text, encoding="utf-8")
@@ -226,10 +257,73 @@ def test_outputs_that_were_promised_must_come(tmp_path: Path) -> None:
         run(prompt, "out")
 
 
-def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(UsoflowError) as caught:
-        with_custom(registry(), tmp_path / "none")
+@pytest.mark.parametrize("name", ["none", "~nobody-of-this-name/nodes"])
+def test_a_folder_that_is_not_there(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsoflowError, match=name) as caught:
+        with_custom(registry(), Path(name))
     assert caught.value.code == "file_not_found"
+
+
+def test_a_folder_that_may_not_be_looked_into_holds_no_nodes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As lost+found, and packages of another user."""
+    (tmp_path / "good.py").write_text(HEAD + "NODE_CLASS_MAPPINGS = {'Good': Plain}", encoding="utf-8")
+    (tmp_path / "lost+found").mkdir()
+    forbid(monkeypatch, tmp_path / "lost+found")
+    found = load(tmp_path, registry())
+    assert [entry.schema.class_type for entry in found.nodes] == ["Good"]
+    assert not found.problems
+
+
+CHANGES_IN_PLACE = """
+class Halves(Plain):
+    RETURN_TYPES = ("IMAGE", "LATENT")
+    @classmethod
+    def INPUT_TYPES(s): return {"required": {"image": ("IMAGE",), "latent": ("LATENT",)}}
+    def run(self, image, latent):
+        latent["seen"] = True
+        return (image.mul_(0.5), {"samples": latent["samples"].add_(1.0)})
+NODE_CLASS_MAPPINGS = {"Halves": Halves}
+"""
+
+
+def test_what_a_node_changes_in_place_stays_as_it_was_for_others(tmp_path: Path) -> None:
+    """Also in later runs, which take it from the cache."""
+    (tmp_path / "x.py").write_text(HEAD + CHANGES_IN_PLACE, encoding="utf-8")
+    run = Runs(with_custom(registry(), tmp_path), tmp_path / "output")
+    prompt = {
+        "white": node("EmptyImage", width=8, height=8, batch_size=1, color=0xFFFFFF),
+        "empty": node("EmptyLatentImage", width=64, height=64, batch_size=1),
+        "half": node("Halves", image=["white", 0], latent=["empty", 0]),
+        "save": node("SaveImage", images=["white", 0], filename_prefix="white"),
+        "half save": node("SaveImage", images=["half", 0], filename_prefix="half"),
+        "latent": node("PreviewAny", source=["empty", 0]),
+    }
+    for targets in (("half save",), ("half save", "save", "latent")):
+        shown = run(prompt, *targets).shown
+    for name, level in (("white", 255), ("half", 127)):
+        with Image.open(tmp_path / "output" / f"{name}_00001_.png") as picture:
+            assert picture.getpixel((0, 0)) == (level,) * 3
+    assert "seen" not in shown["latent"].other["text"][0]
+    assert "1." not in shown["latent"].other["text"][0]
+
+
+def test_an_instance_is_kept_as_long_as_the_prompt_has_its_node(run: Runs) -> None:
+    prompt = {"count": node("Counter", fixed=False), "show": node("ShowNumber", value=["count", 0])}
+    other = {"number": node("PrimitiveFloat", value=7.0), "show": node("ShowNumber", value=["number", 0])}
+
+    def counted() -> str:
+        return str(run(prompt, "show").shown["show"].other["text"][0])
+
+    assert [counted(), counted()] == ["1.000", "2.000"]
+    run(prompt | {"other": node("ShowNumber", value=["number", 0]), "number": other["number"]}, "other")
+    assert counted() == "3.000"
+    run(other, "show")
+    assert counted() == "1.000"
+    run.executor.clear()
+    assert counted() == "1.000"
 
 
 FIELDS = """

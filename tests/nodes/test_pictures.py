@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -107,6 +108,13 @@ class TestReading:
         read, _ = read_picture(saved(tmp_path, Image.fromarray(levels)))
         assert np.round(read[0, 0, :, 0] * 255).tolist() == [0, 1, 128, 255]
 
+    def test_one_grey_of_16_bits_may_be_transparent(self, tmp_path: Path) -> None:
+        """That one alone: its neighbours are the same grey in 8 bits."""
+        levels = np.array([[1000, 1001, 1002]], dtype=np.uint16)
+        read, mask = read_picture(saved(tmp_path, Image.fromarray(levels), transparency=1001))
+        assert read.shape == (1, 1, 3, 3)
+        assert mask.tolist() == [[[0, 1, 0]]]
+
     def test_32_bit_grey_saturates(self, tmp_path: Path) -> None:
         levels = np.array([[-5, 65535, 70000, 2**30]], dtype=np.int32)
         read, _ = read_picture(saved(tmp_path, Image.fromarray(levels), "a.tiff"))
@@ -135,6 +143,13 @@ class TestReading:
         frames = [Image.new("RGB", size, RED) for size in ((8, 8), (4, 4), (8, 8))]
         path = saved(tmp_path, frames[0], "a.tiff", save_all=True, append_images=frames[1:])
         assert read_picture(path)[0].shape == (2, 8, 8, 3)
+
+    def test_frames_of_another_size_are_not_even_decoded(self, tmp_path: Path) -> None:
+        """However large they are. What is cut off here would be an error."""
+        frames = [Image.new("L", size, 9) for size in ((8, 8), (900, 900))]
+        path = saved(tmp_path, frames[0], "a.tiff", save_all=True, append_images=frames[1:])
+        path.write_bytes(path.read_bytes()[:-500_000])
+        assert read_picture(path)[0].shape == (1, 8, 8, 3)
 
     def test_frames_with_and_without_alpha(self, tmp_path: Path) -> None:
         frames = [Image.new("RGB", (8, 8), RED), Image.new("RGBA", (8, 8), (*RED, 0))]
@@ -245,6 +260,16 @@ class TestWriting:
         assert write(tmp_path, "a/b/c") == ["a/b/c_00001_.png"]
         assert write(tmp_path, "a\\b\\c") == ["a/b/c_00002_.png"]
 
+    @pytest.mark.skipif(os.name == "nt", reason="a colon ends the name of a file there")
+    def test_a_letter_and_a_colon_are_no_drive(self, tmp_path: Path) -> None:
+        assert write(tmp_path, "a: cat") == ["a: cat_00001_.png"]
+
+    def test_a_name_that_is_too_long_is_told_so(self, tmp_path: Path) -> None:
+        with pytest.raises(UsoflowError) as caught:
+            write(tmp_path, "x" * 300)
+        assert caught.value.code == "save_failed"
+        assert "shorter filename_prefix" in caught.value.remedy
+
     def test_size_and_date(self, tmp_path: Path) -> None:
         (name,) = write(tmp_path, "%width%x%height%-%year%")
         assert name.startswith("16x8-20")
@@ -255,7 +280,7 @@ class TestWriting:
         assert write(tmp_path, "a_%batch_num%") == ["a_0_00002_.png"]
 
     @pytest.mark.parametrize(
-        "prefix", ["../a", "a/../../b", "/tmp/a", "..\\a", "C:/a", "\\\\host\\a", "a\0b", "..", "a/../b"]
+        "prefix", ["../a", "a/../../b", "/tmp/a", "..\\a", "\\\\host\\a", "a\0b", "..", "a/../b"]
     )
     def test_stays_in_its_folder(self, tmp_path: Path, prefix: str) -> None:
         root = tmp_path / "output"

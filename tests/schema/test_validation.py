@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from reference_nodes import registry
+from usoflow.nodes import registry as our_nodes
 from usoflow.schema.validation import ValidationResult, validate
 
 Json = dict[str, Any]
@@ -351,6 +352,7 @@ def test_long_chain() -> None:
         ("95", "verbose", "False", False),
         ("6", "text", 5, "5"),
         ("6", "text", {"__value__": "x"}, "x"),
+        ("41", "conditioning", ["6", 0], ["6", 0]),
         ("47", "image", "b.png [output]", "b.png [output]"),
     ],
 )
@@ -360,6 +362,12 @@ def test_conversion(key: str, name: str, sent: Any, received: Any) -> None:
     value = result.prompt[key]["inputs"][name]
     assert value == received
     assert type(value) is type(received)
+
+
+def test_a_list_that_is_a_value_does_not_become_a_link() -> None:
+    value = {"__value__": ["o", 0]}
+    result = validate({"o": node("PreviewAny", source=value)}, our_nodes(), Files())
+    assert (result.error, result.prompt["o"]["inputs"]) == (None, {"source": value})
 
 
 def test_null_for_an_optional_link_is_no_link() -> None:

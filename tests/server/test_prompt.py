@@ -230,6 +230,21 @@ def test_what_is_no_prompt_is_refused_in_comfyuis_words(client: TestClient, body
     assert "node_errors" in answer.json()
 
 
+@pytest.mark.parametrize(
+    ("prefix", "kind", "advice"),
+    [("../x", "path_outside", "relative to the folder"), ("x" * 300, "prompt_invalid", "240 bytes")],
+)
+def test_a_name_that_no_picture_can_have_is_refused_at_once(
+    client: TestClient, prefix: str, kind: str, advice: str
+) -> None:
+    answer = client.post("/prompt", json={"prompt": prompt(prefix)})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["type"]) == (400, kind)
+    assert "SaveImage (node save)" in error["message"]
+    assert advice in error["details"]
+    assert client.get("/prompt").json() == {"exec_info": {"queue_remaining": 0}}
+
+
 WORKFLOW = {"nodes": [{"id": 1, "type": "SaveImage"}], "links": [], "version": 0.4}
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import subprocess
 import sys
 import time
+from typing import Any
 
 from usoflow.nodes import registry
+from usoflow.nodes.context import Shown
 from usoflow.nodes.sockets import Image
 from usoflow.schema.node import NodeRegistry, node
 from usoflow.service.worker import serve
@@ -74,6 +77,26 @@ def reads() -> Image:
     return torch.zeros(1, 8, 8, 3)
 
 
+@node("Stops", category="test")
+def stops() -> Image:
+    """Starts a program, and ends it as one ends programs."""
+    import torch
+
+    program = subprocess.Popen(["sleep", "600"])
+    program.terminate()
+    assert program.wait(60) == -signal.SIGTERM
+    return torch.zeros(1, 8, 8, 3)
+
+
+@node("Deep", category="test", output_node=True)
+def deep() -> Shown:
+    """Shows what no message can hold."""
+    nested: list[Any] = []
+    for _ in range(600):
+        nested = [nested]
+    return Shown(other={"x": nested})
+
+
 if __name__ == "__main__":
-    own = [crashes, aborts, exits, raises, hungry, sleeps, prints, reads]
+    own = [crashes, aborts, exits, raises, hungry, sleeps, prints, reads, stops, deep]
     serve(NodeRegistry([*registry().values(), *own]), sys.argv[1])

@@ -163,7 +163,7 @@ def test_a_job_that_is_there_at_every_crash_fails_at_last(tmp_path: Path) -> Non
         store = JobStore(tmp_path / "jobs.sqlite")
         started = store.start_next()
         assert started is not None
-        store.note_cached(started.id, [])
+        store.note_begun(started.id)
         store.close()  # killed
         store = JobStore(tmp_path / "jobs.sqlite")
         ends += [(job.id, job.state, job.error) for job in store.recover(failure)]
@@ -179,7 +179,7 @@ def test_neither_an_orderly_stop_nor_a_start_without_a_worker_counts(store: JobS
     add(store, "a")
     for _ in range(3 * jobs.MAX_ATTEMPTS):
         store.start_next()
-        store.note_cached("a", [])
+        store.note_begun("a")
         assert store.requeue("a")
     for _ in range(3 * jobs.MAX_ATTEMPTS):
         store.start_next()

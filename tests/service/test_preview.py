@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import io
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+from small import text_to_image, with_inputs
 from usoflow.errors import UsoflowError
+from usoflow.execution.executor import Executor
 from usoflow.models.library import ModelLibrary
 from usoflow.models.placement import Placement
-from usoflow.service.preview import Previewer
+from usoflow.nodes import registry
+from usoflow.service.preview import Previewer, vae_of
 from usoflow.settings import find_folders
 from usoflow.workflow.prompt import Prompt, PromptNode
 
@@ -20,8 +24,22 @@ from usoflow.workflow.prompt import Prompt, PromptNode
 def previewer_of(models: Path, placement: Placement) -> Previewer:
     previewer = Previewer(ModelLibrary(placement))
     loader = PromptNode("CheckpointLoaderSimple", {"ckpt_name": "flux1-dev-fp8.safetensors"})
-    previewer.choose(Prompt({"1": loader}), find_folders(models=models))
+    previewer.choose([loader], find_folders(models=models))
     return previewer
+
+
+def test_a_loader_that_no_output_needs_is_not_asked(small_models: Path, tmp_path: Path) -> None:
+    for folder in ("checkpoints", "vae"):
+        shutil.copytree(small_models / "checkpoints", tmp_path / folder)
+    name = "flux1-dev-fp8.safetensors"
+    stray = {"class_type": "VAELoader", "inputs": {"vae_name": name, "strange": ["nobody", 0]}}
+    executor = Executor(registry(), ModelLibrary(Placement(torch.device("cpu"), torch.float32)))
+    prompt = text_to_image() | {"stray": stray}
+    for origin, folder in ((["loader", 2], "checkpoints"), (["stray", 0], "vae")):
+        parsed = Prompt.parse(with_inputs(prompt, "decode", vae=origin))
+        found = vae_of(executor.needed(parsed, ["save"]), find_folders(models=tmp_path))
+        assert found is not None
+        assert found.file.path == tmp_path / folder / name
 
 
 def test_a_run_that_is_stopped_while_a_preview_is_prepared_stops(small_models: Path) -> None:

@@ -16,6 +16,7 @@ from usoflow.errors import UsoflowError
 from usoflow.nodes.context import SavedImage, Shown
 from usoflow.schema.specs import NodeSchema
 from usoflow.service.engine import (
+    Begun,
     Cached,
     Cancelled,
     Done,
@@ -222,7 +223,7 @@ def test_every_message_survives_the_pipe() -> None:
         Cached(("9",), {"9": images}), Progress("3", 1, 2, b"\xff\xd8\n"), Finished("9", 0.5, 7, images),
         Progress("3", 1, 2, png=b"\x89PNG\r\n"), Free(outputs=True), Free(outputs=False),
         Finished("9", 0.5, 7, None),
-        Failed("x", "y", "z", "1", "T", ("a\n", "b")), Done(),
+        Failed("x", "y", "z", "1", "T", ("a\n", "b")), Done(), Begun(),
     ):  # fmt: skip
         line = encode(message)
         assert line.count(b"\n") == 1
@@ -331,6 +332,31 @@ def test_a_job_whose_output_cannot_be_noted_fails_and_the_next_one_runs(
     assert ended(store, "second").state == State.COMPLETED
 
 
+def test_a_run_is_heard_to_its_end_although_nobody_can_be_told(
+    store: JobStore, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the next job would get what this one says."""
+    heard: list[str] = []
+
+    def talks(run: Run, listen: Callable[[Report], None]) -> Outcome:
+        for node in ("1", "2"):
+            listen(Started(node, "KSampler"))
+            heard.append(node)
+        return Done()
+
+    def odd(running: Running, report: Report) -> None:
+        raise TypeError("no JSON can say that")
+
+    monkeypatch.setattr(Running, "note", odd)
+    supervisor = start(first=talks)
+    first = ended(store, "first")
+    assert heard == ["1", "2"]
+    assert supervisor._engine.cancelled.is_set()  # type: ignore[attr-defined]
+    assert first.state == State.FAILED
+    assert first.error is not None
+    assert "no JSON can say that" in first.error["exception_message"]
+
+
 def test_a_stop_while_the_store_cannot_be_used_leaves_the_job_to_the_next_server(
     store: JobStore, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -357,7 +383,7 @@ def test_a_job_that_ends_the_server_each_time_fails_and_its_client_is_told(
         store.add(Request(id=name, prompt={}, targets=(), extra={}), limit=10)
     store.start_next()
     for _ in range(MAX_ATTEMPTS):
-        store.note_cached("deadly", [])
+        store.note_begun("deadly")
     start(accept=False, good=good)
     job = ended(store, "deadly")
     assert job.state == State.FAILED
@@ -366,6 +392,21 @@ def test_a_job_that_ends_the_server_each_time_fails_and_its_client_is_told(
     assert "3 times" in job.error["exception_message"]
     assert ended(store, "good").state == State.COMPLETED
     assert events[0] == ("deadly", State.FAILED)
+
+
+def test_each_beginning_counts_whatever_comes_after_it(store: JobStore, start: Start) -> None:
+    """A job may end worker and server while it is only looked at."""
+    ends: list[State] = []
+
+    def begins(run: Run, listen: Callable[[Report], None]) -> Outcome:
+        for _ in range(MAX_ATTEMPTS):  # of as many servers
+            listen(Begun())
+        ends.extend(job.state for job in store.recover(lambda job: {}))
+        return Done()
+
+    start(deadly=begins)
+    ended(store, "deadly")
+    assert ends == [State.FAILED]
 
 
 def test_a_worker_that_could_not_be_started_is_started_again(

@@ -86,6 +86,13 @@ def test_lists_are_wrapped() -> None:
     assert inputs(workflow([text], []))["2"] == {"text": {"__value__": ["a", 1]}}
 
 
+def test_lists_of_primitives_are_wrapped() -> None:
+    primitive = node(1, "PrimitiveNode", outputs="STRING", widgets_values=[["2", 0], "fixed"])
+    text = node(2, "CLIPTextEncode", {"text!": (5, "STRING")}, widgets_values=["x"])
+    data = workflow([primitive, text], [[5, 1, 0, 2, 0, "STRING"]])
+    assert inputs(data)["2"] == {"text": {"__value__": ["2", 0]}}
+
+
 @pytest.mark.parametrize("mode", [0, 1, 3])
 def test_other_modes_are_executed(mode: int) -> None:
     assert "1" in inputs(workflow([{**LOAD, "mode": mode}], []))

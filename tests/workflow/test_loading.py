@@ -138,8 +138,15 @@ def test_a_jpeg_is_named() -> None:
         load_bytes(stream.getvalue(), registry())
 
 
+def test_a_name_that_begins_as_a_home_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Editors of texts call their copies so."""
+    monkeypatch.chdir(tmp_path)
+    Path("~nobody-of-this-name.json").write_bytes((PAIRS / "uso_style_on.api.json").read_bytes())
+    assert load("~nobody-of-this-name.json", registry()).prompt.nodes
+
+
 def test_missing_file(tmp_path: Path) -> None:
-    for name in (tmp_path / "nothing.json", tmp_path, "a\0b"):
+    for name in (tmp_path / "nothing.json", tmp_path, "a\0b", "~nobody-of-this-name/a.json"):
         with pytest.raises(UsoflowError) as raised:
             load(name, registry())
         assert raised.value.code == "file_not_found"

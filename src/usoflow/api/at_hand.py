@@ -8,7 +8,7 @@ from typing import Final
 from usoflow.catalogue import CHECKPOINT, KNOWN_FILES, SplitFiles, name_of, same_kind, split_files
 from usoflow.errors import UsoflowError
 from usoflow.models.checkpoint import TensorFile
-from usoflow.settings import Folders
+from usoflow.settings import POCKET_MODELS, Folders, find_folders
 
 SIDE: Final = 1024  # of a picture by FLUX.1, as the template has it
 SUBJECT_SIDE: Final = 512  # likewise
@@ -46,8 +46,11 @@ TUTORIAL: Final = ModelFiles({file.folder: file.name for file in KNOWN_FILES})
 def at_hand(folders: Folders) -> ModelFiles:
     """The tutorial's files; where one is missing and one other file holds the same models, that one.
 
-    Instead of the checkpoint, the files of its parts may be there.
+    Instead of the checkpoint, the files of its parts may be there. Where the pocket models' checkpoint draws,
+    only they fit it.
     """
+    if folders.are_pocket(CHECKPOINT.folder):
+        folders = find_folders(models=POCKET_MODELS)
     there = {file: name_of(file, folders) for file in KNOWN_FILES}
     split = None if there[CHECKPOINT] else split_files(folders)
     lacking = [file for file, name in there.items() if name is None and not (split and file is CHECKPOINT)]

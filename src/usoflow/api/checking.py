@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Any, Final
 
 from usoflow.api.workflow import Workflow
@@ -11,8 +12,9 @@ from usoflow.catalogue import PULLS, missing_file_remedy
 from usoflow.errors import UsoflowError
 from usoflow.schema.node import NodeRegistry
 from usoflow.schema.validation import ValidationResult, validate
-from usoflow.settings import Folders, check_writable, inside
+from usoflow.settings import Folders, check_prefix, check_writable
 from usoflow.workflow.prompt import Prompt, link_of
+from usoflow.workflow.text import FILE_NAME, fill_placeholders
 
 Json = dict[str, Any]
 SAVES: Final = "SaveImage"
@@ -59,13 +61,9 @@ def check(workflow: Workflow, folders: Folders, nodes: NodeRegistry) -> Job:
         for key in checked.outputs
         if checked.prompt[key]["class_type"] == SENDS
     )
-    saving = [key for key in checked.outputs if checked.prompt[key]["class_type"] == SAVES]
-    if saving:
+    if any(checked.prompt[key]["class_type"] == SAVES for key in checked.outputs):
         check_writable(folders.output)
-    for key in saving:
-        prefix = checked.prompt[key]["inputs"]["filename_prefix"]
-        if isinstance(prefix, str):  # what a link gives is not known yet
-            _check_inside(key, prefix)
+    check_names(checked)
     valid = replace(workflow, prompt=Prompt.parse(checked.prompt), warnings=())
     return Job(valid, checked.outputs, folders, workflow.warnings + left_out + sent)
 
@@ -99,12 +97,22 @@ def _is_output(class_type: str, nodes: NodeRegistry) -> bool:
     return schema is not None and schema.output_node
 
 
-def _check_inside(key: str, prefix: str) -> None:
-    """The same for a name that leads out of the output folder."""
-    try:
-        inside(prefix)
-    except UsoflowError as error:
-        raise UsoflowError(error.code, f"{SAVES} (node {key}): {error.detail}") from None
+def check_names(checked: ValidationResult) -> None:
+    """Whether pictures can be saved under the names of a valid prompt, before minutes are spent on them.
+
+    Raises:
+        UsoflowError: `path_outside`, `prompt_invalid`.
+    """
+    for key in checked.outputs:
+        node = checked.prompt[key]
+        prefix = node["inputs"].get(FILE_NAME)
+        if node["class_type"] != SAVES or not isinstance(prefix, str):  # what a link gives is not known yet
+            continue
+        try:
+            check_prefix(fill_placeholders(prefix, datetime.now(), lambda node, widget: None))
+        except UsoflowError as error:
+            what = f"{SAVES} (node {key}): {error.detail}"
+            raise UsoflowError(error.code, what, remedy=error.remedy) from None
 
 
 def _error(checked: ValidationResult, *, unknown: list[str]) -> UsoflowError:

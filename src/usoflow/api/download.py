@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import re
 import shutil
 import ssl
@@ -18,6 +19,7 @@ from urllib.request import Request, urlopen
 
 import certifi
 
+from usoflow.api.workflow import free_name
 from usoflow.catalogue import KnownFile
 from usoflow.errors import UsoflowError
 from usoflow.file_lock import taken
@@ -37,7 +39,8 @@ Progress = Callable[[int, int], None]
 def pull(file: KnownFile, folders: Folders, progress: Progress = lambda done, total: None) -> Path:
     """Download a file into its folder.
 
-    `HF_ENDPOINT` names another hub, `HF_TOKEN` who asks.
+    `HF_ENDPOINT` names another hub, `HF_TOKEN` who asks. A sound file that has the name is kept under another
+    one: it holds something else.
 
     Args:
         file: what to get.
@@ -59,14 +62,28 @@ def pull(file: KnownFile, folders: Folders, progress: Progress = lambda done, to
         with _held(file.name, part):
             _fetch(file.name, source, part, progress)
             _verify(file, source, part)
+            if kept := name_to_keep(target):
+                target.rename(kept)
             part.replace(target)
-        with contextlib.suppress(OSError):  # others may lie there
-            part.parent.rmdir()
+        for old in part.parent.glob(f"{file.name}.*.part"):  # of what the hub had before
+            old.unlink()
     except OSError as error:
         raise UsoflowError(
             "output_unwritable", f"{error.filename or part.parent}: {error.strerror or error}"
         ) from None
+    finally:
+        with contextlib.suppress(OSError):  # what is half there lies in it, or others'
+            part.parent.rmdir()
     return target
+
+
+def name_to_keep(target: Path) -> Path | None:
+    """Where the file that a download would replace is put; None if there is none, or it is damaged."""
+    try:
+        TensorFile.open(target)
+    except UsoflowError:
+        return None
+    return target.with_name(free_name(target.name, os.listdir(target.parent)))
 
 
 @dataclass(frozen=True, slots=True)

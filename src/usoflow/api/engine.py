@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypedDict, Unpack
 from usoflow.api.at_hand import ModelFiles, at_hand
 from usoflow.api.checking import Job, check
 from usoflow.api.official import RANDOM_SEEDS, TEMPLATE, Request, adapted, build
-from usoflow.api.workflow import Workflow, plain
-from usoflow.settings import Folders, bytes_of, find_folders
+from usoflow.api.workflow import Workflow, check_picture, plain
+from usoflow.errors import UsoflowError
+from usoflow.settings import Folders, bytes_of, expanded, find_folders
 from usoflow.workflow.loading import TEMPLATE as TEMPLATE_PREFIX
 
 if TYPE_CHECKING:
@@ -31,12 +32,14 @@ if TYPE_CHECKING:
 
     from usoflow.execution.executor import Executor, RunResult
     from usoflow.execution.progress import Cancellation, Event, NodeFinished
+    from usoflow.models.placement import Placement
     from usoflow.nodes.context import Shown
     from usoflow.schema.node import NodeRegistry
 
     Picture = str | Path | Image
     Lora = str | tuple[str, float]
 
+GIVE_AGAIN: Final = "Give it again: workflow.with_picture(NODE, FILE). One from memory went with its engine."
 WAITED_SECONDS: Final = 0.1  # between two looks whether a run that waits for another is to stop
 
 
@@ -69,7 +72,8 @@ class Result:
         warnings: what was odd about the workflow.
         device: where it was computed ("cpu", "cuda", "mps").
         dtype: in which number format ("float32", "bfloat16", ...).
-        workflow: what was run.
+        workflow: what was run. Pictures that were given from memory go with the engine: to run it again
+            afterwards they are given again, by `with_picture`.
     """
 
     paths: tuple[Path, ...]
@@ -109,7 +113,7 @@ class Engine:
         custom_nodes: folder of your own nodes, as ComfyUI's `custom_nodes`; their code is run.
 
     Raises:
-        UsoflowError: `budget_invalid`.
+        UsoflowError: `budget_invalid`, `settings_invalid`.
     """
 
     def __init__(
@@ -127,10 +131,12 @@ class Engine:
         self._lock = threading.RLock()  # models are shared: of several threads one computes
         self._files_lock = threading.Lock()  # while it does, others prepare
         self._numbers = itertools.count()
-        self._models, self._inputs, self._output = _path(models), _path(inputs), _path(output)
+        self._models = _path("models", models)
+        self._inputs = _path("inputs", inputs)
+        self._output = _path("output", output)
         self._device, self._dtype, self._compiled = device, dtype, compiled
         self._budget = None if vram is None else bytes_of(str(vram))
-        self._custom_nodes = _path(custom_nodes)
+        self._custom_nodes = _path("custom_nodes", custom_nodes)
         self._executor: Executor | None = None
         self._temp: tempfile.TemporaryDirectory[str] | None = None
 
@@ -181,7 +187,7 @@ class Engine:
         Raises:
             UsoflowError: as `Workflow.load` does.
         """
-        if file != f"{TEMPLATE_PREFIX}{TEMPLATE}":
+        if isinstance(file, Mapping) or str(file) != f"{TEMPLATE_PREFIX}{TEMPLATE}":
             return Workflow.load(file, nodes=self.nodes)
         files = self.model_files()
         workflow = Workflow.load(adapted(files), nodes=self.nodes)
@@ -194,6 +200,10 @@ class Engine:
             UsoflowError: what is wrong with it or missing, and what to do about it.
         """
         workflow = workflow if isinstance(workflow, Workflow) else self.load(workflow)
+        named = [node.inputs.get("image") for node in workflow.prompt.nodes.values()]
+        for name, path in workflow.pictures.items():
+            if name in named:
+                check_picture(path, GIVE_AGAIN)
         return check(workflow, self._folders(workflow), self.nodes)
 
     def start(self) -> None:
@@ -233,8 +243,9 @@ class Engine:
         job = workflow if isinstance(workflow, Job) else self.check(workflow)
         with self._turn(cancellation):
             self.start()
-            assert self._executor is not None
-            done = self._executor.run(
+            executor = self._executor  # which a listener may take away by `close`
+            assert executor is not None
+            done = executor.run(
                 job.workflow.prompt,
                 job.targets,
                 job.folders,
@@ -242,7 +253,7 @@ class Engine:
                 listen=progress or (lambda event: None),
                 cancellation=cancellation,
             )
-            return self._result(job, done)
+            return _result(job, done, executor.library.placement)
 
     @contextmanager
     def _turn(self, cancellation: Cancellation | None) -> Iterator[None]:
@@ -324,7 +335,7 @@ class Engine:
     def _file(self, picture: Picture) -> Path:
         """The file of a picture; one from memory is written to a folder of this engine."""
         if isinstance(picture, str | Path):
-            return Path(picture).expanduser()
+            return expanded(picture)
         from usoflow.nodes.pictures import write_upright
 
         with self._files_lock:
@@ -345,22 +356,21 @@ class Engine:
             given_images=workflow.pictures,
         )
 
-    def _result(self, job: Job, done: RunResult) -> Result:
-        assert self._executor is not None
-        placement = self._executor.library.placement
-        images = [image.path(job.folders) for shown in done.shown.values() for image in shown.images]
-        return Result(
-            paths=tuple(path for path in images if path is not None),
-            seeds=job.workflow.seeds,
-            seconds=done.seconds,
-            shown=done.shown,
-            nodes=done.finished,
-            cached=done.cached,
-            warnings=job.warnings,
-            device=placement.device.type,
-            dtype=str(placement.dtype).removeprefix("torch."),
-            workflow=job.workflow,
-        )
+
+def _result(job: Job, done: RunResult, placement: Placement) -> Result:
+    images = [image.path(job.folders) for shown in done.shown.values() for image in shown.images]
+    return Result(
+        paths=tuple(path for path in images if path is not None),
+        seeds=job.workflow.seeds,
+        seconds=done.seconds,
+        shown=done.shown,
+        nodes=done.finished,
+        cached=done.cached,
+        warnings=job.warnings,
+        device=placement.device.type,
+        dtype=str(placement.dtype).removeprefix("torch."),
+        workflow=job.workflow,
+    )
 
 
 def _loras(loras: Sequence[Lora] | Lora) -> tuple[tuple[str, float], ...]:
@@ -372,5 +382,10 @@ def _loras(loras: Sequence[Lora] | Lora) -> tuple[tuple[str, float], ...]:
     return tuple((item, 1.0) if isinstance(item, str) else item for item in loras)
 
 
-def _path(value: str | Path | None) -> Path | None:
+def _path(name: str, value: str | Path | None) -> Path | None:
+    """A folder that is given. An empty text, as of a variable that is not set, would be the current one."""
+    if value == "":
+        raise UsoflowError(
+            "settings_invalid", f"{name} is an empty path.", remedy="Leave it out, or name it."
+        )
     return None if value is None else Path(value)

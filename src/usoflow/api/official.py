@@ -172,11 +172,12 @@ def _ids(graph: Mapping[str, Any]) -> str:
 
 
 def _sized(request: Request, files: ModelFiles) -> Request:
-    """The request with every size told."""
+    """The request with every size told that counts."""
+    side = files.subject_side if request.subjects else None
     return replace(
         request,
         size=(files.side, files.side) if request.size is None else request.size,
-        subject_size=files.subject_side if request.subject_size is None else request.subject_size,
+        subject_size=side if request.subject_size is None else request.subject_size,
     )
 
 
@@ -204,6 +205,8 @@ def _refuse(request: Request) -> None:
         problem = f"a size of {request.size[0]}x{request.size[1]}; sides must be multiples of {STEP}"
     elif request.keep_size and not request.subjects:
         problem = "keep-size without a subject"
+    elif request.subject_size is not None and not request.subjects:
+        problem = "a subject-size without a subject"
     if problem:
         raise UsoflowError("request_invalid", f"The request has {problem}.")
 

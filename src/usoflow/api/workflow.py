@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Self
 
+from usoflow.api.saving import write_whole
 from usoflow.errors import UsoflowError
 from usoflow.schema.node import NodeRegistry
 from usoflow.schema.specs import Choice, InputImage, InputSpec, ModelFile, Text
+from usoflow.schema.values import image_location
+from usoflow.settings import expanded
 from usoflow.workflow.prompt import Prompt, PromptNode, link_of, no_input
 
 Field = tuple[str, str]  # a node's id in the prompt, and the name of its input
@@ -61,7 +65,7 @@ class Workflow:
             loaded, source = load_json(dict(file), nodes or registry()), None
         else:
             loaded = load(file, nodes or registry())
-            source = None if str(file).startswith(TEMPLATE) else Path(file).expanduser()
+            source = None if str(file).startswith(TEMPLATE) else expanded(file)
         others = None if nodes is registry() else nodes  # without them it can be sent to another process
         return cls(loaded.prompt, loaded.workflow, source=source, warnings=loaded.warnings, nodes=others)
 
@@ -99,7 +103,7 @@ class Workflow:
         Raises:
             UsoflowError: `set_invalid`, `image_missing`.
         """
-        path = Path(file).expanduser()
+        path = expanded(file)
         check_picture(path)
         fields = self._targets(node, "image")
         others = [
@@ -163,13 +167,7 @@ class Workflow:
         """
         data = self.to_prompt() if self.ui is None else self.ui
         text = json.dumps(data, indent=2, ensure_ascii=False)
-        try:
-            Path(file).expanduser().write_bytes(
-                text.encode(errors="backslashreplace")
-            )  # a lone surrogate: JSON's escape
-        except OSError as reason:
-            what = f"{file} cannot be written: {reason.strerror}."
-            raise UsoflowError("output_unwritable", what) from None
+        write_whole(file, text.encode(errors="backslashreplace"))  # a lone surrogate: JSON's escape
 
     def _targets(self, node: str, name: str) -> Sequence[Field]:
         """The inputs of the prompt that are meant: one, or those behind a field of a subgraph's node."""
@@ -270,20 +268,21 @@ def plain(value: Any) -> Any:
     return item() if callable(item) and getattr(value, "shape", None) == () else value
 
 
-def check_picture(path: Path) -> None:
+def check_picture(path: Path, remedy: str = "Check the path.") -> None:
     """Whether a picture that somebody names is there.
 
     Raises:
         UsoflowError: `image_missing`.
     """
-    if not path.is_file():
-        reason = "is no file" if path.exists() else "does not exist"
+    if not os.path.isfile(path):
+        reason = "is no file" if os.path.exists(path) else "does not exist or cannot be read"
         if path.parts[:1] in (("http:",), ("https:",)):
             reason = "is an address: download the picture first"
-        raise UsoflowError("image_missing", f"{path} {reason}.", remedy="Check the path.")
+        raise UsoflowError("image_missing", f"{path} {reason}.", remedy=remedy)
 
 
 def free_name(name: str, taken: Container[object]) -> str:
-    """The name, with a number before it if other nodes use it for another picture."""
+    """The name, with a number before it if it is taken; without an ending that would mean another folder."""
+    _, name = image_location(name)
     numbered = (f"{number}_{name}" for number in itertools.count(1))
     return next(candidate for candidate in itertools.chain([name], numbered) if candidate not in taken)

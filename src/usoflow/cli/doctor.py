@@ -151,15 +151,13 @@ def _folders(folders: Folders) -> Iterator[Finding]:
     place = folders.models["checkpoints"][0].parent
     advice = f"Missing: {', '.join(lacking)}. `{pull_command(folders)}` gets them." if lacking else ""
     yield Finding("models", str(place), advice)
-    output = folders.output.resolve()
-    existing = existing_part(output)
-    free = shutil.disk_usage(existing).free / GB if existing else 0.0
-    advice = ""
+    output, free, advice = folders.output.absolute(), "", ""
     try:
         check_writable(output)
+        free = f", {shutil.disk_usage(existing_part(output) or output).free / GB:.0f} GB free"
     except UsoflowError:
         advice = "It cannot be written to: choose another with --output or USOFLOW_OUTPUT."
-    yield Finding("output", f"{output}, {free:.0f} GB free", advice)
+    yield Finding("output", f"{output}{free}", advice)
 
 
 def _extras() -> Iterator[Finding]:

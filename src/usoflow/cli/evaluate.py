@@ -7,15 +7,17 @@ from typing import Annotated
 
 import typer
 
-from usoflow.cli.options import Device, Dtype, InDtype, Models, OnDevice, need_training
+from usoflow.cli.options import Device, Dtype, InDtype, Models, OnDevice, need_training, path
 
 
 def evaluate(
     models: Models = None,
-    work: Annotated[Path, typer.Option(help="Work folder of `usoflow train`, with drawings.")] = Path(
-        "training"
+    work: Annotated[
+        Path, typer.Option(parser=path, help="Work folder of `usoflow train`, with drawings.")
+    ] = Path("training"),
+    output: Annotated[Path, typer.Option(parser=path, help="Folder for tables and contact sheets.")] = Path(
+        "evaluation"
     ),
-    output: Annotated[Path, typer.Option(help="Folder for tables and contact sheets.")] = Path("evaluation"),
     count: Annotated[int, typer.Option(help="Questions of each cell.", min=2)] = 200,
     size: Annotated[
         int, typer.Option(help="Side of the pictures, in pixels, a multiple of 16.", min=64)
@@ -30,9 +32,11 @@ def evaluate(
     need_training()
     if size % 16:
         raise typer.BadParameter(f"{size} is no multiple of 16.", param_hint="--size")
+    from usoflow.settings import check_writable, find_folders
+
+    check_writable(output)
     from usoflow.models.library import ModelLibrary
     from usoflow.models.placement import Placement
-    from usoflow.settings import find_folders
     from usoflow.training.plan import Plan
     from usoflow.training.stages import Workshop
     from usoflow.training.uso_evaluate import Contender

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
+import os
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -14,7 +16,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from usoflow.cli import report
-from usoflow.cli.options import AsJson, Compiled, Device, Dtype, InDtype, Models, OnDevice, Output, Vram
+from usoflow.cli.options import (
+    AsJson,
+    Compiled,
+    Device,
+    Dtype,
+    InDtype,
+    Models,
+    OnDevice,
+    Output,
+    Vram,
+    path,
+)
 from usoflow.cli.run import execute
 from usoflow.cli.words import SeveralWords
 from usoflow.errors import UsoflowError
@@ -23,6 +36,7 @@ from usoflow.settings import IMAGE_SUFFIXES, MODEL_SUFFIXES
 if TYPE_CHECKING:
     from usoflow.api.engine import Engine, Result
     from usoflow.api.official import Request
+    from usoflow.api.workflow import Workflow
 
 
 SEEDS = 2**64
@@ -67,10 +81,12 @@ def generate(
         ),
     ],
     subject: Annotated[
-        list[Path] | None, typer.Option(metavar="IMG ...", help="Pictures whose subjects are kept.")
+        list[Path] | None,
+        typer.Option(parser=path, metavar="IMG ...", help="Pictures whose subjects are kept."),
     ] = None,
     style: Annotated[
-        list[Path] | None, typer.Option(metavar="IMG ...", help="Pictures whose style is taken.")
+        list[Path] | None,
+        typer.Option(parser=path, metavar="IMG ...", help="Pictures whose style is taken."),
     ] = None,
     size: Annotated[
         str | None,
@@ -110,7 +126,7 @@ def generate(
     ] = None,
     assignments: Assignments = None,
     save_workflow: Annotated[
-        Path | None, typer.Option(help="Write the workflow of the first picture.")
+        Path | None, typer.Option(parser=path, help="Write the workflow of the first picture.")
     ] = None,
     output: Output = None,
     models: Models = None,
@@ -142,11 +158,9 @@ def generate(
     )
     sweeps = [_sweep(item) for item in sweep or ()]
     swept = [name for name, _ in sweeps]
-    if not subject and "subject-size" in swept:
-        raise UsoflowError("request_invalid", "--sweep subject-size without a --subject changes nothing.")
     if len(set(swept)) < len(swept):
         raise UsoflowError("request_invalid", "An option can be swept once: --sweep steps=4,8,20.")
-    if Path(prompt).suffix.lower() in IMAGE_SUFFIXES and Path(prompt).is_file():
+    if Path(prompt).suffix.lower() in IMAGE_SUFFIXES and os.path.isfile(prompt):
         raise UsoflowError(
             "request_invalid", f"{prompt} is a picture, where the prompt belongs.",
             remedy='The prompt comes first, "" for none: usoflow generate "a cat" --style a.png b.png',
@@ -162,7 +176,10 @@ def generate(
     )
     results: list[Result] = []
     try:
-        for result in _run(engine, wanted, assignments or [], save_workflow, quiet=as_json):
+        told = [*swept, "seed"] if count > 1 else swept
+        fixed = {name for option in told for name in _SWEPT[option].inputs}
+        workflows = _workflows(engine, wanted, assignments or [], fixed)
+        for result in _run(engine, workflows, save_workflow, quiet=as_json):
             results.append(result)
             if not as_json:  # at once: what is done is not lost with what fails later
                 print(report.as_text(result), flush=True)
@@ -182,34 +199,57 @@ def generate(
 
 @dataclass(frozen=True)
 class _Wanted:
-    """One picture: what is asked for, and what tells it from the others."""
+    """One picture: what is asked for, and which of the swept values these are."""
 
     request: Request
-    label: str
+    values: tuple[str, ...]
+
+    def label(self, result: Result) -> str:
+        """What tells the picture from the others; its seed is that of what was run."""
+        from usoflow.api.sheet import SEPARATOR
+
+        return SEPARATOR.join([*self.values, *(f"seed {seed}" for seed in result.seeds)])
 
 
-def _run(
-    engine: Engine,
-    wanted: Sequence[_Wanted],
-    assignments: Sequence[str],
-    save_workflow: Path | None,
-    *,
-    quiet: bool,
-) -> Iterator[Result]:
-    """All of them on the same models; what can be refused is refused before the first is begun."""
+def _workflows(
+    engine: Engine, wanted: Sequence[_Wanted], assignments: Sequence[str], fixed: Set[str]
+) -> list[Workflow]:
+    """The workflow of each picture; `fixed` are inputs that labels tell, which no assignment may change."""
     from usoflow.api.official import build
 
     files = engine.model_files()
     workflows = [build(item.request, files) for item in wanted]
     for assignment in assignments:
-        workflows = [workflow.assign(assignment) for workflow in workflows]
+        assigned = [workflow.assign(assignment) for workflow in workflows]
+        if any(_changes(*pair, fixed) for pair in zip(workflows, assigned, strict=True)):
+            raise UsoflowError(
+                "request_invalid", f"--set {assignment} would change what is swept or, by --count, the seed.",
+                remedy="Leave out the one or the other.",
+            )  # fmt: skip
+        workflows = assigned
     told = {json.dumps(workflow.to_prompt(), sort_keys=True) for workflow in workflows}
     if len(told) < len(workflows):
         raise UsoflowError(
             "request_invalid",
-            "Some of the pictures would be the same, under different labels.",
-            remedy="Do not --set what is swept or, by --count, the seed; and sweep each value once.",
+            "Some of the pictures would be the same.",
+            remedy="Sweep each value once, and the seed or its --count.",
         )
+    return workflows
+
+
+def _changes(before: Workflow, after: Workflow, inputs: Set[str]) -> bool:
+    """Whether an input of one of these names has another value."""
+    one, other = (
+        [(key, name, node.inputs.get(name)) for key, node in workflow.prompt.nodes.items() for name in inputs]
+        for workflow in (before, after)
+    )
+    return one != other
+
+
+def _run(
+    engine: Engine, workflows: Sequence[Workflow], save_workflow: Path | None, *, quiet: bool
+) -> Iterator[Result]:
+    """All of them on the same models; what can be refused is refused before the first is begun."""
     jobs = [engine.check(workflow) for workflow in workflows]
     report.warn(dict.fromkeys(warning for job in jobs for warning in job.warnings))
     if save_workflow is not None:
@@ -220,17 +260,15 @@ def _run(
 
 def _variants(request: Request, count: int, sweeps: Sequence[tuple[str, Sequence[Any]]]) -> Iterator[_Wanted]:
     """Every combination of the swept values, for each seed."""
-    from usoflow.api.sheet import SEPARATOR
-
     for values in itertools.product(*(values for _, values in sweeps)):
         chosen = {name: value for (name, _), value in zip(sweeps, values, strict=True)}
         swept = replace(request, **{name.replace("-", "_"): value for name, value in chosen.items()})
         last = swept.seed + count - 1
         if last >= SEEDS:
             raise UsoflowError("request_invalid", f"Seeds end at {SEEDS - 1}; {last} is asked for.")
+        told = tuple(f"{name} {value}" for name, value in chosen.items() if name != "seed")
         for seed in range(swept.seed, swept.seed + count):
-            parts = [f"{name} {value}" for name, value in chosen.items() if name != "seed"]
-            yield _Wanted(replace(swept, seed=seed), SEPARATOR.join([*parts, f"seed {seed}"]))
+            yield _Wanted(replace(swept, seed=seed), told)
 
 
 def _record(
@@ -242,26 +280,38 @@ def _record(
         "sheet": None if sheet is None else str(sheet),
         "notes": list(request.notes),
         "runs": [
-            {"label": item.label} | report.as_record(result)
+            {"label": item.label(result)} | report.as_record(result)
             for item, result in zip(wanted, results, strict=False)  # fewer, where something went wrong
         ],
     }
 
 
 def _write_sheet(wanted: Sequence[_Wanted], results: Sequence[Result], columns: int | None) -> Path:
+    from usoflow.api.saving import write_whole
     from usoflow.api.sheet import contact_sheet
 
     labelled = [
-        (item.label, picture)
+        (item.label(result), picture)
         for item, result in zip(wanted, results, strict=True)
         for picture in result.images
     ]
-    path = results[0].paths[0].with_name(f"sheet_of_{results[0].paths[0].name}")
+    path, buffer = _sheet_path(results[0].paths[0]), io.BytesIO()
+    contact_sheet(labelled, columns=columns).save(buffer, "PNG")
     try:
-        contact_sheet(labelled, columns=columns).save(path)
-    except OSError as reason:
-        raise UsoflowError("save_failed", f"{path}: {reason.strerror or reason}") from None
+        write_whole(path, buffer.getvalue())
+    except UsoflowError as error:
+        raise UsoflowError("save_failed", error.detail) from None
     return path
+
+
+def _sheet_path(picture: Path) -> Path:
+    """A free name by that of the first picture, which is nobody else's.
+
+    Where older pictures were taken away their numbers are used again, and their sheet may still be there.
+    """
+    numbers = itertools.chain([""], itertools.count(2))
+    paths = (picture.with_name(f"sheet_of_{picture.stem}{number}.png") for number in numbers)
+    return next(path for path in paths if not os.path.lexists(path))
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -283,8 +333,23 @@ def _lora(text: str) -> tuple[str, float]:
         return text, 1.0
 
 
-_SWEPT: Mapping[str, Callable[[str], Any]] = MappingProxyType(
-    {"steps": int, "guidance": float, "seed": int, "subject-size": int, "easycache": float, "size": _size}
+@dataclass(frozen=True)
+class _Swept:
+    """How a value is read, and which inputs of the workflow get it."""
+
+    read: Callable[[str], Any]
+    inputs: tuple[str, ...]
+
+
+_SWEPT: Mapping[str, _Swept] = MappingProxyType(
+    {
+        "steps": _Swept(int, ("steps",)),
+        "guidance": _Swept(float, ("guidance",)),
+        "seed": _Swept(int, ("seed",)),
+        "subject-size": _Swept(int, ("largest_size",)),
+        "easycache": _Swept(float, ("reuse_threshold",)),
+        "size": _Swept(_size, ("width", "height")),
+    }
 )
 
 
@@ -293,6 +358,6 @@ def _sweep(text: str) -> tuple[str, list[Any]]:
     if name not in _SWEPT:
         raise UsoflowError("request_invalid", f"--sweep {text!r}: only {', '.join(_SWEPT)} can be swept.")
     try:
-        return name, [_SWEPT[name](value) for value in values.split(",")]
+        return name, [_SWEPT[name].read(value) for value in values.split(",")]
     except ValueError:
         raise UsoflowError("request_invalid", f"--sweep {text!r}: {values!r} are not values.") from None

@@ -14,13 +14,13 @@ from typing import Annotated, Any
 import typer
 
 from usoflow import __version__
+from usoflow.cli import report
 from usoflow.cli.convert import convert
 from usoflow.cli.doctor import doctor
 from usoflow.cli.evaluate import evaluate
 from usoflow.cli.generate import Generate, generate
 from usoflow.cli.models import app as models
 from usoflow.cli.nodes import nodes
-from usoflow.cli.report import error_record
 from usoflow.cli.run import run
 from usoflow.cli.serve import serve
 from usoflow.cli.train import train
@@ -77,6 +77,7 @@ app.command()(evaluate)
 
 def main() -> None:
     """Entry point: a user's mistake is an error with a remedy and an exit code, never a traceback."""
+    _open_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a pipe or an old console may lack a character
             stream.reconfigure(errors="backslashreplace")
@@ -85,6 +86,7 @@ def main() -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("usoflow").setLevel(logging.INFO)
     try:
+        _check_working_folder()
         status = _run_command()
         sys.stdout.flush()
         sys.exit(status)
@@ -92,16 +94,37 @@ def main() -> None:
         _show(error)
         sys.exit(error.exit_code)
     except OSError as error:
-        if error.filename is not None:  # most likely one that this user may not read
-            missing = UsoflowError("file_not_found", f"{error.filename}: {error.strerror}.")
-            _show(missing)
-            sys.exit(missing.exit_code)
-        if error.errno != errno.ENOSPC:
+        refused = _refused_by_system(error)
+        if refused is None:
             raise
-        _close_stdout()
-        unwritable = UsoflowError("output_unwritable", f"Standard output: {error.strerror}.")
-        _show(unwritable, as_json=False)
-        sys.exit(unwritable.exit_code)
+        _show(refused, as_json=refused.code != "output_unwritable")
+        sys.exit(refused.exit_code)
+
+
+def _open_streams() -> None:
+    """Those that a shell closed (`>&-`): what is written goes nowhere, and there is nothing to read."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+
+
+def _check_working_folder() -> None:
+    """Torch would end the process where it is gone."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        what = "The folder that this command was started in is not there any more."
+        raise UsoflowError("file_not_found", what, remedy="Change to one that is (cd).") from None
+
+
+def _refused_by_system(error: OSError) -> UsoflowError | None:
+    """What is wrong with a file or standard output; None for a defect of ours."""
+    if error.filename is not None:  # most likely one that this user may not read
+        return UsoflowError("file_not_found", f"{error.filename}: {error.strerror}.")
+    if error.errno == errno.ENOSPC:
+        report.discard(sys.stdout)
+        return UsoflowError("output_unwritable", f"Standard output: {error.strerror}.")
+    return None
 
 
 def _run_command() -> int:
@@ -121,19 +144,14 @@ def _wants_json() -> bool:
     return "--json" in sys.argv
 
 
-def _close_stdout() -> None:
-    """What is left cannot be written either."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def _show(error: UsoflowError, *, as_json: bool = True) -> None:
     if error.code in DEFECTS and error.__cause__ is not None:  # whoever mends it needs the place
         traceback.print_exception(error.__cause__)
     if as_json and _wants_json():
         try:
-            print(json.dumps({"error": error_record(error)}), flush=True)
+            print(json.dumps({"error": report.error_record(error)}), flush=True)
             return
         except OSError:  # nobody reads it, or the disk is full: the exit code and stderr remain
-            _close_stdout()
-    typer.secho(f"error: {error.detail}", fg="red", err=True)
-    typer.secho(error.remedy, err=True)
+            report.discard(sys.stdout)
+    report.say(f"error: {error.detail}", "red")
+    report.say(error.remedy)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from usoflow.cli.options import Models
+from usoflow.cli.options import Models, path
 from usoflow.errors import UsoflowError
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ def models(
     """List model files: contents, size, precision; and those of the tutorial that are missing."""
     context.obj = models  # for a subcommand that comes after the option
     if context.invoked_subcommand is not None:
+        if as_json:
+            raise typer.BadParameter(f"{context.invoked_subcommand} prints no JSON.", param_hint="--json")
         return
     from usoflow.catalogue import missing, pull_command
     from usoflow.models.inventory import found_files, size_in_words
@@ -61,7 +64,7 @@ def pull(
     yes: Annotated[bool, typer.Option("--yes", help="Agree to the licences without being asked.")] = False,
 ) -> None:
     """Download what is missing of the tutorial's files, continuing what broke off."""
-    from usoflow.api.download import pull
+    from usoflow.api.download import name_to_keep, pull
     from usoflow.catalogue import missing
     from usoflow.settings import find_folders
 
@@ -69,27 +72,22 @@ def pull(
         advice = "`usoflow models pull` gets the files of the tutorial."
         raise UsoflowError("request_invalid", f"There is no set of files {what!r}, only uso.", remedy=advice)
     chosen = models or context.obj
-    new = chosen.expanduser() if chosen and not chosen.expanduser().exists() else None
-    if new:
-        new.mkdir(parents=True)
-    folders = find_folders(models=chosen)
-    wanted = missing(folders)
-    for file in wanted:
-        print(f"{file.name}  {file.size}\n  {file.url}\n  licence: {file.licence}")
-        target = folders.models[file.folder][0] / file.name
-        if target.exists():
-            print(f"  replaces {target}, which is damaged or holds something else")
-    if wanted and not yes:
-        try:
+    with _there(chosen):
+        folders = find_folders(models=chosen)
+        wanted = missing(folders)
+        for file in wanted:
+            print(f"{file.name}  {file.size}\n  {file.url}\n  licence: {file.licence}")
+            target = folders.models[file.folder][0] / file.name
+            if kept := name_to_keep(target):
+                print(f"  {target} holds something else: it is kept as {kept.name}")
+            elif target.exists():
+                print(f"  replaces {target}, which is damaged")
+        if wanted and not yes:
             _confirm()
-        except UsoflowError:
-            if new:  # where nothing is, nothing should be found
-                new.rmdir()
-            raise
-    for file in wanted:
-        with _bar(file.name) as progress:
-            path = pull(file, folders, progress)
-        print(f"wrote {path}", flush=True)
+        for file in wanted:
+            with _bar(file.name) as progress:
+                written = pull(file, folders, progress)
+            print(f"wrote {written}", flush=True)
     if not wanted:
         print("All files of the tutorial are there.")
 
@@ -97,9 +95,9 @@ def pull(
 @app.command()
 def check(
     context: typer.Context,
-    file: Annotated[Path, typer.Argument(help="A safetensors file.")],
+    file: Annotated[Path, typer.Argument(parser=path, help="A safetensors file.")],
     transformer: Annotated[
-        Path | None, typer.Option("--with", help="The transformer that a LoRA is to fit.")
+        Path | None, typer.Option("--with", parser=path, help="The transformer that a LoRA is to fit.")
     ] = None,
     tensors: Annotated[
         bool, typer.Option("--tensors", help="List every tensor first: name, shape, format.")
@@ -110,7 +108,7 @@ def check(
     from usoflow.models.checkpoint import TensorFile
     from usoflow.settings import find_folders
 
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise UsoflowError("file_not_found", f"{file} is no file; its place is part of its name.")
     header = TensorFile.open(file)  # what it tells is told before torch is imported
     for name, info in header.tensors.items() if tensors else ():
@@ -127,6 +125,20 @@ def check(
 
 
 @contextmanager
+def _there(folder: Path | None) -> Iterator[None]:
+    """A folder that need not be there before; where nothing came into it, it is not there after, either."""
+    made = [place for place in (folder, *folder.parents) if not place.exists()] if folder else []
+    for place in reversed(made):
+        place.mkdir()
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # the first that holds something ends it
+            for place in made:
+                place.rmdir()
+
+
+@contextmanager
 def _bar(name: str) -> Iterator[Callable[[int, int], None]]:
     """A bar on a terminal's stderr."""
     from rich.console import Console
@@ -134,7 +146,7 @@ def _bar(name: str) -> Iterator[Callable[[int, int], None]]:
 
     columns = (name, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     bar = Progress(*columns, console=Console(stderr=True), transient=True)
-    bar.disable = not bar.console.is_terminal
+    bar.disable = not bar.console.is_interactive
     with bar:
         task = bar.add_task("")
         yield lambda done, total: bar.update(task, completed=done, total=total)
@@ -145,7 +157,11 @@ def _confirm() -> None:
         raise UsoflowError(
             "licence_declined", "There is nobody to agree to the licences.", remedy="Add --yes to agree."
         )
-    if not typer.confirm("Do you agree to these licences?"):
+    try:
+        answer = input("Do you agree to these licences? [y/N]: ")
+    except EOFError:  # Ctrl+D
+        answer = ""
+    if answer.strip().lower() not in ("y", "yes"):
         raise UsoflowError("licence_declined", "The licences were not agreed to.")
 
 

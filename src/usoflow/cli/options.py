@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from usoflow.errors import UsoflowError
+from usoflow.settings import expanded
 
 if TYPE_CHECKING:
     from usoflow.schema.node import NodeRegistry
@@ -35,11 +36,24 @@ class Dtype(StrEnum):
     fp32 = "fp32"
 
 
-def path(text: str) -> Path:
-    """A folder by its name. An empty one, as of a shell's unset variable, would be the current folder."""
+def named(text: str) -> str:
+    """What names a file. An empty one, as of a shell's unset variable, would be the current folder."""
     if not text:
         raise typer.BadParameter("the path is empty.")
-    return Path(text)
+    return text
+
+
+def path(text: str) -> Path:
+    """A file or folder by its name. Who reads it tells if it cannot be read, with an exit code of its own."""
+    return expanded(Path(named(text)))
+
+
+WorkflowFile = Annotated[
+    str,
+    typer.Argument(
+        parser=named, help="Workflow or prompt JSON, a PNG or WebP with one, template:NAME, or - (stdin)."
+    ),
+]
 
 
 Models = Annotated[

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
@@ -22,10 +23,27 @@ SAID_EVERY = 30.0  # seconds between two lines about a run, where there is no te
 GB = 1e9
 
 
+def say(line: str, colour: str | None = None) -> None:
+    """A line to stderr, in colour where a terminal has it and nobody asked for none (https://no-color.org).
+
+    Where it cannot be written, as on a full disk, what the command does goes on.
+    """
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    try:
+        typer.secho(line, fg=colour, err=True, color=False if plain else None)
+    except OSError:
+        discard(sys.stderr)
+
+
+def discard(stream: TextIO) -> None:
+    """What is left of a stream cannot be written either."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def warn(lines: Iterable[str]) -> None:
     """Warnings, to stderr."""
     for line in lines:
-        typer.secho(f"warning: {line}", fg="yellow", err=True)
+        say(f"warning: {line}", "yellow")
 
 
 def error_record(error: UsoflowError) -> dict[str, str]:
@@ -49,7 +67,7 @@ def progress(*, quiet: bool) -> Iterator[Listener]:
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     bar = Progress(*columns, TextColumn("{task.fields[rate]}"), console=console, transient=True)
-    bar.disable = not console.is_terminal
+    bar.disable = not console.is_interactive
     said = time.monotonic()
     with bar:
         task = bar.add_task("", total=1, rate="")
@@ -65,7 +83,7 @@ def progress(*, quiet: bool) -> Iterator[Listener]:
                 if bar.disable and time.monotonic() - said > SAID_EVERY:
                     said = time.monotonic()
                     step = f"{bar.tasks[0].description} {event.step}/{event.steps}"
-                    print(f"{step}, {rate}", file=sys.stderr, flush=True)
+                    say(f"{step}, {rate}")
 
         yield listen
 

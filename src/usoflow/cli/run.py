@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -25,6 +25,7 @@ from usoflow.cli.options import (
     OnDevice,
     Output,
     Vram,
+    WorkflowFile,
 )
 from usoflow.errors import UsoflowError
 
@@ -35,10 +36,7 @@ if TYPE_CHECKING:
 
 
 def run(
-    file: Annotated[
-        str,
-        typer.Argument(help="Workflow or prompt JSON, a PNG or WebP with one, template:NAME, or - (stdin)."),
-    ],
+    file: WorkflowFile,
     assignments: Annotated[
         list[str] | None,
         typer.Option(
@@ -80,8 +78,9 @@ def run(
         workflow = engine.load(file)
         for item in images or []:
             node, equals, path = item.partition("=")
-            if not equals:
-                raise UsoflowError("set_invalid", f"--image {item!r} is not NODE=PATH.")
+            if not equals or not path:
+                what = f"--image {item!r} is not NODE=PATH."
+                raise UsoflowError("set_invalid", what, remedy="Write --image NODE=PATH.")
             workflow = workflow.with_picture(node, path)
         for assignment in assignments or []:
             workflow = workflow.assign(assignment)
@@ -109,7 +108,10 @@ def stopped_by_interrupt() -> Iterator[Cancellation]:
     def stop(*_: object) -> None:
         cancellation.set()
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own would wait for what torch is doing
-        os.write(2, b"Stopping; Ctrl+C once more ends it at once.\n")  # print could be interrupted by itself
+        with suppress(OSError):
+            os.write(
+                2, b"Stopping; Ctrl+C once more ends it at once.\n"
+            )  # print could be interrupted by itself
 
     before = signal.signal(signal.SIGINT, stop)
     try:

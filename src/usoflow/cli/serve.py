@@ -8,7 +8,6 @@ import socket
 import sys
 import threading
 import webbrowser
-from pathlib import Path
 from typing import Annotated
 from urllib.parse import quote
 
@@ -61,8 +60,10 @@ def serve(
     from usoflow.server.app import create_app
     from usoflow.server.context import LOOPBACK, ServerSettings
     from usoflow.server.serving import serve as serve_app
-    from usoflow.settings import bytes_of, check_writable, find_folders
+    from usoflow.settings import bytes_of, check_writable, expanded, find_folders
 
+    if not listen:  # the system takes it for every address that it has
+        raise UsoflowError("address_unusable", "--listen is empty.")
     budget = None if vram is None else bytes_of(vram)
     token = token or None  # of an empty variable, say
     if listen not in LOOPBACK and token is None:
@@ -72,7 +73,7 @@ def serve(
     check_writable(folders.output)
     settings = ServerSettings(
         folders=folders,
-        state=Path(state).expanduser(),
+        state=expanded(state),
         listen=listen,
         token=token,
         ui=ui,

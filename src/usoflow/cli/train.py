@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from usoflow.cli.options import Device, need_training
+from usoflow.cli.options import Device, need_training, path
 from usoflow.errors import UsoflowError
 
 
@@ -19,8 +19,12 @@ def train(
             " rewarded, package, judge, evaluate, uso-judge. Or all, in this order."
         ),
     ],
-    config: Annotated[Path | None, typer.Option(help="Training file; default: the shipped one.")] = None,
-    work: Annotated[Path, typer.Option(help="Folder for caches, states and sheets.")] = Path("training"),
+    config: Annotated[
+        Path | None, typer.Option(parser=path, help="Training file; default: the shipped one.")
+    ] = None,
+    work: Annotated[Path, typer.Option(parser=path, help="Folder for caches, states and sheets.")] = Path(
+        "training"
+    ),
     threads: Annotated[int, typer.Option(help="Threads of torch; 0 leaves it to torch.", min=0)] = 0,
     compiled: Annotated[bool, typer.Option(help="Compile the transformer's steps.")] = False,
     device: Annotated[Device, typer.Option(help="Where transformer and vision tower learn.")] = Device.auto,

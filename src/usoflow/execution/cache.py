@@ -17,9 +17,9 @@ from usoflow.errors import UsoflowError
 from usoflow.models.checkpoint import TensorFile
 from usoflow.schema.node import AnyNode, NodeRegistry
 from usoflow.schema.specs import InputImage, InputSpec, ModelFile
-from usoflow.schema.values import image_location
+from usoflow.schema.values import image_location, unwrapped
 from usoflow.settings import Folders
-from usoflow.workflow.prompt import Prompt, PromptNode, link_of, unwrapped
+from usoflow.workflow.prompt import Prompt, PromptNode, link_of
 
 Outputs = tuple[Any, ...]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,7 @@ from torch import Tensor
 from usoflow.errors import UsoflowError
 from usoflow.execution.cache import OutputCache, Outputs, constants, keys
 from usoflow.execution.memory import PeakMemory, kept_memory
+from usoflow.execution.outputs import check_finite, copied
 from usoflow.execution.progress import (
     Cancellation,
     Listener,
@@ -26,9 +28,10 @@ from usoflow.models.library import ModelLibrary
 from usoflow.nodes.context import NodeContext, Reserve, Shown, unreserved
 from usoflow.nodes.custom import hidden_values, is_custom
 from usoflow.schema.node import NodeRegistry
-from usoflow.schema.specs import NodeSchema
+from usoflow.schema.specs import InputImage, InputSpec, ModelFile, NodeSchema
+from usoflow.schema.values import check_value, unwrapped
 from usoflow.settings import Folders
-from usoflow.workflow.prompt import Prompt, link_of, unwrapped
+from usoflow.workflow.prompt import Prompt, PromptNode, link_of
 from usoflow.workflow.text import FILE_NAME, fill_placeholders
 
 
@@ -69,11 +72,15 @@ class RunResult:
 
 @dataclass
 class Executor:
-    """Runs prompts one after another with the same models and the same cache."""
+    """Runs prompts one after another with the same models and the same cache.
+
+    `instances` are those of custom nodes, by id and type of the node.
+    """
 
     registry: NodeRegistry
     library: ModelLibrary
     cache: OutputCache = field(default_factory=OutputCache)
+    instances: dict[tuple[str, str], Any] = field(default_factory=dict)
 
     def run(
         self,
@@ -86,7 +93,7 @@ class Executor:
         cancellation: Cancellation | None = None,
         reserve: Reserve = unreserved,
     ) -> RunResult:
-        """Run what the targets need.
+        """Run what the targets need. What the prompt has no use for is forgotten.
 
         Args:
             prompt: valid, as `schema.validation` finds.
@@ -106,6 +113,20 @@ class Executor:
         run = _Run(self, prompt, folders, workflow, listen, cancellation, reserve)
         with kept_memory():
             return run.execute(targets)
+
+    def needed(self, prompt: Prompt, targets: Sequence[str]) -> list[PromptNode]:
+        """The nodes that the targets need, in order.
+
+        Raises:
+            NodeError: `node_unknown`.
+        """
+        known = _of_known_inputs(prompt, self.registry)
+        return [known.nodes[node_id] for node_id in in_order(known, targets)]
+
+    def clear(self) -> None:
+        """Forget outputs, and what custom nodes keep from run to run."""
+        self.cache.clear()
+        self.instances.clear()
 
 
 class _Run:
@@ -150,14 +171,21 @@ class _Run:
                 self.outputs[node_id] = known[key]
         finally:
             cache.keep_only(set(key_of.values()))
+            self._keep_instances()
         shown = {t: found for t in targets if (found := _shown(self.outputs[t]))}
         return RunResult(shown, self.finished, cached, time.perf_counter() - start)
+
+    def _keep_instances(self) -> None:
+        """Those of custom nodes that this prompt has, as in ComfyUI."""
+        present = {(node_id, node.class_type) for node_id, node in self.prompt.nodes.items()}
+        for gone in self.executor.instances.keys() - present:
+            del self.executor.instances[gone]
 
     def _is_there(self, outputs: Outputs) -> bool:
         """Whether no picture that a node has written was removed meanwhile; other outputs are in memory."""
         shown = _shown(outputs)
         written = [image.path(self.folders) for image in shown.images] if shown else []
-        return all(path is None or path.exists() for path in written)
+        return all(path is None or os.path.exists(path) for path in written)
 
     def _ask_nodes(self, node_ids: Sequence[str]) -> None:
         """Whether custom nodes take their values; before any is run."""
@@ -186,7 +214,7 @@ class _Run:
         peak, start = PeakMemory(self.executor.library.placement.device), time.perf_counter()
         try:
             outputs = self._call_within_memory(node_id)
-            _check_finite(outputs)
+            check_finite(outputs)
         except UsoflowError as error:
             if error.code == "cancelled":
                 raise
@@ -228,20 +256,35 @@ class _Run:
     def _call(self, node_id: str) -> Outputs:
         node = self.prompt.nodes[node_id]
         entry = self.executor.registry[node.class_type]
-        inputs = {name: self._value(value) for name, value in node.inputs.items()}
-        if entry.schema.takes_context:
-            inputs["context"] = self._context(node_id)
         with torch.inference_mode():
+            inputs = {name: self._value(entry.schema, name, value) for name, value in node.inputs.items()}
+            if entry.schema.takes_context:
+                inputs["context"] = self._context(node_id)
             result = entry(**inputs)
         if isinstance(result, Shown):
             return (*result.outputs, result)
         return result if isinstance(result, tuple) else (result,)
 
-    def _value(self, value: Any) -> Any:
-        if link := link_of(value):
-            origin, slot = link
-            return self.outputs[origin][slot]
-        return unwrapped(value)
+    def _value(self, schema: NodeSchema, name: str, value: Any) -> Any:
+        link = link_of(value)
+        if link is None:
+            return unwrapped(value)
+        origin, slot = link
+        given = self.outputs[origin][slot]
+        if is_custom(schema):
+            return copied(given)
+        spec = schema.input(name)
+        return given if spec is None else self._checked(spec, given, origin)
+
+    def _checked(self, spec: InputSpec, given: Any, origin: str) -> Any:
+        """What a link gives, as validation would have taken it as a value; of files the node says more."""
+        if not spec.is_widget or isinstance(spec.kind, InputImage | ModelFile):
+            return given
+        converted, errors = check_value(spec, given, self.folders, None)
+        if errors:
+            what = f"{errors[0]['message']}: {errors[0]['details']} (from node {origin})."
+            raise UsoflowError("prompt_invalid", what, remedy=f"Change what node {origin} gives.")
+        return converted
 
     def _context(self, node_id: str) -> NodeContext:
         def report(step: int, steps: int, latent: Tensor | None = None, png: bytes = b"") -> None:
@@ -258,6 +301,7 @@ class _Run:
             prompt=self.given.to_json(),
             workflow=self.workflow,
             node=node_id,
+            instances=self.executor.instances,
             reserve=self.reserve,
         )
 
@@ -268,6 +312,15 @@ class _Run:
 
 def _of_known_inputs(prompt: Prompt, registry: NodeRegistry) -> Prompt:
     """The prompt without what its nodes do not take, whose links nobody has checked."""
+    for key, node in prompt.nodes.items():
+        if node.class_type not in registry:  # a custom one that was there when the prompt was accepted
+            raise NodeError(
+                "node_unknown",
+                "there is no such node any more.",
+                remedy="Put its file back into the folder of --custom-nodes, or leave out the node.",
+                node_id=key,
+                class_type=node.class_type,
+            )
     schemas = {key: registry[node.class_type].schema for key, node in prompt.nodes.items()}
     return Prompt(
         {
@@ -291,9 +344,11 @@ def _dated(prompt: Prompt, now: datetime) -> Prompt:
 def in_order(prompt: Prompt, targets: Sequence[str], stop_at: Collection[str] = ()) -> Iterator[str]:
     """Ids of the nodes that the targets need, each after those it is linked to.
 
-    The inputs of a node in `stop_at` are not followed. Links of a valid prompt have no cycle.
+    The inputs of a node in `stop_at` are not followed. Raises UsoflowError `prompt_invalid` for links in a
+    circle, which a valid prompt does not have.
     """
     done: set[str] = set()
+    path: set[str] = set()
     stack = [(target, False) for target in reversed(targets)]
     while stack:
         node_id, inputs_done = stack.pop()
@@ -303,6 +358,9 @@ def in_order(prompt: Prompt, targets: Sequence[str], stop_at: Collection[str] = 
             done.add(node_id)
             yield node_id
             continue
+        if node_id in path:  # again, before its inputs are done
+            raise UsoflowError("prompt_invalid", f"Links run in a circle through node {node_id}.")
+        path.add(node_id)
         stack.append((node_id, True))
         links = [link for value in prompt.nodes[node_id].inputs.values() if (link := link_of(value))]
         stack += [(origin, False) for origin, _ in reversed(links) if origin not in done]
@@ -320,21 +378,3 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
         word in str(error) for word in words
     )
-
-
-def _check_finite(outputs: Outputs) -> None:
-    for tensor in _tensors(outputs):
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise UsoflowError("non_finite", "its result has values that are not finite.")
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Every tensor in an output: IMAGE, LATENT, CONDITIONING."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -46,6 +46,7 @@ class NodeContext:
         prompt: the whole prompt, to be written into pictures.
         workflow: the UI graph it came from, if any, likewise.
         node: the id of the node that is run.
+        instances: of custom nodes, which keep theirs from run to run, by id and type of the node.
         reserve: is told the final path of each picture before anything is written.
     """
 
@@ -55,6 +56,7 @@ class NodeContext:
     prompt: Mapping[str, Any]
     workflow: Mapping[str, Any] | None = None
     node: str = ""
+    instances: MutableMapping[tuple[str, str], Any] = field(default_factory=dict)
     reserve: Reserve = unreserved
 
 

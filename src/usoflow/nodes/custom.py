@@ -9,9 +9,10 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import math
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final
 
 from usoflow.nodes.context import NodeContext, SavedImage, Shown
@@ -63,9 +64,9 @@ def adapt(name: str, cls: Any, *, module: str, display_name: str | None = None) 
         schema = _schema(name, cls, types, module, display_name)
         _check(cls, types, schema)
         json.dumps(to_json(schema))  # as the server is told of it
-    except UnusableNodeError:
+    except (UnusableNodeError, KeyboardInterrupt):
         raise
-    except Exception as error:  # INPUT_TYPES is the node's own code
+    except BaseException as error:  # INPUT_TYPES is the node's own code, and may even end the process
         raise UnusableNodeError(f"it cannot be read: {type(error).__name__}: {error}") from error
     validate = getattr(cls, "VALIDATE_INPUTS", None)
     return Node(
@@ -149,7 +150,7 @@ def _input(name: str, entry: Any, *, required: bool, checked: bool) -> InputSpec
         default=settings.get("default"),
         required=required,
         tooltip=str(settings.get("tooltip", "")),
-        settings=json.loads(json.dumps(settings, default=str)),
+        settings=_as_json(settings),
         checked=checked,
     )
 
@@ -158,7 +159,7 @@ def _kind(name: str, given: Any, settings: Mapping[str, Any]) -> Kind:
     control = bool(settings.get("control_after_generate", name in SEEDS and given == "INT"))
     if isinstance(given, list | tuple):
         return Choice(tuple(given), control_after_generate=control)
-    low, high, step = (settings.get(key) for key in ("min", "max", "step"))
+    low, high, step = (_bound(settings.get(key)) for key in ("min", "max", "step"))
     match str(given):
         case "COMBO":
             return Choice(tuple(settings.get("options", ())), control_after_generate=control)
@@ -171,6 +172,17 @@ def _kind(name: str, given: Any, settings: Mapping[str, Any]) -> Kind:
         case "BOOLEAN":
             return Boolean()
     return Socket(str(given))
+
+
+def _bound(value: Any) -> Any:
+    """A limit, if it is a number: infinity is none, and a text cannot be compared."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if is_number and math.isfinite(value) else None
+
+
+def _as_json(value: Any) -> Any:
+    """As the editor is told of it. JSON has no NaN and no infinity: they become null."""
+    return json.loads(json.dumps(value, default=str), parse_constant=lambda _: None)
 
 
 def _outputs(cls: Any) -> tuple[OutputSpec, ...]:
@@ -191,19 +203,19 @@ def _type(entry: Any) -> str:
 # --- what a class does -------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(frozen=True)
 class V1Function:
     """Calls a class's FUNCTION; each node of a workflow keeps its instance from run to run, as in ComfyUI."""
 
     cls: Any
     schema: NodeSchema
-    _instances: dict[str, Any] = field(default_factory=dict)
 
     def __call__(self, *, context: NodeContext, **inputs: Any) -> Any:
         """The outputs as a tuple, or `Shown` with them where there is something to show."""
-        if context.node not in self._instances:
-            self._instances[context.node] = self.cls()
-        method = getattr(self._instances[context.node], self.cls.FUNCTION)
+        key = context.node, self.schema.class_type
+        if key not in context.instances:
+            context.instances[key] = self.cls()
+        method = getattr(context.instances[key], self.cls.FUNCTION)
         given = method(**inputs, **hidden_values(self.schema, context.node, context.prompt, context.workflow))
         if inspect.isawaitable(given):
             raise TypeError("usoflow does not run functions that are async")
@@ -226,11 +238,8 @@ class V1Function:
 
 
 def _shown(ui: Mapping[str, Any], outputs: tuple[Any, ...]) -> Shown:
-    """ComfyUI's `ui` record: pictures that are files, and whatever else an extension of the editor shows.
-
-    JSON has no NaN and no infinity: they become null.
-    """
-    record = json.loads(json.dumps(ui, default=str), parse_constant=lambda _: None)
+    """ComfyUI's `ui` record: pictures that are files, and whatever else an extension of the editor shows."""
+    record = _as_json(ui)
     images = tuple(
         SavedImage(str(image["filename"]), str(image.get("subfolder", "")), str(image.get("type", "output")))
         for image in record.pop("images", ())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 import sys
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Final
 from usoflow.errors import UsoflowError
 from usoflow.nodes.custom import UnusableNodeError, adapt
 from usoflow.schema.node import AnyNode, NodeRegistry
+from usoflow.settings import expanded
 
 logger = logging.getLogger(__name__)
 
@@ -39,10 +41,11 @@ class CustomNodes:
 
 
 def check_folder(folder: Path) -> Path:
-    """The folder, `~` expanded. Raises UsoflowError `file_not_found` if it is not there."""
-    folder = folder.expanduser()
-    if not folder.is_dir():
-        raise UsoflowError("file_not_found", f"The folder of custom nodes {folder} does not exist.")
+    """The folder, `~` expanded. Raises UsoflowError `file_not_found` if it cannot be read."""
+    folder = expanded(folder)
+    if not (os.path.isdir(folder) and os.access(folder, os.R_OK | os.X_OK)):
+        what = f"The folder of custom nodes {folder} does not exist or cannot be read."
+        raise UsoflowError("file_not_found", what)
     return folder
 
 
@@ -66,13 +69,13 @@ def load(folder: Path, taken: Collection[str]) -> CustomNodes:
     problems: list[str] = []
     for path in _candidates(folder):
         try:
-            module = _module(path)
+            defined = list(_nodes(_module(path), path.stem))
+        except KeyboardInterrupt:
+            raise
         except BaseException as error:  # also SystemExit: a file may do whatever it likes
-            if isinstance(error, KeyboardInterrupt):
-                raise
             problems.append(f"{path.name}: {_reason(error)}")
             continue
-        for name, found in _nodes(module, path.stem):
+        for name, found in defined:
             if isinstance(found, str):
                 problems.append(f"{path.name}: {name}: {found}")
             elif name in taken or name in nodes:
@@ -86,14 +89,14 @@ def _candidates(folder: Path) -> Iterator[Path]:
     """Python files and packages by name; as in ComfyUI, those that end in `.disabled` are left out."""
     for path in sorted(folder.iterdir()):
         left_out = path.name.startswith((".", "_")) or path.suffix == ".disabled"
-        if not left_out and (path.suffix == ".py" or (path / "__init__.py").is_file()):
+        if not left_out and (path.suffix == ".py" or os.path.isfile(path / "__init__.py")):
             yield path
 
 
 def _module(path: Path) -> ModuleType:
-    package = path / "__init__.py" if path.is_dir() else path
+    package = path / "__init__.py" if os.path.isdir(path) else path
     name = f"{PREFIX}.{path.stem}"
-    places = [str(path)] if path.is_dir() else None
+    places = [str(path)] if os.path.isdir(path) else None
     spec = importlib.util.spec_from_file_location(name, package, submodule_search_locations=places)
     assert spec is not None
     assert spec.loader is not None
@@ -113,7 +116,8 @@ def _nodes(module: ModuleType, stem: str) -> Iterator[tuple[str, AnyNode | str]]
     if not isinstance(classes, dict):
         yield "NODE_CLASS_MAPPINGS", "the file has none, so it defines no nodes"
         return
-    labels = getattr(module, "NODE_DISPLAY_NAME_MAPPINGS", {})
+    labels = getattr(module, "NODE_DISPLAY_NAME_MAPPINGS", None)
+    labels = labels if isinstance(labels, dict) else {}
     for name, cls in classes.items():
         try:
             yield str(name), adapt(str(name), cls, module=stem, display_name=labels.get(name))

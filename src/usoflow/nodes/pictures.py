@@ -6,6 +6,7 @@ writing its `SaveImage` (values truncated to 8 bits, `PREFIX_00001_.png`, prompt
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import re
@@ -79,11 +80,17 @@ def opened(path: Path) -> Iterator[Image.Image]:
 
 
 def _frames(picture: Image.Image, path: Path) -> Iterator[Image.Image]:
-    """The frames, refused before they are decoded if they are too many pixels."""
-    pixels = picture.width * picture.height * frame_count(picture)
+    """The frames as large as the first, refused before they are decoded if they are too many pixels.
+
+    Those of another size, as a TIFF may have them, would be of no use, however large they are.
+    """
+    size = picture.width * picture.height
+    pixels = size * frame_count(picture)
     if pixels > MAX_PIXELS:
         raise _too_large(path, f"{pixels / 1e6:.0f} million")
-    yield from itertools.islice(ImageSequence.Iterator(picture), frame_count(picture))
+    for frame in itertools.islice(ImageSequence.Iterator(picture), frame_count(picture)):
+        if frame.width * frame.height == size:  # turned or not, by its EXIF
+            yield frame
 
 
 def frame_count(picture: Image.Image) -> int:
@@ -100,12 +107,19 @@ def _too_large(path: Path, pixels: str) -> UsoflowError:
 def _frame(frame: Image.Image) -> tuple[Array, Array | None]:
     """RGB and, if there is transparency, the mask."""
     turned = ImageOps.exif_transpose(frame)
-    if turned.mode.startswith("I"):  # 16 bits a pixel, which Pillow's RGB conversion would clip
-        turned = Image.fromarray((np.asarray(turned) / 257).round().clip(0, 255).astype(np.uint8))
+    if turned.mode.startswith("I"):
+        return _deep_grey(turned)
     image = _unit(turned.convert("RGB"))
     if _clear(turned):
         return image, np.float32(1) - _unit(turned.convert("RGBA").getchannel("A"))
     return image, None
+
+
+def _deep_grey(picture: Image.Image) -> tuple[Array, Array | None]:
+    """The same for 16 bits a pixel, which Pillow's RGB conversion would clip; one grey may be transparent."""
+    levels, clear = np.asarray(picture), picture.info.get("transparency")
+    grey = Image.fromarray((levels / 257).round().clip(0, 255).astype(np.uint8))
+    return _unit(grey.convert("RGB")), None if clear is None else (levels == clear).astype(np.float32)
 
 
 def _unit(picture: Image.Image) -> Array:
@@ -186,8 +200,9 @@ def write_pictures(
                 picture.save(partial, format="PNG", pnginfo=metadata, compress_level=compression)
             written.append(PurePosixPath(partial.with_suffix(".png").relative_to(root).as_posix()))
     except OSError as error:
-        reason = error.strerror or error
-        raise UsoflowError("save_failed", f"{folder} cannot be written to: {reason}.") from None
+        what = f"{folder} cannot be written to: {error.strerror or error}."
+        advice = "Use a shorter filename_prefix." if error.errno == errno.ENAMETOOLONG else None
+        raise UsoflowError("save_failed", what, remedy=advice) from None
     return written
 
 

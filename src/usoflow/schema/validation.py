@@ -13,7 +13,7 @@ from typing import Any
 from usoflow.schema.node import NodeRegistry
 from usoflow.schema.object_info import render_input
 from usoflow.schema.specs import ANY_TYPE, FileLister, InputSpec, NodeSchema
-from usoflow.schema.values import Json, Remedy, bad_link, check_value, error
+from usoflow.schema.values import Json, Remedy, bad_link, check_value, error, wrapped
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +192,7 @@ class _Validator:
                 self._check_link(node, spec, node.inputs[spec.name])
             else:
                 value, errors = check_value(spec, node.inputs[spec.name], self._files, self._remedy)
-                node.values[spec.name] = value
+                node.values[spec.name] = wrapped(value)
                 node.errors += errors
 
     def _check_link(self, node: _Checked, spec: InputSpec, link: list[Any]) -> None:

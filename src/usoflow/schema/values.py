@@ -37,8 +37,7 @@ def check_value(
     spec: InputSpec, value: Any, files: FileLister, remedy: Remedy | None
 ) -> tuple[Any, list[Json]]:
     """The value as the node gets it, and what is wrong with it."""
-    if isinstance(value, dict) and "__value__" in value:
-        value = value["__value__"]
+    value = unwrapped(value)
     match spec.kind:
         case Socket(type=type_):
             return value, [] if type_ == ANY_TYPE else [bad_link(spec, value, files)]
@@ -54,6 +53,16 @@ def check_value(
     except (ValueError, TypeError, OverflowError) as reason:
         return value, [_not_convertible(spec, value, reason, files)]
     return converted, _check_range(spec, converted, files) if spec.checked else []
+
+
+def wrapped(value: Any) -> Any:
+    """The value as it stands in a prompt, where a list would read as a link: {"__value__": [...]}."""
+    return {"__value__": value} if isinstance(value, list) else value
+
+
+def unwrapped(value: Any) -> Any:
+    """Back from `wrapped`."""
+    return value["__value__"] if isinstance(value, dict) and "__value__" in value else value
 
 
 def bad_link(spec: InputSpec, value: Any, files: FileLister) -> Json:

@@ -34,7 +34,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """Stop this job, if it runs or as soon as it comes."""
+    """Stop this job, if its `Run` has come and it has not ended; a later job may have the same id."""
 
     job: str
 
@@ -65,6 +65,11 @@ class Device:
     """`system` of `Ready` once more: how much memory is free has changed."""
 
     system: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """The worker has taken the job: should everything end from here on, the job may be the cause."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +136,7 @@ class Failed:
 
 
 Command = Run | Cancel | Free
-Report = Cached | Started | Progress | Finished
+Report = Begun | Cached | Started | Progress | Finished
 Outcome = Done | Cancelled | Failed
 Message = Command | Report | Outcome | Ready | Device
 
@@ -143,6 +148,7 @@ _MESSAGES: Mapping[str, type[Message]] = {
         Free,
         Ready,
         Device,
+        Begun,
         Cached,
         Started,
         Progress,

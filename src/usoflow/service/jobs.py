@@ -277,11 +277,15 @@ class JobStore:
             run("UPDATE jobs SET state = 'in_progress', started = ? WHERE id = ?", (now(), row["id"]))
             return self._get(row["id"])
 
-    def note_cached(self, job_id: str, nodes: Sequence[str]) -> None:
-        """Remember that a worker has begun, and which nodes need not run."""
+    def note_begun(self, job_id: str) -> None:
+        """Remember that a worker has begun with a job."""
         with self._transaction() as run:
-            query = "UPDATE jobs SET cached = ?, attempts = attempts + 1 WHERE id = ?"
-            run(query, (json.dumps(nodes), job_id))
+            run("UPDATE jobs SET attempts = attempts + 1 WHERE id = ?", (job_id,))
+
+    def note_cached(self, job_id: str, nodes: Sequence[str]) -> None:
+        """Remember which nodes need not run."""
+        with self._transaction() as run:
+            run("UPDATE jobs SET cached = ? WHERE id = ?", (json.dumps(nodes), job_id))
 
     def note_output(self, job_id: str, node: str, shown: Mapping[str, Any]) -> None:
         """Remember what an output node has shown."""

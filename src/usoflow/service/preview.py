@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,7 +20,7 @@ from usoflow.errors import UsoflowError
 from usoflow.models.checkpoint import Component, TensorFile
 from usoflow.models.library import ModelLibrary
 from usoflow.settings import Folders
-from usoflow.workflow.prompt import Prompt
+from usoflow.workflow.prompt import PromptNode
 
 SIDE = 256  # pixels of the picture that the map is fitted on: 1024 equations, 17 unknowns
 LONGEST_SIDE = 512  # of a preview
@@ -30,16 +31,16 @@ _FOLDERS = {"VAELoader": ("vae", "vae_name"), "CheckpointLoaderSimple": ("checkp
 
 @dataclass
 class Previewer:
-    """Makes previews with the VAE of the prompt that is run."""
+    """Makes previews with the VAE of the nodes that are run."""
 
     library: ModelLibrary
     _maps: dict[tuple[object, ...], Tensor | None] = field(default_factory=dict)
     _vae: Component | None = None
     _last: float = 0.0
 
-    def choose(self, prompt: Prompt, folders: Folders) -> None:
-        """Use the VAE that this prompt loads, if it loads one."""
-        self._vae = vae_of(prompt, folders)
+    def choose(self, nodes: Sequence[PromptNode], folders: Folders) -> None:
+        """Use the VAE that these nodes load, if they load one."""
+        self._vae = vae_of(nodes, folders)
 
     def jpeg(self, latent: Tensor) -> bytes:
         """The first of a latent [B, 16, h, w] in the model's scale as JPEG; empty if it is too soon."""
@@ -60,10 +61,10 @@ class Previewer:
         return buffer.getvalue()
 
 
-def vae_of(prompt: Prompt, folders: Folders) -> Component | None:
-    """The VAE that a prompt loads by itself, else that of its checkpoint; None if there is none to be had."""
+def vae_of(nodes: Sequence[PromptNode], folders: Folders) -> Component | None:
+    """The VAE that is loaded by itself, else that of the checkpoint; None if there is none to be had."""
     for class_type, (folder, name) in _FOLDERS.items():
-        for node in prompt.nodes.values():
+        for node in nodes:
             file = node.inputs.get(name) if node.class_type == class_type else None
             if isinstance(file, str) and (found := _component(folders, folder, file)):
                 return found

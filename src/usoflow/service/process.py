@@ -104,7 +104,7 @@ class WorkerProcess:
             with self._lock:
                 child = self._living()
                 child.send(run)
-                if run.job in self._cancelled:  # of which the child before this one was told
+                if run.job in self._cancelled:  # before it had come to this child
                     child.send(Cancel(run.job))
             begun = False
             while (message := child.messages.get()) is not None:
@@ -189,7 +189,7 @@ class _Child:
         inherited: Sequence[int],
         note: Callable[[Ready | Device | UsoflowError], None],
     ) -> None:
-        self._kills_before = _memory_kills()
+        self._kills_before = _memory_kills()  # later: when the job in progress was sent
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, pass_fds=inherited
         )
@@ -205,6 +205,8 @@ class _Child:
 
     def send(self, command: Command) -> None:
         """Write a command; that a dead process does not take it shows in `messages`."""
+        if isinstance(command, Run):
+            self._kills_before = _memory_kills()
         try:
             self._stdin.write(encode(command))
             self._stdin.flush()

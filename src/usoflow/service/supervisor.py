@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from usoflow.errors import UsoflowError
 from usoflow.service.engine import (
+    Begun,
     Cached,
     Cancelled,
     Engine,
@@ -188,24 +189,21 @@ class Supervisor:
             return None
         preview = self._preview and request.extra.get("preview_method") != "none"
         run = Run(request.id, request.prompt, request.targets, request.workflow, preview)
-        unnoted: list[UsoflowError] = []
+        unnoted: list[Exception] = []
 
         def listen(report: Report) -> None:
             try:
                 self._note(running, report)
-            except UsoflowError as error:  # what the job shows could not be kept
+            except Exception as error:  # what the job shows could not be kept, say; the run goes to its end
                 unnoted.append(error)
                 self._engine.cancel(run.job)
 
         try:
             outcome = self._engine.run(run, listen)
-        except UsoflowError as error:
-            if self.stopping:
+        except Exception as error:  # a defect ends a job, never the queue
+            if self.stopping and isinstance(error, UsoflowError):
                 return None
             return _failed(error)
-        except Exception as error:  # a defect ends a job, never the queue
-            logger.exception("Job %s failed.", run.job)
-            return _failed(UsoflowError("node_failed", f"{type(error).__name__}: {error}"))
         return _failed(unnoted[0]) if unnoted else outcome
 
     def _insist(self, ask: Callable[[], T]) -> T | None:
@@ -220,7 +218,9 @@ class Supervisor:
 
     def _note(self, running: Running, report: Report) -> None:
         running.note(report)
-        if isinstance(report, Cached):
+        if isinstance(report, Begun):
+            self._store.note_begun(running.job.id)
+        elif isinstance(report, Cached):
             self._store.note_cached(running.job.id, report.nodes)
             for node, shown in report.shown.items():
                 self._store.note_output(running.job.id, node, shown)
@@ -244,7 +244,10 @@ def _cause_of_crashes(job: Job) -> dict[str, Any]:
     return _failure(Running(job), _failed(UsoflowError("worker_died", detail)))
 
 
-def _failed(error: UsoflowError) -> Failed:
+def _failed(error: Exception) -> Failed:
+    if not isinstance(error, UsoflowError):
+        logger.error("A job failed.", exc_info=error)
+        error = UsoflowError("node_failed", f"{type(error).__name__}: {error}")
     return Failed(error.code, error.detail, error.remedy)
 
 

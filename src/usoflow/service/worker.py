@@ -14,7 +14,6 @@ import sys
 import threading
 import time
 import traceback
-from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -94,10 +93,8 @@ class Pipe:
     """The worker's end: commands in by way of a queue, messages out from any thread."""
 
     def __init__(self, incoming: IO[bytes], outgoing: IO[bytes]) -> None:
-        from usoflow.execution.progress import Cancellation
-
         self.commands: queue.SimpleQueue[Run | engine.Free] = queue.SimpleQueue()
-        self.cancellations: defaultdict[str, Cancellation] = defaultdict(Cancellation)
+        self.cancellations: dict[str, Cancellation] = {}  # of jobs that are to run, or do
         self._incoming, self._outgoing = incoming, outgoing
         self._lock = threading.Lock()
         threading.Thread(target=self._read, daemon=True).start()
@@ -112,12 +109,16 @@ class Pipe:
             os._exit(0)
 
     def _read(self) -> None:
+        from usoflow.execution.progress import Cancellation
+
         for line in self._incoming:
             command = engine.decode(line)
-            if isinstance(command, engine.Cancel):
-                self.cancellations[command.job].set()
-            elif isinstance(command, Run | engine.Free):
+            if isinstance(command, Run):
+                self.cancellations[command.job] = Cancellation()
+            if isinstance(command, Run | engine.Free):
                 self.commands.put(command)
+            elif isinstance(command, engine.Cancel) and command.job in self.cancellations:
+                self.cancellations[command.job].set()
         os._exit(0)  # the server is gone: nothing may be written any more
 
 
@@ -137,10 +138,12 @@ class Worker:
         from usoflow.execution.executor import NodeError
         from usoflow.workflow.prompt import Prompt
 
-        prompt, folders = Prompt.parse(run.prompt), self.settings.folders
+        self.send(engine.Begun())
+        folders = self.settings.folders
         self._preview = run.preview
-        self.previewer.choose(prompt, folders)
         try:
+            prompt = Prompt.parse(run.prompt)
+            self.previewer.choose(self.executor.needed(prompt, run.targets), folders)
             self.executor.run(
                 prompt,
                 run.targets,
@@ -158,12 +161,16 @@ class Worker:
             if error.code == "cancelled":
                 return engine.Cancelled()
             return engine.Failed(error.code, error.detail, error.remedy, traceback=_frames(error))
+        except Exception as error:  # a defect ends a job, never the worker with its models
+            told = UsoflowError("node_failed", f"{type(error).__name__}: {error}")
+            frames = tuple(traceback.format_exception(error))
+            return engine.Failed(told.code, told.detail, told.remedy, traceback=frames)
         return engine.Done()
 
     def free(self, *, outputs: bool) -> None:
         """Forget models, and outputs if asked to."""
         if outputs:
-            self.executor.cache.clear()
+            self.executor.clear()
         self.executor.library.clear()
 
     def _tell(self, event: Event) -> None:
@@ -212,7 +219,7 @@ def _clear(folders: Folders, before: float) -> None:
 def serve(registry: NodeRegistry, argument: str) -> None:
     """The life of a worker process."""
     for number in (signal.SIGINT, signal.SIGTERM):  # meant for the server, whose end is ours
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, _disregard)
     pipe = Pipe(*_taken_streams())
     settings = WorkerSettings.from_argument(argument)
     try:
@@ -234,6 +241,10 @@ def serve(registry: NodeRegistry, argument: str) -> None:
         pipe.send(engine.Device(_system(worker.executor.library.placement.device)))
         if outcome is not None:
             pipe.send(outcome)
+
+
+def _disregard(*_: object) -> None:
+    """Does what SIG_IGN does, but that programs which a node starts do not inherit it."""
 
 
 def _taken_streams() -> tuple[BinaryIO, BinaryIO]:

@@ -16,6 +16,7 @@ from typing import Any
 from usoflow.errors import UsoflowError
 from usoflow.schema.node import NodeRegistry
 from usoflow.schema.specs import NodeSchema
+from usoflow.schema.values import unwrapped
 from usoflow.workflow import document, text, widgets
 from usoflow.workflow.document import INPUT_NODE, Link
 from usoflow.workflow.flatten import PRIMITIVE, flatten, shown_names
@@ -99,7 +100,7 @@ class _Place:
         """
         if link_of(value):
             raise LookupError(name)
-        value = value["__value__"] if isinstance(value, dict) and "__value__" in value else value
+        value = unwrapped(value)
         schema = self._registry.schema(self._node["type"])
         is_dynamic = isinstance(value, str) and widgets.is_dynamic(schema, name)
         own = text.escaped(value) if is_dynamic else value

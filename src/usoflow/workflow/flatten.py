@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from usoflow.errors import UsoflowError
 from usoflow.schema.node import NodeRegistry
+from usoflow.schema.values import wrapped
 from usoflow.workflow import text, widgets
 from usoflow.workflow.document import (
     BYPASSED,
@@ -183,7 +184,7 @@ class _Flattener:
         for slot in node.inputs:
             source = self._input(scope, slot)
             if isinstance(source, _Value):
-                inputs[slot.name] = source.value
+                inputs[slot.name] = wrapped(source.value)
                 as_they_are |= {slot.name} if source.as_it_is else set()
             elif source is not None:
                 inputs[slot.name] = source

@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from usoflow.errors import UsoflowError
 from usoflow.schema.node import NodeRegistry
+from usoflow.settings import expanded
 from usoflow.workflow import document, metadata
 from usoflow.workflow.flatten import flatten
 from usoflow.workflow.prompt import Prompt, looks_like_prompt
@@ -48,7 +49,7 @@ def load(source: str | Path, registry: NodeRegistry) -> LoadedWorkflow:
     if name.startswith(TEMPLATE):
         return load_json(template(name.removeprefix(TEMPLATE)), registry)
     try:
-        data = sys.stdin.buffer.read() if name == "-" else Path(source).expanduser().read_bytes()
+        data = sys.stdin.buffer.read() if name == "-" else expanded(source).read_bytes()
     except (OSError, ValueError) as reason:
         why = getattr(reason, "strerror", None) or reason
         raise UsoflowError("file_not_found", f"{name}: {why}") from None

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from usoflow.errors import UsoflowError
+from usoflow.schema.values import wrapped
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +82,8 @@ class Prompt:
         old = self.nodes[key]
         if input not in old.inputs and input not in optional:
             raise no_input(key, old, input, dict.fromkeys([*old.inputs, *optional]))
-        wrapped = {"__value__": value} if isinstance(value, list) and link_of(value) is None else value
-        return Prompt({**self.nodes, key: replace(old, inputs={**old.inputs, input: wrapped})})
+        given = value if link_of(value) else wrapped(value)
+        return Prompt({**self.nodes, key: replace(old, inputs={**old.inputs, input: given})})
 
 
 def looks_like_prompt(data: object) -> bool:
@@ -112,11 +113,6 @@ def link_of(value: object) -> tuple[str, int] | None:
         if isinstance(node, str) and isinstance(slot, int) and not isinstance(slot, bool):
             return node, slot
     return None
-
-
-def unwrapped(value: object) -> Any:
-    """A list that is a value stands in {"__value__": [...]}, so that it is no link."""
-    return value["__value__"] if isinstance(value, dict) and "__value__" in value else value
 
 
 def _node(key: str, data: Mapping[str, Any]) -> PromptNode:

@@ -19,6 +19,7 @@ from usoflow.schema.specs import (
     NodeSchema,
     Text,
 )
+from usoflow.schema.values import wrapped
 from usoflow.workflow.document import DocumentNode
 
 CONTROL: Final = "control_after_generate"
@@ -36,13 +37,13 @@ def known_values(node: DocumentNode, schema: NodeSchema) -> dict[str, Any]:
     stored = dict(zip(names_along(node, schema), node.values, strict=False)) or node.named_values
     specs = _widgets(schema)
     found = {spec.name: stored.get(spec.name, _default(spec)) for spec in specs}
-    return {name: _wrapped(value) for name, value in found.items() if value is not None}
+    return {name: wrapped(value) for name, value in found.items() if value is not None}
 
 
 def guessed_values(node: DocumentNode) -> dict[str, Any]:
     """Values of the fields of an unknown type, named as the file does, else UNKNOWN, UNKNOWN_1, ..."""
     values = dict(node.named_values) or dict(zip(_guessed_names(node), node.values, strict=False))
-    return {name: _wrapped(value) for name, value in values.items() if name not in EDITOR_ONLY}
+    return {name: wrapped(value) for name, value in values.items() if name not in EDITOR_ONLY}
 
 
 def names_along(node: DocumentNode, schema: NodeSchema | None) -> list[str]:
@@ -111,11 +112,6 @@ def _guessed_names(node: DocumentNode) -> Iterator[str]:
     for previous, value in zip((None, *node.values), node.values, strict=False):
         is_control = isinstance(previous, int | float) and value in CONTROL_VALUES
         yield CONTROL if is_control else next(named, None) or next(unnamed)
-
-
-def _wrapped(value: Any) -> Any:
-    """A list would read as a link."""
-    return {"__value__": value} if isinstance(value, list) else value
 
 
 def by_name(names: Sequence[str], values: Sequence[Any], named: Mapping[str, Any]) -> dict[str, Any]:

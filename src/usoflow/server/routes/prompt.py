@@ -13,6 +13,7 @@ from fastapi import APIRouter, Query, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
+from usoflow.api.checking import check_names
 from usoflow.catalogue import missing_file_remedy
 from usoflow.errors import UsoflowError
 from usoflow.schema.validation import ValidationResult, validate
@@ -82,6 +83,7 @@ def _submit(server: Server, body: Json) -> JSONResponse:
     checked = _validate(server, body)
     if checked.error is not None:
         return _refusal(checked.error, checked.node_errors)
+    check_names(checked)
     job = server.store.add(_request(body, checked), limit=server.settings.limits.queue)
     server.supervisor.wake()
     server.queue_changed()

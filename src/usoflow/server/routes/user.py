@@ -80,7 +80,7 @@ def list_files(
     if not is_folder(root):
         raise UsoflowError("file_not_found", f"There is no folder {dir!r}.")
     found = root.rglob("*") if recurse == "true" else root.glob("*")
-    paths = sorted(path for path in found if is_text(path.relative_to(root).as_posix()) and path.is_file())
+    paths = sorted(path for path in found if is_text(path.relative_to(root).as_posix()) and is_file(path))
     if full_info == "true":
         return JSONResponse(list(_infos(paths, root)))
     names = [path.relative_to(root).as_posix() for path in paths]

@@ -1,0 +1,53 @@
+"""What is being replaced is lost only when what replaces it is whole."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from usoflow.api.saving import write_whole
+
+FULL = """
+import resource, signal, sys
+from usoflow import UsoflowError, Workflow
+workflow = Workflow.load("template:flux1_dev_uso_reference_image_gen")
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+try:
+    workflow.save(sys.argv[1])
+except UsoflowError as error:
+    sys.exit(error.detail)
+"""
+
+
+def test_a_full_disk_costs_no_graph(tmp_path: Path) -> None:
+    """In a process of its own, with a limit on file sizes for the disk."""
+    graph = tmp_path / "graph.json"
+    graph.write_text("hours of work")
+    done = subprocess.run([sys.executable, "-c", FULL, graph], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "File too large" in done.stderr
+    assert graph.read_text() == "hours of work"
+    assert list(tmp_path.iterdir()) == [graph]
+
+
+def test_a_link_stays_one_and_who_may_read_it_stays(tmp_path: Path) -> None:
+    (tmp_path / "graph").write_text("a")
+    (tmp_path / "graph").chmod(0o600)
+    (tmp_path / "link").symlink_to(tmp_path / "graph")
+    write_whole(tmp_path / "link", b"b")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "graph").read_text() == "b"
+    assert (tmp_path / "graph").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.skipif(os.name == "nt", reason="has no such pipes")
+def test_a_pipe_is_written_to(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE) as reading:
+        write_whole(tmp_path / "pipe", b"words")
+        assert reading.communicate(timeout=60)[0] == b"words"
