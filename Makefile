@@ -9,13 +9,14 @@ demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
 
 # Units, property tests, oracles, and one golden of each stage. The first run writes 5 GB of synthetic weights
-# to the user's cache directory (USOFLOW_TEST_CACHE names another).
+# to the user's cache directory (USOFLOW_TEST_CACHE names another). Several processes with a thread each: most of
+# the time goes into starting things.
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m "not full"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not full" -n logical --maxprocesses 4 --dist loadfile
 
-# Every golden and every conversion pair.
-test-full: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+# Every golden and every conversion pair, too.
+test-full: test
+	$(BIN)/python -m pytest -m full -rs --durations 20
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check src tests examples benchmarks

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from golden import synth
 from golden.compare import Golden
+from usoflow.file_lock import taken
 from usoflow.pocket.untrained import write_untrained
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -71,10 +73,14 @@ def synth_models() -> Path:
     cache = Path(os.environ.get(CACHE_VARIABLE) or platformdirs.user_cache_path("usoflow-tests"))
     models = cache / "models"
     done = models / ".complete"
-    if not done.exists():
-        models.mkdir(parents=True, exist_ok=True)
-        subprocess.run([sys.executable, GOLDEN / "synth.py", models], check=True, stdout=subprocess.DEVNULL)
-        done.touch()
+    models.mkdir(parents=True, exist_ok=True)
+    with (cache / "lock").open("w") as lock:
+        while not taken(lock.fileno()):  # another process of these tests writes it
+            time.sleep(1)
+        if not done.exists():
+            command = [sys.executable, GOLDEN / "synth.py", models]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            done.touch()
     return models
 
 
