@@ -7,6 +7,7 @@ import mmap
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from usoflow.models import pages, residence
 from usoflow.models.checkpoint import TensorFile
 from usoflow.models.flux import Flux
 from usoflow.models.library import ModelLibrary, load_flux, load_t5
-from usoflow.models.pages import bring, mapped
+from usoflow.models.pages import bring, mapped, read_ahead
 from usoflow.models.placement import Placement, _free_in_container
 from usoflow.models.residence import Sizes, passing_once, settle_on_cpu, settle_on_gpu
 from usoflow.models.weights import Linear, LowRank
@@ -222,8 +223,11 @@ def test_threads_read_what_is_stored_into_place(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="pages are asked for on Linux only")
-def test_an_older_system_reads_all_of_it_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More than it reads for one request: into its cache, not yet into the process."""
+@pytest.mark.parametrize("ask", [read_ahead, bring])
+def test_what_is_read_ahead_comes_whole(
+    ask: Callable[[list[tuple[int, int]]], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More than the system reads for one request: into its cache, not yet into the process."""
     monkeypatch.setattr(pages, "_POPULATE_READ", 9999)  # as before Linux 5.14
     path, size = tmp_path / "weights", 64 << 20
     path.write_bytes(bytes(size))
@@ -233,7 +237,7 @@ def test_an_older_system_reads_all_of_it_ahead(tmp_path: Path, monkeypatch: pyte
     stored = torch.from_file(str(path), size=size, dtype=torch.uint8)
     if cached_bytes(stored) > size // 2:
         pytest.skip("this file system keeps its files in memory")
-    bring(mapped([stored]))
+    ask(mapped([stored]))
     deadline = time.monotonic() + 30
     while cached_bytes(stored) < size:
         assert time.monotonic() < deadline, f"{cached_bytes(stored)} of {size} bytes have come"

@@ -46,6 +46,15 @@ def give_back(ranges: Sequence[Range]) -> None:
     _advise(ranges, _DO_NOT_NEED)
 
 
+def read_ahead(ranges: Sequence[Range]) -> None:
+    """The system begins to read these pages into its cache, in a thread: of a busy disk, asking takes time.
+
+    Beside a computation, from which `bring` would take the cores.
+    """
+    if ranges:
+        Thread(target=_ask_ahead, args=(ranges,), daemon=True).start()
+
+
 def bring(ranges: Sequence[Range]) -> None:
     """Begin to read these pages into place, in the order in which they lie, in threads of their own.
 
@@ -72,7 +81,11 @@ def _populate(pieces: deque[Range]) -> None:
         except IndexError:
             return
         if _advise([piece], _POPULATE_READ) != 0:  # before Linux 5.14, which can only be asked to read ahead
-            _advise(_pieces([piece], _ASKED_AT_ONCE), _WILL_NEED)
+            _ask_ahead([piece])
+
+
+def _ask_ahead(ranges: Sequence[Range]) -> None:
+    _advise(_pieces(ranges, _ASKED_AT_ONCE), _WILL_NEED)
 
 
 def _advise(ranges: Iterable[Range], advice: int) -> int:

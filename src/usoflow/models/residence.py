@@ -240,7 +240,9 @@ def _let_pages_pass(blocks: Sequence[nn.Module]) -> list[RemovableHandle]:
     for number, block in enumerate(blocks):
         following = held[(number + 1) % len(held)]
         hooks += [
-            block.register_forward_pre_hook(lambda _module, _inputs, ranges=following: pages.bring(ranges)),
+            block.register_forward_pre_hook(
+                lambda _module, _inputs, ranges=following: pages.read_ahead(ranges)
+            ),
             block.register_forward_hook(
                 lambda _module, _inputs, _out, ranges=held[number]: pages.give_back(ranges)
             ),
