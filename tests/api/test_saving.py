@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from usoflow.api.saving import write_whole
+from usoflow.api.saving import save
 
 FULL = """
 import resource, signal, sys
@@ -39,7 +39,7 @@ def test_a_link_stays_one_and_who_may_read_it_stays(tmp_path: Path) -> None:
     (tmp_path / "graph").write_text("a")
     (tmp_path / "graph").chmod(0o600)
     (tmp_path / "link").symlink_to(tmp_path / "graph")
-    write_whole(tmp_path / "link", b"b")
+    save(tmp_path / "link", b"b")
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "graph").read_text() == "b"
     assert (tmp_path / "graph").stat().st_mode & 0o777 == 0o600
@@ -49,5 +49,5 @@ def test_a_link_stays_one_and_who_may_read_it_stays(tmp_path: Path) -> None:
 def test_a_pipe_is_written_to(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE) as reading:
-        write_whole(tmp_path / "pipe", b"words")
+        save(tmp_path / "pipe", b"words")
         assert reading.communicate(timeout=60)[0] == b"words"

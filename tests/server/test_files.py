@@ -348,7 +348,7 @@ def test_a_full_disk_is_no_fault_of_the_client(
     client: TestClient, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fixed = uuid.uuid4()
-    monkeypatch.setattr("usoflow.server.files.uuid.uuid4", lambda: fixed)
+    monkeypatch.setattr("usoflow.api.saving.uuid.uuid4", lambda: fixed)
     folders = place / "input", place / "state" / "user" / "workflows"
     for folder in folders:
         (folder / f".{fixed.hex}.part").symlink_to("/dev/full")

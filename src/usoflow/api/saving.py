@@ -1,18 +1,18 @@
-"""Files that stay as they were until what takes their place is whole: graphs, prompts, sheets of pictures."""
+"""Files that stay as they were until what takes their place is whole: graphs, prompts, sheets, uploads."""
 
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
+import uuid
 from pathlib import Path
 
 from usoflow.errors import UsoflowError
 from usoflow.settings import expanded
 
 
-def write_whole(file: str | Path, data: bytes) -> None:
-    """Write a file; one that is there is lost only when all is written.
+def save(file: str | Path, data: bytes) -> None:
+    """Write what a user has named: a file, a link to one, or a pipe.
 
     Raises:
         UsoflowError: `output_unwritable`.
@@ -22,18 +22,19 @@ def write_whole(file: str | Path, data: bytes) -> None:
         if os.path.exists(path) and not os.path.isfile(path):  # a pipe or a terminal has no place beside it
             path.write_bytes(data)
         else:
-            _write_beside(path, data)
+            write_whole(path, data)
     except OSError as reason:
         what = f"{file} cannot be written: {reason.strerror}."
         raise UsoflowError("output_unwritable", what) from None
 
 
-def _write_beside(path: Path, data: bytes) -> None:
-    part = path.with_name(f".{secrets.token_hex(8)}.part")
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that it is never half there, and who may read one that was there still may."""
+    partial = path.with_name(f".{uuid.uuid4().hex}.part")
     try:
-        part.write_bytes(data)
+        partial.write_bytes(data)
         if os.path.exists(path):
-            shutil.copymode(path, part)
-        part.replace(path)
+            shutil.copymode(path, partial)
+        partial.replace(path)
     finally:
-        part.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Self
 
-from usoflow.api.saving import write_whole
+from usoflow.api.saving import save
 from usoflow.errors import UsoflowError
 from usoflow.schema.node import NodeRegistry
 from usoflow.schema.specs import Choice, InputImage, InputSpec, ModelFile, Text
@@ -167,7 +167,7 @@ class Workflow:
         """
         data = self.to_prompt() if self.ui is None else self.ui
         text = json.dumps(data, indent=2, ensure_ascii=False)
-        write_whole(file, text.encode(errors="backslashreplace"))  # a lone surrogate: JSON's escape
+        save(file, text.encode(errors="backslashreplace"))  # a lone surrogate: JSON's escape
 
     def _targets(self, node: str, name: str) -> Sequence[Field]:
         """The inputs of the prompt that are meant: one, or those behind a field of a subgraph's node."""

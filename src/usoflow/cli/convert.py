@@ -24,7 +24,7 @@ def convert(
     custom_nodes: CustomNodes = None,
 ) -> None:
     """Print the prompt (API JSON) of a workflow."""
-    from usoflow.api.saving import write_whole
+    from usoflow.api.saving import save
     from usoflow.workflow.loading import load
 
     loaded = load(file, node_types(custom_nodes))
@@ -37,4 +37,4 @@ def convert(
     if os.path.exists(output) and os.path.exists(source := expanded(file)) and output.samefile(source):
         what = f"{output} is the workflow itself, of which a prompt is only a part."
         raise UsoflowError("output_unwritable", what, remedy="Write the prompt to another file.")
-    write_whole(output, data)
+    save(output, data)

@@ -287,7 +287,7 @@ def _record(
 
 
 def _write_sheet(wanted: Sequence[_Wanted], results: Sequence[Result], columns: int | None) -> Path:
-    from usoflow.api.saving import write_whole
+    from usoflow.api.saving import save
     from usoflow.api.sheet import contact_sheet
 
     labelled = [
@@ -298,7 +298,7 @@ def _write_sheet(wanted: Sequence[_Wanted], results: Sequence[Result], columns: 
     path, buffer = _sheet_path(results[0].paths[0]), io.BytesIO()
     contact_sheet(labelled, columns=columns).save(buffer, "PNG")
     try:
-        write_whole(path, buffer.getvalue())
+        save(path, buffer.getvalue())
     except UsoflowError as error:
         raise UsoflowError("save_failed", error.detail) from None
     return path

@@ -45,7 +45,7 @@ def named(text: str) -> str:
 
 def path(text: str) -> Path:
     """A file or folder by its name. Who reads it tells if it cannot be read, with an exit code of its own."""
-    return expanded(Path(named(text)))
+    return expanded(named(text))
 
 
 WorkflowFile = Annotated[

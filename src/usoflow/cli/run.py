@@ -108,10 +108,8 @@ def stopped_by_interrupt() -> Iterator[Cancellation]:
     def stop(*_: object) -> None:
         cancellation.set()
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own would wait for what torch is doing
-        with suppress(OSError):
-            os.write(
-                2, b"Stopping; Ctrl+C once more ends it at once.\n"
-            )  # print could be interrupted by itself
+        with suppress(OSError):  # print could be interrupted by itself
+            os.write(2, b"Stopping; Ctrl+C once more ends it at once.\n")
 
     before = signal.signal(signal.SIGINT, stop)
     try:

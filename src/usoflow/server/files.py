@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 import io
+import os
 import threading
-import uuid
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +15,7 @@ from typing import Final
 
 from PIL import Image
 
+from usoflow.api.saving import write_whole
 from usoflow.errors import UsoflowError
 from usoflow.settings import Folders, inside
 
@@ -57,7 +58,7 @@ def find(folders: Folders, kind: str, subfolder: str, name: str) -> Path:
     """A file that a client names. Raises UsoflowError `image_missing`, `path_outside`."""
     for root in roots(folders, kind):
         path = within(root, f"{subfolder}/{name}" if subfolder else name)
-        if is_file(path):
+        if os.path.isfile(path):
             return path
     advice = f"/internal/files/{kind} lists the pictures there, without those in subfolders."
     raise UsoflowError("image_missing", f"There is no {name!r} in {kind}.", remedy=advice)
@@ -149,6 +150,7 @@ class Uploads:
             raise UsoflowError("path_outside", "The upload has no file name.")
         with self._lock, writing("The upload"):
             path = target if overwrite else _free(target, data)
+            path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, data)
         return path
 
@@ -163,36 +165,9 @@ def writing(what: str) -> Iterator[None]:
         raise UsoflowError(code, f"{what} cannot be written: {error.strerror}.") from None
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that it is never half there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{uuid.uuid4().hex}.part")
-    try:
-        partial.write_bytes(data)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def _free(target: Path, data: bytes) -> Path:
     path, number = target, 0
     while path.exists() and not (path.is_file() and path.read_bytes() == data):
         number += 1
         path = target.with_name(f"{target.stem} ({number}){target.suffix}")
     return path
-
-
-def is_file(path: Path) -> bool:
-    """Whether there is a file; that a name is too long for one is no error."""
-    try:
-        return path.is_file()
-    except OSError:
-        return False
-
-
-def is_folder(path: Path) -> bool:
-    """Whether there is a folder, likewise."""
-    try:
-        return path.is_dir()
-    except OSError:
-        return False

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, Self
 
 from usoflow.errors import UsoflowError
 from usoflow.schema.specs import NodeSchema
@@ -133,6 +133,13 @@ class Failed:
     node: str = ""
     class_type: str = ""
     traceback: tuple[str, ...] = field(default=())
+
+    @classmethod
+    def by(cls, error: Exception, frames: Sequence[str] = ()) -> Self:
+        """By an error outside of nodes; what is none of ours is a defect."""
+        if not isinstance(error, UsoflowError):
+            error = UsoflowError("node_failed", f"{type(error).__name__}: {error}")
+        return cls(error.code, error.detail, error.remedy, traceback=tuple(frames))
 
 
 Command = Run | Cancel | Free

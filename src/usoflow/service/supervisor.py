@@ -241,14 +241,13 @@ def _end(running: Running, outcome: Outcome) -> tuple[State, dict[str, Any] | No
 def _cause_of_crashes(job: Job) -> dict[str, Any]:
     """Why a job fails that was in progress at every one of several ends of the server."""
     detail = f"The server itself was ended {MAX_ATTEMPTS} times while this job ran."
-    return _failure(Running(job), _failed(UsoflowError("worker_died", detail)))
+    return _failure(Running(job), Failed.by(UsoflowError("worker_died", detail)))
 
 
 def _failed(error: Exception) -> Failed:
     if not isinstance(error, UsoflowError):
         logger.error("A job failed.", exc_info=error)
-        error = UsoflowError("node_failed", f"{type(error).__name__}: {error}")
-    return Failed(error.code, error.detail, error.remedy)
+    return Failed.by(error)
 
 
 def _seconds(job: Job) -> float:

@@ -160,11 +160,9 @@ class Worker:
         except UsoflowError as error:
             if error.code == "cancelled":
                 return engine.Cancelled()
-            return engine.Failed(error.code, error.detail, error.remedy, traceback=_frames(error))
+            return engine.Failed.by(error, _frames(error))
         except Exception as error:  # a defect ends a job, never the worker with its models
-            told = UsoflowError("node_failed", f"{type(error).__name__}: {error}")
-            frames = tuple(traceback.format_exception(error))
-            return engine.Failed(told.code, told.detail, told.remedy, traceback=frames)
+            return engine.Failed.by(error, traceback.format_exception(error))
         return engine.Done()
 
     def free(self, *, outputs: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
@@ -88,9 +89,9 @@ def view(
 @router.get("/internal/files/{type}")
 def list_files(server: ServerOf, type: str) -> list[str]:
     """The pictures of a folder, the newest first."""
-    found = [p for root in files.roots(server.folders, type) if files.is_folder(root) for p in root.iterdir()]
+    found = [p for root in files.roots(server.folders, type) if os.path.isdir(root) for p in root.iterdir()]
     named = [path for path in found if path.suffix.lower() in IMAGE_SUFFIXES and is_text(path.name)]
-    pictures = [path for path in named if files.is_file(path)]
+    pictures = [path for path in named if os.path.isfile(path)]
     newest = sorted(pictures, key=lambda path: path.stat().st_mtime, reverse=True)
     return list(dict.fromkeys(path.name for path in newest))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -12,9 +13,10 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
 
+from usoflow.api.saving import write_whole
 from usoflow.errors import UsoflowError
 from usoflow.server.context import Json, Server, ServerOf
-from usoflow.server.files import is_file, is_folder, within, write_whole, writing
+from usoflow.server.files import within, writing
 from usoflow.server.routes.body import AnyBody, ObjectBody
 from usoflow.server.sending import file_answer
 from usoflow.settings import is_text
@@ -77,10 +79,12 @@ def list_files(
     root = within(server.settings.user_folder, dir)
     if not dir:
         raise UsoflowError("body_invalid", "The query has no dir.")
-    if not is_folder(root):
+    if not os.path.isdir(root):
         raise UsoflowError("file_not_found", f"There is no folder {dir!r}.")
     found = root.rglob("*") if recurse == "true" else root.glob("*")
-    paths = sorted(path for path in found if is_text(path.relative_to(root).as_posix()) and is_file(path))
+    paths = sorted(
+        path for path in found if is_text(path.relative_to(root).as_posix()) and os.path.isfile(path)
+    )
     if full_info == "true":
         return JSONResponse(list(_infos(paths, root)))
     names = [path.relative_to(root).as_posix() for path in paths]
@@ -133,6 +137,7 @@ async def write(
     def keep() -> JSONResponse:
         with writing(repr(file)):
             _check_free(path, overwrite)
+            path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, body)
         return _written(server, path, full_info)
 
@@ -149,7 +154,7 @@ def delete(server: ServerOf, file: str) -> None:
 
 def _existing(server: Server, name: str) -> Path:
     path = within(server.settings.user_folder, name)
-    if not is_file(path):
+    if not os.path.isfile(path):
         raise UsoflowError("file_not_found", f"There is no {name!r}.")
     return path
 
