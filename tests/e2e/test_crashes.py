@@ -20,6 +20,7 @@ from PIL import Image
 
 from e2e.real_server import RealServer, until
 from small import text_to_image, with_inputs
+from usoflow.service.jobs import MAX_ATTEMPTS
 from usoflow.service.supervisor import GRACE
 
 
@@ -50,17 +51,18 @@ def submit_at_last(server: RealServer, number: int, steps: int = 1) -> None:
     until(accepted)
 
 
-def check(server: RealServer, jobs: int, worker_kills: int) -> None:
-    """Every job is final; pictures and outputs are the same set."""
+def check(server: RealServer, jobs: int, killer: Killer) -> None:
+    """Every job is final, none failed without a reason; pictures and outputs are the same set."""
     until(lambda: server.get("/prompt")["exec_info"]["queue_remaining"] == 0, 300)
     listed = server.get("/jobs?limit=1000")["jobs"]
     assert sorted(job["id"] for job in listed) == sorted(f"job-{number}" for number in range(jobs))
     states = Counter(job["status"] for job in listed)
     assert set(states) <= {"completed", "failed"}
-    assert states["failed"] <= worker_kills
-    for job in listed:
-        if job["status"] == "failed":
-            assert job["execution_error"]["exception_type"] in ("worker_died", "out_of_memory")
+    errors = {job["id"]: job["execution_error"] for job in listed if job["status"] == "failed"}
+    assert {error["exception_type"] for error in errors.values()} <= {"worker_died", "out_of_memory"}
+    given_up = {job for job, error in errors.items() if "server itself" in error["exception_message"]}
+    assert all(killer.deaths[job] >= MAX_ATTEMPTS for job in given_up)
+    assert len(errors) - len(given_up) <= killer.worker_kills
     shown = [
         image["filename"]
         for job in listed
@@ -75,7 +77,7 @@ def check(server: RealServer, jobs: int, worker_kills: int) -> None:
 
 
 def state_at_death(server: RealServer) -> tuple[str, str] | None:
-    """State and outputs of the job that was in progress when the server was killed."""
+    """Id and outputs of the job that was in progress when the server was killed."""
     with contextlib.closing(sqlite3.connect(server.place / "state" / "jobs.sqlite")) as connection:
         query = "SELECT id, outputs FROM jobs WHERE state = 'in_progress'"
         found: tuple[str, str] | None = connection.execute(query).fetchone()
@@ -90,6 +92,7 @@ class Killer:
     chance: random.Random
     worker_kills: int = 0
     hits: Counter[str] = field(default_factory=Counter)
+    deaths: Counter[str] = field(default_factory=Counter)  # of the server, while a job was in progress
 
     def strike(self, moment: str, number: int) -> None:
         """Submit a job and kill at this moment of its life; then everything is started again."""
@@ -106,19 +109,20 @@ class Killer:
         if moment == "any" and self.chance.random() < 0.6:
             self.worker_kills += self.server.kill_worker()
             return
-        self.server.kill()
-        self._note(moment, before)
+        self._kill_server(moment, before)
         if moment == "start":
             self.server.start(wait=False)
             time.sleep(self.chance.uniform(0, 2))
-            self.server.kill()
+            self._kill_server(moment, before)
             self.hits["start"] += 1
         self.server.start(wait=False)
 
-    def _note(self, moment: str, before: set[str]) -> None:
+    def _kill_server(self, moment: str, before: set[str]) -> None:
+        self.server.kill()
         dying = state_at_death(self.server)
         if dying is None:
             return
+        self.deaths[dying[0]] += 1
         if moment == "sampling":
             self.hits["sampling"] += 1
         elif dying[1] == "{}" and self._files() - before:
@@ -147,7 +151,7 @@ def test_kill_9_at_random_moments(server: RealServer, jobs: int, kills: int) -> 
         else:
             submit_at_last(server, number)
     until(server.answers)
-    check(server, jobs, killer.worker_kills)
+    check(server, jobs, killer)
     print("killed:", dict(killer.hits), "worker:", killer.worker_kills)
     if kills > len(MOMENTS):  # enough of each for chance not to decide
         assert set(killer.hits) == {"sampling", "renamed", "start"}
