@@ -49,4 +49,9 @@ class Raises(Bad):
         raise ValueError("what the author says")
 
 
-NODE_CLASS_MAPPINGS = {c.__name__: c for c in (Segfault, NoMemoryLeft, DiesOfTheLimit, Raises)}
+class Exits(Bad):
+    def run(self):
+        raise SystemExit("what the author says")
+
+
+NODE_CLASS_MAPPINGS = {c.__name__: c for c in (Segfault, NoMemoryLeft, DiesOfTheLimit, Raises, Exits)}

@@ -164,9 +164,10 @@ def test_ranges_and_options_are_checked_before_it_runs(nodes: NodeRegistry) -> N
     assert {error["type"] for error in errors} == {"value_bigger_than_max", "value_not_in_list"}
 
 
-def test_an_exception_is_its_authors(run: Runs) -> None:
-    prompt = {"bad": node("Raises"), "preview": node("PreviewImage", images=["bad", 0])}
-    with pytest.raises(NodeError, match="ValueError: what the author says") as caught:
+@pytest.mark.parametrize(("class_type", "error"), [("Raises", "ValueError"), ("Exits", "SystemExit")])
+def test_an_exception_is_its_authors(run: Runs, class_type: str, error: str) -> None:
+    prompt = {"bad": node(class_type), "preview": node("PreviewImage", images=["bad", 0])}
+    with pytest.raises(NodeError, match=f"{error}: what the author says") as caught:
         run(prompt, "preview")
     assert (caught.value.code, caught.value.node_id) == ("custom_node_failed", "bad")
     assert "--custom-nodes" in caught.value.remedy

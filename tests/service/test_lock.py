@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from usoflow.errors import UsoflowError
+from usoflow.service import lock
 from usoflow.service.lock import hold
 
 
@@ -20,6 +21,18 @@ def test_one_at_a_time(tmp_path: Path) -> None:
     assert caught.value.code == "state_in_use"
     os.close(held)
     os.close(hold(tmp_path / "new" / "lock", patience=0))
+
+
+def test_waiting_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "TELL_AFTER", 0.0)
+    held = hold(tmp_path / "lock")
+    with caplog.at_level("INFO", "usoflow"), pytest.raises(UsoflowError):
+        hold(tmp_path / "lock", patience=0.2)
+    os.close(held)
+    told = [record.message for record in caplog.records]
+    assert told == [f"{tmp_path} is in use: waiting up to 0 s for its server to end."]
 
 
 @pytest.mark.parametrize("name", ["file", "file/below", "/proc/usoflow"])

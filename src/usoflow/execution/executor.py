@@ -194,7 +194,7 @@ class _Run:
             entry = self.executor.registry[node.class_type]
             try:
                 refused = entry.refusal and entry.refusal(self._told(node_id))
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 raise self._at(node_id, "custom_node_failed", f"VALIDATE_INPUTS: {error!r}") from error
             if refused:
                 raise self._at(node_id, "values_refused", refused)
@@ -221,7 +221,7 @@ class _Run:
             raise self._at(node_id, error.code, error.detail, error.remedy) from None
         except _ListenerError as error:
             raise error.cause from None
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # who asks for the end of its program ends its node
             if _is_out_of_memory(error):
                 raise self._at(node_id, "out_of_memory", str(error) or "Memory ran out.") from error
             code = "custom_node_failed" if is_custom(self._schema(node_id)) else "node_failed"
@@ -372,7 +372,7 @@ def _shown(outputs: Outputs) -> Shown | None:
     return last if isinstance(last, Shown) else None
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def _is_out_of_memory(error: BaseException) -> bool:
     """Also where torch's CPU allocator and Metal raise a bare RuntimeError with the words of the system."""
     words = ("allocate memory", "not enough memory", "out of memory")
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(

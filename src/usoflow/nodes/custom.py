@@ -254,7 +254,7 @@ def _changed(is_changed: Callable[..., Any], name: str) -> Callable[[Mapping[str
         try:
             given = is_changed(**_taken(is_changed, values))
             return repr(given) if given == given else uuid.uuid4().hex
-        except Exception as error:  # as in ComfyUI: the node then runs
+        except (Exception, SystemExit) as error:  # as in ComfyUI: the node then runs
             logger.warning("IS_CHANGED of %s failed: %s: %s", name, type(error).__name__, error)
             return uuid.uuid4().hex
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from pathlib import Path
@@ -9,7 +10,10 @@ from pathlib import Path
 from usoflow.errors import UsoflowError
 from usoflow.file_lock import taken
 
+logger = logging.getLogger(__name__)
+
 PATIENCE = 10.0  # seconds that the worker of a killed server gets to notice and end
+TELL_AFTER = 1.0  # seconds
 _PERIOD = 0.05
 
 
@@ -23,10 +27,16 @@ def hold(path: Path, *, patience: float = PATIENCE) -> int:
         UsoflowError: `state_in_use`, `state_unusable`.
     """
     descriptor = _opened(path)
-    deadline = time.monotonic() + patience
+    begun, told = time.monotonic(), False
     try:
         while not taken(descriptor):
-            if time.monotonic() > deadline:
+            waited = time.monotonic() - begun
+            if waited > TELL_AFTER and not told:
+                told = True
+                logger.info(
+                    "%s is in use: waiting up to %.0f s for its server to end.", path.parent, patience
+                )
+            if waited > patience:
                 raise UsoflowError("state_in_use", f"Another usoflow server uses {path.parent}.")
             time.sleep(_PERIOD)
     except OSError as error:  # some network file systems have no locks
