@@ -86,20 +86,20 @@ class Studio:
         side = min(LARGEST_SUBJECT, self.size) if request.subjects else None
         request = replace(request, size=(self.size, self.size), subject_size=side, steps=steps or self.steps)
         referring = bool(request.subjects or request.styles)
-        workflow = build(request) if referring else plain(request)
+        workflow = build(request) if referring else plain(request, self.size)
         for target, name in self.names.items():
             if referring or target == CHECKPOINT:
                 workflow = workflow.set(target, name)
         return self.engine.run(workflow).images[0]
 
 
-def plain(request: Request) -> usoflow.Workflow:
+def plain(request: Request, size: int) -> usoflow.Workflow:
     """Text to image without references."""
     workflow = usoflow.Workflow.load(HERE / "pocket.json").with_seed(request.seed)
     values = {
         "text.text": request.prompt,
-        "EmptySD3LatentImage.width": request.size[0],
-        "EmptySD3LatentImage.height": request.size[1],
+        "EmptySD3LatentImage.width": size,
+        "EmptySD3LatentImage.height": size,
         "KSampler.steps": request.steps,
         "KSampler.cfg": request.guidance,
     }

@@ -12,6 +12,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -98,7 +99,7 @@ def run(name: str, arguments: list[str]) -> Path:
     done = subprocess.run(
         [sys.executable, "-m", "usoflow", *arguments, "--json"], capture_output=True, text=True, check=False
     )
-    record = json.loads(done.stdout) if done.stdout else {"error": {"detail": done.stderr}}
+    record: dict[str, Any] = json.loads(done.stdout) if done.stdout else {"error": {"detail": done.stderr}}
     if "error" in record:
         sys.exit(f"  failed: {record['error']['detail']}")
     peak = max(node["peak_bytes"] for node in record["nodes"]) / 1e9

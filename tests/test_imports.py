@@ -56,6 +56,24 @@ def test_no_torch(code: str) -> None:
     assert imported(code) == set()
 
 
+# What computes, in rooms that else do not: imported by the worker, or by nodes' functions when they run.
+COMPUTING = ("usoflow.nodes.denoising", "usoflow.service.preview")
+
+
+def test_rooms_without_torch() -> None:
+    rooms = ("workflow", "schema", "nodes", "service", "server", "api", "cli")
+    names = [f"usoflow.{room}" for room in rooms]
+    code = f"""
+import importlib, pkgutil
+for room in {names!r}:
+    package = importlib.import_module(room)
+    for found in pkgutil.walk_packages(package.__path__, room + "."):
+        if found.name not in {COMPUTING!r}:
+            importlib.import_module(found.name)
+"""
+    assert imported(code) == set()
+
+
 def test_the_probe_sees_torch() -> None:
     assert "torch" in imported("import usoflow.models.weights")
 

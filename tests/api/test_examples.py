@@ -84,14 +84,20 @@ def test_pictures_of_the_cookbook(tmp_path: Path, small_models: Path) -> None:
 
 
 def test_links_of_the_documentation_lead_somewhere() -> None:
-    for page in (ROOT / "docs").rglob("*.md"):
-        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
-            if "://" not in target:
-                assert (page.parent / target).exists(), f"{page.name}: {target}"
+    for page in pages():
+        text = page.read_text()
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)|src=\"([^\"]+)\"", text):
+            name = "".join(target)
+            if "://" not in name:
+                assert (page.parent / name).exists(), f"{page.name}: {name}"
+
+
+def pages() -> list[Path]:
+    return [ROOT / "README.md", ROOT / "examples" / "README.md", *(ROOT / "docs").rglob("*.md")]
 
 
 def test_commands_of_the_cookbook_have_options_that_there_are() -> None:
-    text = "\n".join(page.read_text() for page in (ROOT / "docs").rglob("*.md"))
+    text = "\n".join(page.read_text() for page in pages())
     offered = usoflow("generate", "--help").out + usoflow("run", "--help").out
     commands = re.findall(r"^usoflow (?:generate|run) .*?(?<!\\)$", text, re.MULTILINE | re.DOTALL)
     used = {option for command in commands for option in re.findall(r"(?<!\w)(--[a-z-]+)", command)}
@@ -130,12 +136,28 @@ def shipped_files() -> list[Path]:
 def test_the_first_figures_are_those_of_the_model_card() -> None:
     """README's of the pocket models are in the tables of docs/pocket.md."""
     said = re.search(
-        r"is kept in ([\d.]+) %, a style taken in ([\d.]+) %, both\s+together in ([\d.]+) %",
-        (ROOT / "README.md").read_text(),
+        r"100 subjects in (\d+) % .* asked for in (\d+) %\. .*"
+        r"is kept in ([\d.]+) %, a style taken in ([\d.]+) %, both together in ([\d.]+) % "
+        r"\(styles of their training; a new one is taken in (\d+) %\)",
+        " ".join((ROOT / "README.md").read_text().split()),
     )
     assert said is not None
     card = (ROOT / "docs" / "pocket.md").read_text()
-    places = (("Subject-driven (", 0), ("Style-driven, seen styles (", 0), ("Both, seen styles (", 3))
-    for figure, (cell, column) in zip(said.groups(), places, strict=True):
-        row = card[card.index(cell) :].split("| **pocket USO** |")[1].splitlines()[0]
-        assert row.split("|")[column].strip() == figure
+    places = (
+        ("Text to image, ", "**pocket, guidance 3.5, cfg 1.7**", 0),
+        ("Text to image, ", "**pocket, guidance 3.5, cfg 1.7**", 1),
+        ("Subject-driven (", "**pocket USO**", 0),
+        ("Style-driven, seen styles (", "**pocket USO**", 0),
+        ("Both, seen styles (", "**pocket USO**", 3),
+        ("Style-driven, held-out styles (", "**pocket USO**", 0),
+    )
+    for figure, (cell, name, column) in zip(said.groups(), places, strict=True):
+        row = card[card.index(cell) :].split(f"| {name} |")[1].splitlines()[0]
+        shown = row.split("|")[column].strip(" *%")
+        assert float(figure) == (float(shown) if "." in figure else round(float(shown))), cell
+
+
+def test_the_size_of_the_family_is_told() -> None:
+    total = sum(path.stat().st_size for path in shipped_files())
+    assert total <= 32e6
+    assert f"the whole family has {total / 1e6:.1f} MB" in (ROOT / "docs" / "pocket.md").read_text()

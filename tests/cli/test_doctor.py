@@ -16,6 +16,7 @@ import torch
 
 from shell import usoflow
 from usoflow.cli import doctor
+from usoflow.models import placement
 
 
 def test_a_machine_with_everything(small_models: Path) -> None:
@@ -70,11 +71,17 @@ def test_operations_of_a_step() -> None:
     assert (2 * tokens * per_token + attention) / 1e12 == pytest.approx(doctor.STEP_TFLOP, rel=0.02)
 
 
-def test_a_containers_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "memory.max").write_text("1000000000\n")
-    monkeypatch.setattr(doctor, "CGROUP", tmp_path / "memory.max")
+def test_a_container_and_what_it_uses_already(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for file, text in {
+        "max": "4000000000",
+        "current": "3000000000",
+        "stat": "active_file 1000000000",
+    }.items():
+        (tmp_path / f"memory.{file}").write_text(f"{text}\n")
+    monkeypatch.setattr(placement, "CONTAINER", tmp_path)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=32e9, available=31e9))
     (finding,) = doctor._memory()
-    assert finding.fact == "1 GB, 1 GB free"
+    assert finding.fact == "4 GB, 2 GB free"
     assert "read again at each step" in finding.advice
 
 
@@ -82,7 +89,7 @@ def test_a_containers_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 def test_memory_in_which_the_transformer_stays(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, free: float, advised: bool
 ) -> None:
-    monkeypatch.setattr(doctor, "CGROUP", tmp_path / "none")
+    monkeypatch.setattr(placement, "CONTAINER", tmp_path / "none")
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=32e9, available=free))
     (finding,) = doctor._memory()
     assert finding.fact == f"32 GB, {free / 1e9:.0f} GB free"

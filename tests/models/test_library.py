@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
+import json
 import shutil
 import weakref
 from pathlib import Path
@@ -15,6 +17,7 @@ from torch import Tensor
 from networks import lora_of, relative, transformer_of, velocity
 from usoflow.errors import UsoflowError
 from usoflow.models.checkpoint import CONFIG_KEY, Component, TensorFile
+from usoflow.models.flux import Flux, FluxConfig
 from usoflow.models.library import LoraUse, ModelLibrary, load_clip, load_flux, load_vae
 from usoflow.models.placement import Placement, widen_fp8
 from usoflow.models.residence import stored_bytes
@@ -50,6 +53,23 @@ def components(models: Path) -> tuple[dict[str, Component], dict[str, Component]
     """The same models from the all-in-one file and from files of their own."""
     whole = dict(TensorFile.open(models / CHECKPOINT).components())
     return whole, {kind: TensorFile.open(models / path).component(kind) for kind, (path, _) in SPLIT.items()}
+
+
+@pytest.mark.parametrize("declared", [False, True])
+def test_a_transformer_of_few_blocks_is_called_shallow(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, declared: bool
+) -> None:
+    """But for one whose file declares its sizes, as ours do."""
+    config = dataclasses.replace(FLUX, hidden=128, head_dim=128, axes=FluxConfig.axes)
+    tensors = {f"model.diffusion_model.{name}": value for name, value in Flux(config).state_dict().items()}
+    metadata = {CONFIG_KEY: json.dumps({"flux": {"axes": config.axes}})} if declared else None
+    save_file(tensors, tmp_path / "few.safetensors", metadata=metadata)
+    with caplog.at_level("WARNING", "usoflow"):
+        load_flux(TensorFile.open(tmp_path / "few.safetensors").component("flux"))
+    blocks = f"{FLUX.double_blocks} double and {FLUX.single_blocks} single blocks (FLUX.1 has 19 and 38)"
+    assert [record.message for record in caplog.records] == (
+        [] if declared else [f"few.safetensors is shallow: {blocks}."]
+    )
 
 
 @torch.inference_mode()
@@ -307,12 +327,12 @@ def test_copies_that_a_gpus_host_has_no_memory_for_are_not_made(
     whole, _ = components(models)
     library, flux = ModelLibrary(Placement(torch.device(device), torch.bfloat16)), load_flux(whole["flux"])
     free = 1000 if device == "cuda" else 10**12
-    monkeypatch.setattr("usoflow.models.placement._free_memory", lambda: free)
+    monkeypatch.setattr("usoflow.models.placement.free_memory", lambda: free)
     library._narrow(flux)
     assert flux.double_blocks[0].img_attn.qkv.weight.dtype == torch.float16
     assert "stay as stored" in caplog.text
     if device == "cuda":
-        monkeypatch.setattr("usoflow.models.placement._free_memory", lambda: 10**12)
+        monkeypatch.setattr("usoflow.models.placement.free_memory", lambda: 10**12)
         library._narrow(flux)
         assert flux.double_blocks[0].img_attn.qkv.weight.dtype == torch.float8_e4m3fn
 

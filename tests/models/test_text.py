@@ -287,8 +287,9 @@ def test_non_finite_values_name_the_encoder(encoders: Encoders, encoder: int, st
 # --- goldens ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.full
-@pytest.mark.parametrize(("file", "prompts"), [("bf16", range(5)), ("fp8", [1])])
+@pytest.mark.parametrize(
+    ("file", "prompts"), [pytest.param("bf16", range(5), marks=pytest.mark.full), ("fp8", [1])]
+)
 def test_goldens(synth_models: Path, golden: Callable[[str], Golden], file: str, prompts: list[int]) -> None:
     components = TensorFile.open(synth_models / f"checkpoints/flux1-dev-{file}.safetensors").components()
     clip, t5 = load_clip(components["clip_l"]), load_t5(components["t5"])

@@ -151,7 +151,6 @@ def test_latent_format_is_the_published_affine_map() -> None:
     assert torch.allclose(LatentFormat().from_model(LatentFormat().to_model(z)), z, atol=1e-7)
 
 
-@pytest.mark.full
 def test_goldens(synth_models: Path, golden: Callable[[str], Golden]) -> None:
     component = TensorFile.open(synth_models / "checkpoints/flux1-dev-bf16.safetensors").component("vae")
     config = VaeConfig.from_component(component)

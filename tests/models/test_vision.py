@@ -216,7 +216,6 @@ def test_preprocessing_goldens(
     assert report["ok"], report
 
 
-@pytest.mark.full
 def test_goldens(synth_models: Path, golden: Callable[[str], Golden]) -> None:
     file = TensorFile.open(synth_models / "clip_vision/sigclip_vision_patch14_384.safetensors")
     tower = load(file.component("siglip"))

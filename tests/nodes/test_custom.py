@@ -188,6 +188,10 @@ def test_an_exception_is_its_authors(run: Runs, class_type: str, error: str) -> 
         (HEAD + "NODE_CLASS_MAPPINGS = {'Good': Plain}", "there is a node of this name already"),
         ("NODE_CLASS_MAPPINGS = {'X': int}", "cannot be read"),
         (HEAD + "class X(Plain): FUNCTION = 'none'\nNODE_CLASS_MAPPINGS = {'X': X}", "names no method"),
+        (
+            HEAD + "class X(Plain):\n    async def run(self): pass\nNODE_CLASS_MAPPINGS = {'X': X}",
+            "FUNCTION is async",
+        ),
         (HEAD + "class X(Plain): INPUT_IS_LIST = True\nNODE_CLASS_MAPPINGS = {'X': X}", "lists"),
         (
             HEAD + taking("{'optional': type('D', (dict,), {'__contains__': lambda *_: True})()}"),

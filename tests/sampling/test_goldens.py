@@ -26,8 +26,6 @@ from usoflow.sampling.samplers import SAMPLERS
 from usoflow.sampling.schedule import FluxSchedule, sigmas
 from usoflow.sampling.step_cache import EasyCacheSettings, StepCache, Velocity
 
-pytestmark = pytest.mark.full
-
 SEED = 42
 TOLERANCE = 1e-4
 LATENT = LatentFormat()
@@ -109,7 +107,10 @@ def run(
     return LATENT.from_model(out).numpy()
 
 
-@pytest.mark.parametrize("sampler", sorted(SAMPLERS))
+@pytest.mark.parametrize(
+    "sampler",
+    [name if name == "euler" else pytest.param(name, marks=pytest.mark.full) for name in sorted(SAMPLERS)],
+)
 def test_samplers(bench: Bench, golden: Callable[[str], Golden], sampler: str) -> None:
     with torch.no_grad():
         velocity = bench.velocity((8, 8), tokens=32)
@@ -118,6 +119,7 @@ def test_samplers(bench: Bench, golden: Callable[[str], Golden], sampler: str) -
     assert report["ok"], report
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("name", "size", "subject", "style"),
     [
@@ -141,6 +143,7 @@ def test_ksampler(
     assert report["ok"], report
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("name", "subject"), [("cfg2.text", False), ("cfg2.subject", True)])
 def test_cfg(bench: Bench, golden: Callable[[str], Golden], name: str, subject: bool) -> None:
     with torch.no_grad():
@@ -151,6 +154,7 @@ def test_cfg(bench: Bench, golden: Callable[[str], Golden], name: str, subject: 
     assert report["ok"], report
 
 
+@pytest.mark.full
 def test_batch(bench: Bench, golden: Callable[[str], Golden]) -> None:
     with torch.no_grad():
         velocity = bench.velocity((16, 16), batch=2)
@@ -158,6 +162,7 @@ def test_batch(bench: Bench, golden: Callable[[str], Golden]) -> None:
     assert report["ok"], report
 
 
+@pytest.mark.full
 def test_image_to_image(bench: Bench, golden: Callable[[str], Golden]) -> None:
     with torch.no_grad():
         velocity = bench.velocity((16, 16))
@@ -167,7 +172,10 @@ def test_image_to_image(bench: Bench, golden: Callable[[str], Golden]) -> None:
     assert report["ok"], report
 
 
-@pytest.mark.parametrize(("name", "threshold"), [("thr0.2", 0.2), ("thr1.0.noalias", 1.0)])
+@pytest.mark.parametrize(
+    ("name", "threshold"),
+    [pytest.param("thr0.2", 0.2, marks=pytest.mark.full), ("thr1.0.noalias", 1.0)],
+)
 def test_easy_cache(bench: Bench, golden: Callable[[str], Golden], name: str, threshold: float) -> None:
     with torch.no_grad():
         velocity = bench.velocity((16, 16), tokens=32)

@@ -6,6 +6,7 @@ import io
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -13,11 +14,13 @@ from PIL import Image
 from small import text_to_image, with_inputs
 from usoflow.errors import UsoflowError
 from usoflow.execution.executor import Executor
+from usoflow.models.checkpoint import TensorFile
 from usoflow.models.library import ModelLibrary
 from usoflow.models.placement import Placement
 from usoflow.nodes import registry
-from usoflow.service.preview import Previewer, vae_of
-from usoflow.settings import find_folders
+from usoflow.service import preview
+from usoflow.service.preview import Previewer, colours, fit, vae_of
+from usoflow.settings import POCKET_MODELS, find_folders
 from usoflow.workflow.prompt import Prompt, PromptNode
 
 
@@ -40,6 +43,33 @@ def test_a_loader_that_no_output_needs_is_not_asked(small_models: Path, tmp_path
         found = vae_of(executor.needed(parsed, ["save"]), find_folders(models=tmp_path))
         assert found is not None
         assert found.file.path == tmp_path / folder / name
+
+
+def test_the_map_gives_the_colours_of_the_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the pocket's VAE: a picture that the map was not fitted on, seen in its latent."""
+    file = TensorFile.open(POCKET_MODELS / "checkpoints" / "usoflow-pocket.safetensors")
+    library, vae = ModelLibrary(Placement(torch.device("cpu"), torch.float32)), file.component("vae")
+    side = torch.linspace(0, 1, 128)
+    red, green = torch.meshgrid(side, side, indexing="ij")
+    picture = torch.stack([red, green, torch.full_like(red, 0.3)], dim=-1)[None]  # [1, 128, 128, 3]
+    latent = library.vae_encode_once(vae, picture)
+    wanted = torch.nn.functional.avg_pool2d(picture.permute(0, 3, 1, 2), 8)[0].permute(1, 2, 0)
+    weights = fit(library, vae)
+    shown = torch.from_numpy(colours(latent[0], weights)).float() / 255
+    assert shown.shape == (16, 16, 3)
+    assert float((shown - wanted).abs().mean()) < 0.06
+    fitted: list[object] = []
+    monkeypatch.setattr(preview, "fit", lambda *asked: fitted.append(asked) or weights)
+    monkeypatch.setattr(preview, "PERIOD", 0.0)
+    previewer = Previewer(library)
+    loader = PromptNode("CheckpointLoaderSimple", {"ckpt_name": file.path.name})
+    previewer.choose([loader], find_folders(models=POCKET_MODELS))
+    for _ in range(2):
+        with Image.open(io.BytesIO(previewer.jpeg(latent))) as jpeg:
+            assert jpeg.size == (128, 128)
+            seen = torch.tensor(np.asarray(jpeg.resize((16, 16), Image.Resampling.BOX))).float() / 255
+        assert float((seen - wanted).abs().mean()) < 0.08
+    assert len(fitted) == 1
 
 
 def test_a_run_that_is_stopped_while_a_preview_is_prepared_stops(small_models: Path) -> None:

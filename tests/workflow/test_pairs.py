@@ -14,7 +14,7 @@ from usoflow.workflow.flatten import flatten
 
 PAIRS = Path(__file__).parents[1] / "pairs"
 SHARED = Path(__file__).parents[3] / "shared" / "assets" / "graph_pairs"
-NOT_OURS = frozenset({"ImageBlend", "LoraLoader"})  # in the workflows, but not among our nodes
+NOT_OURS = frozenset({"ImageBlend", "LoraLoader"})  # unknown to the editor that converted them
 
 
 def names(folder: Path) -> list[str]:

@@ -20,6 +20,7 @@ def generate(
     device: str = "auto",
     dtype: str = "auto",
     vram: str | None = None,
+    compiled: bool | None = None,
     progress: Callable[[Event], None] | None = None,
     cancellation: Cancellation | None = None,
     **asked: Unpack[Asked],
@@ -30,12 +31,14 @@ def generate(
 
     Args:
         prompt: what it shows.
-        models, output, device, dtype, vram: as for `Engine`.
+        models, output, device, dtype, vram, compiled: as for `Engine`.
         progress, cancellation: as for `Engine.run`.
         asked: as for `Engine.workflow`: subject, style, size, steps, guidance, seed, ...
 
     Raises:
         UsoflowError: what is wrong, and what to do about it.
     """
-    with Engine(models=models, output=output, device=device, dtype=dtype, vram=vram) as engine:
+    with Engine(
+        models=models, output=output, device=device, dtype=dtype, vram=vram, compiled=compiled
+    ) as engine:
         return engine.generate(prompt, progress=progress, cancellation=cancellation, **asked)

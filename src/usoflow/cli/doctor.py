@@ -10,7 +10,6 @@ import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from usoflow.cli.options import Models
@@ -33,7 +32,6 @@ STEPS = 20  # of a picture, unless one asks for others
 PATIENCE = 60  # seconds a picture may take before we call it slow
 WITH_CUDA = "For the NVIDIA GPU install torch as https://pytorch.org/get-started/locally tells."
 MATRIX = 2048  # side of the matrices whose product is timed
-CGROUP = Path("/sys/fs/cgroup/memory.max")  # a container's limit
 EXTRAS = {"ui": ("comfyui_frontend_package", "the editor"), "gguf": ("gguf", "GGUF files")}
 
 
@@ -130,14 +128,9 @@ def _speed(device: torch.device, dtype: torch.dtype) -> Finding:
 
 
 def _memory() -> Iterator[Finding]:
-    import psutil
+    from usoflow.models.placement import PART_OF_CPU, free_memory, memory
 
-    from usoflow.models.placement import PART_OF_CPU
-
-    total, free = (size / GB for size in (psutil.virtual_memory().total, psutil.virtual_memory().available))
-    if CGROUP.exists() and (limit := CGROUP.read_text().strip()).isdecimal():
-        total = min(total, int(limit) / GB)
-    free = min(free, total)
+    total, free = memory() / GB, free_memory() / GB
     small = PART_OF_CPU * free < TRANSFORMER_GB
     yield Finding("memory", f"{total:.0f} GB, {free:.0f} GB free", READ_AGAIN if small else "")
 
@@ -148,9 +141,10 @@ def _folders(folders: Folders) -> Iterator[Finding]:
     from usoflow.settings import check_writable, existing_part
 
     lacking = [file.name for file in missing(folders)]
-    place = folders.models["checkpoints"][0].parent
+    places = list(dict.fromkeys(str(root.parent) for root in folders.models["checkpoints"]))
     advice = f"Missing: {', '.join(lacking)}. `{pull_command(folders)}` gets them." if lacking else ""
-    yield Finding("models", str(place), advice)
+    yield Finding("models", ", ".join(places), advice)
+    yield Finding("input", ", ".join(str(root.absolute()) for root in folders.inputs))
     output, free, advice = folders.output.absolute(), "", ""
     try:
         check_writable(output)

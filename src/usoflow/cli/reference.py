@@ -21,20 +21,20 @@ Made by `python -m usoflow.cli.reference > docs/cli.md`; `usoflow COMMAND --help
 
 def reference() -> str:
     """Every command with its arguments and options, and every error, as Markdown."""
-    return "\n".join([HEAD, HELP, *_commands("usoflow", app), *_errors()]) + "\n"
+    return "\n".join([HEAD, HELP, *_group("usoflow", app), *_errors()]) + "\n"
 
 
-def _commands(name: str, group: typer.Typer) -> Iterator[str]:
+def _group(name: str, group: typer.Typer) -> Iterator[str]:
+    """What a group does by itself, if anything, and its commands."""
+    own = group.registered_callback
+    if own is not None and own.callback is not None:
+        yield from _command(name, own.callback)
     for command in group.registered_commands:
         assert command.callback is not None
         yield from _command(f"{name} {command.name or command.callback.__name__}", command.callback)
     for child in group.registered_groups:
         assert child.typer_instance is not None
-        inner = f"{name} {child.name}"
-        callback = child.typer_instance.registered_callback
-        if callback is not None and callback.callback is not None:
-            yield from _command(inner, callback.callback)
-        yield from _commands(inner, child.typer_instance)
+        yield from _group(f"{name} {child.name}", child.typer_instance)
 
 
 def _command(name: str, function: Callable[..., Any]) -> Iterator[str]:
@@ -42,7 +42,7 @@ def _command(name: str, function: Callable[..., Any]) -> Iterator[str]:
     described = [(p, *_info(hints[p.name])) for p in inspect.signature(function).parameters.values()]
     rows = [(p, type_, info) for p, type_, info in described if info is not None]
     words = [_word(p) for p, _, info in rows if isinstance(info, ArgumentInfo)]
-    yield f"\n## `{' '.join([name, *words])}`\n\n{inspect.getdoc(function)}\n"
+    yield "\n\n".join(filter(None, (f"\n## `{' '.join([name, *words])}`", inspect.getdoc(function)))) + "\n"
     yield "| | | default |\n|---|---|---|"
     for parameter, type_, info in rows:
         yield f"| {_label(parameter, type_, info)} | {_cell(info.help or '')} | {_default(parameter)} |"

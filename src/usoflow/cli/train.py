@@ -26,9 +26,11 @@ def train(
         "training"
     ),
     threads: Annotated[int, typer.Option(help="Threads of torch; 0 leaves it to torch.", min=0)] = 0,
-    compiled: Annotated[bool, typer.Option(help="Compile the transformer's steps.")] = False,
+    compiled: Annotated[bool, typer.Option("--compiled", help="Compile the transformer's steps.")] = False,
     device: Annotated[Device, typer.Option(help="Where transformer and vision tower learn.")] = Device.auto,
-    full_precision: Annotated[bool, typer.Option(help="Compute in fp32 instead of bf16.")] = False,
+    full_precision: Annotated[
+        bool, typer.Option("--full-precision", help="Compute in fp32 instead of bf16.")
+    ] = False,
 ) -> None:
     """Run a stage of training, or all of them; run again, one goes on from its last saved state."""
     need_training()

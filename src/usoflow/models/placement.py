@@ -35,6 +35,7 @@ PART_OF_CPU, PART_OF_GPU = 0.6, 0.8  # of what is free, for the transformer's we
 PART_PINNED = 0.5  # of the host's free memory, for weights on their way to a GPU
 PART_FOR_WORK = 0.9  # of what is free, for one computation
 SMALLER = 0.5  # the next plan's budget, after memory ran out
+CONTAINER = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,12 +111,12 @@ class Placement:
             return self.budget
         if self.device.type == "cuda":
             return int(PART_OF_GPU * _free_on_gpu(self.device))
-        return int(PART_OF_CPU * _free_memory())
+        return int(PART_OF_CPU * free_memory())
 
     @property
     def room(self) -> int:
         """Bytes that a computation beside the transformer may take now."""
-        free = _free_on_gpu(self.device) if self.device.type == "cuda" else _free_memory()
+        free = _free_on_gpu(self.device) if self.device.type == "cuda" else free_memory()
         return min(int(PART_FOR_WORK * free), sys.maxsize if self.budget is None else self.budget)
 
     @property
@@ -123,7 +124,7 @@ class Placement:
         """Bytes of the host's memory that weights in another dtype than the file's may take now."""
         if self.device.type == "mps":
             return 0
-        return self.weight_bytes if self.device.type == "cpu" else int(PART_OF_CPU * _free_memory())
+        return self.weight_bytes if self.device.type == "cpu" else int(PART_OF_CPU * free_memory())
 
     @property
     def smaller(self) -> Self:
@@ -146,7 +147,7 @@ class Placement:
                 as_stored=as_stored, packed=not self.compiled, eight_bits=self.fastest,
             )  # fmt: skip
         elif budgeted and self.device.type == "cuda":
-            pinned = int(PART_PINNED * _free_memory())
+            pinned = int(PART_PINNED * free_memory())
             residence.settle_on_gpu(
                 module, blocks, self.device, self.weight_bytes, pinned=pinned, eight_bits=self.fastest
             )
@@ -207,25 +208,39 @@ def _free_on_gpu(device: torch.device) -> int:
     return free + idle
 
 
-def _free_memory() -> int:
+def memory() -> int:
+    """Bytes of the machine, or of the container that the process is in."""
+    return min(psutil.virtual_memory().total, _limit(CONTAINER))
+
+
+def free_memory() -> int:
     """Bytes that could be had without swapping, here and in the container that the process is in."""
-    return min(psutil.virtual_memory().available, _free_in_container(Path("/sys/fs/cgroup")))
+    return min(psutil.virtual_memory().available, _free_in_container(CONTAINER))
+
+
+def _limit(group: Path) -> int:
+    """The most bytes of a control group (cgroup v2) as a container sees it; without one no limit."""
+    try:
+        limit = (group / "memory.max").read_text().strip()
+    except OSError:
+        return sys.maxsize
+    return sys.maxsize if limit == "max" else int(limit)
 
 
 def _free_in_container(group: Path) -> int:
-    """Bytes below the limit of a control group (cgroup v2) as a container sees it; without one no limit.
+    """Bytes below a control group's limit.
 
     Pages of files count as used there, though the kernel takes them back when they are needed.
     """
+    limit = _limit(group)
+    if limit == sys.maxsize:
+        return limit
     try:
-        limit, used = (group / "memory.max").read_text().strip(), (group / "memory.current").read_text()
-        parts = (group / "memory.stat").read_text()
+        used, parts = int((group / "memory.current").read_text()), (group / "memory.stat").read_text()
     except OSError:
-        return sys.maxsize
-    if limit == "max":
-        return sys.maxsize
+        return limit
     of_files = sum(map(int, re.findall(r"^(?:in)?active_file (\d+)$", parts, re.MULTILINE)))
-    return max(0, int(limit) - max(0, int(used) - of_files))
+    return max(0, limit - max(0, used - of_files))
 
 
 def _devices() -> list[str]:

@@ -124,6 +124,8 @@ def _check(cls: Any, types: Mapping[str, Any], schema: NodeSchema) -> None:
         raise UnusableNodeError("it takes or gives lists (INPUT_IS_LIST, OUTPUT_IS_LIST)")
     if not callable(getattr(cls, getattr(cls, "FUNCTION", ""), None)):
         raise UnusableNodeError("FUNCTION names no method of it")
+    if inspect.iscoroutinefunction(getattr(cls, cls.FUNCTION)):
+        raise UnusableNodeError("its FUNCTION is async")
     if "input_types" in _parameters(getattr(cls, "VALIDATE_INPUTS", None)):
         raise UnusableNodeError("VALIDATE_INPUTS asks for input_types")
     sections = [types.get(section, {}) for section in ("required", "optional")]

@@ -43,7 +43,7 @@ class Previewer:
         self._vae = vae_of(nodes, folders)
 
     def jpeg(self, latent: Tensor) -> bytes:
-        """The first of a latent [B, 16, h, w] in the model's scale as JPEG; empty if it is too soon."""
+        """The first of a latent [B, 16, h, w], unscaled, as JPEG; empty if it is too soon."""
         if self._vae is None or time.monotonic() - self._last < PERIOD:
             return b""
         key = self._vae.file.fingerprint
