@@ -153,6 +153,7 @@ def _peaks(nodes: Sequence[NodeFinished]) -> dict[str, int]:
 
 def _loading(path: Path, budget: str | None) -> dict[str, Any]:
     """The transformer's bytes read, and its weights in place: each from the disk."""
+    from usoflow.execution.memory import kept_memory
     from usoflow.models.checkpoint import TensorFile
     from usoflow.models.library import ModelLibrary
     from usoflow.models.placement import Placement
@@ -166,7 +167,7 @@ def _loading(path: Path, budget: str | None) -> dict[str, Any]:
     library = ModelLibrary(Placement.choose("cpu", budget=bytes_of(budget) if budget else None))
     component = TensorFile.open(path).components()["flux"]
     start = time.perf_counter()
-    with torch.inference_mode():
+    with kept_memory(), torch.inference_mode():  # as in a run
         flux = library.flux(component, (), "default")
         touched = [_touch(parameter) for parameter in flux.parameters()]
     loading = time.perf_counter() - start

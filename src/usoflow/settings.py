@@ -43,6 +43,7 @@ DRAWING = ("checkpoints", "diffusion_models")  # the kinds without one of which 
 MODEL_SUFFIXES = (".safetensors", ".sft", ".gguf")
 IMAGE_SUFFIXES = (
     ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff",
+    ".avif",
 )  # fmt: skip
 EXTRA_PATHS_FILE = "extra_model_paths.yaml"
 

@@ -161,6 +161,20 @@ def test_an_empty_path_is_refused(name: str) -> None:
     assert caught.value.code == "settings_invalid"
 
 
+def test_of_pictures_from_memory_the_last_are_kept(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("usoflow.api.engine.KEPT_PICTURES", 2)
+    pictures = [Image.new("RGB", (16, 16), colour) for colour in ("red", "green", "blue")]
+
+    def written(picture: Image.Image) -> Path:
+        (path,) = engine.workflow("a cat", subject=picture).pictures.values()
+        return path
+
+    red, green = written(pictures[0]), written(pictures[1])
+    assert written(pictures[0]) == red  # again, so green is now the oldest
+    blue = written(pictures[2])
+    assert [path.exists() for path in (red, green, blue)] == [True, False, True]
+
+
 def test_generating_can_be_stopped(engine: Engine) -> None:
     cancellation = usoflow.Cancellation()
     cancellation.set()

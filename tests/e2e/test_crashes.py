@@ -20,7 +20,7 @@ from PIL import Image
 
 from e2e.real_server import RealServer, until
 from small import text_to_image, with_inputs
-from usoflow.service.jobs import MAX_ATTEMPTS
+from usoflow.service.store import MAX_ATTEMPTS
 from usoflow.service.supervisor import GRACE
 
 

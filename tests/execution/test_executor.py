@@ -35,8 +35,10 @@ from usoflow.models.checkpoint import CONFIG_KEY
 from usoflow.models.flux import Flux
 from usoflow.models.library import ModelLibrary
 from usoflow.models.placement import Placement
+from usoflow.models.vae import AutoEncoder
 from usoflow.nodes import registry
 from usoflow.nodes.context import NodeContext, Shown
+from usoflow.nodes.custom import adapt
 from usoflow.schema.node import AnyNode, NodeRegistry, node
 from usoflow.schema.specs import Int, Text
 from usoflow.settings import find_folders
@@ -354,6 +356,43 @@ class TestCache:
         assert {"((xy))", "(2)"} < set(calls)
 
 
+class TestPromptOfTheRun:
+    """What nodes are lent of it: as JSON, made once."""
+
+    def test_it_is_made_once_for_all_nodes(self, plain: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+        made, to_json = [], Prompt.to_json
+        monkeypatch.setattr(Prompt, "to_json", lambda prompt: made.append(1) or to_json(prompt))
+        prompt = {str(n): entry("Source", name=str(n)) for n in range(20)}
+        plain.run(prompt, *prompt)
+        assert len(plain.ran) == 20
+        assert len(made) == 1
+
+    def test_a_custom_node_may_change_its_own(self, bench: Bench) -> None:
+        class Careless:
+            RETURN_TYPES, FUNCTION, OUTPUT_NODE = (), "run", True
+
+            @classmethod
+            def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
+                return {"required": {}, "hidden": {"prompt": "PROMPT"}}
+
+            def run(self, prompt: dict[str, Any]) -> tuple[()]:
+                prompt["save"]["inputs"].clear()
+                del prompt["picture"]
+                return ()
+
+        careless = adapt("Careless", Careless, module="careless")
+        bench.executor.registry = NodeRegistry([*registry().values(), careless])
+        prompt = {
+            "careless": entry("Careless"),
+            "picture": entry("EmptyImage", width=8, height=8, batch_size=1, color=0),
+            "save": entry("SaveImage", images=["picture", 0], filename_prefix="x"),
+        }
+        (saved,) = bench.run(prompt, "careless", "save").shown["save"].images
+        assert bench.ran == ["careless", "picture", "save"]
+        data = (bench.root / "output" / saved.filename).read_bytes()
+        assert json.loads(metadata.read(data)["prompt"]) == prompt
+
+
 class TestFileNames:
     def test_the_date_is_that_of_the_run(self, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
         """Of a prompt that no editor has sent; it is embedded as it was given."""
@@ -555,25 +594,57 @@ class TestErrors:
             == 1
         )
 
-    def test_memory_that_runs_out_where_no_models_are_used(
-        self, bench: Bench, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    @pytest.mark.parametrize("with_context", [False, True])
+    def test_memory_that_runs_out_where_no_models_are_used(self, bench: Bench, with_context: bool) -> None:
         """They make room for once; the plan stays."""
         library, asked = bench.executor.library, []
         bench.run(small.text_to_image())
         assert library.holds_models
         before = library.placement
 
-        @node("Short", category="test", output_node=True)
-        def short(value: Annotated[int, Int()] = 0) -> Annotated[Any, Text()]:
-            asked.append(library.holds_models)
+        def work() -> str:
+            asked.append((library.holds_models, library.placement is before))
             if len(asked) == 1:
                 raise torch.OutOfMemoryError("not enough memory")
             return "done"
 
-        bench.executor.registry = NodeRegistry([*registry().values(), short])
+        @node("Short", category="test", output_node=True)
+        def short(value: Annotated[int, Int()] = 0) -> Annotated[Any, Text()]:
+            return work()
+
+        @node("Short", category="test", output_node=True)
+        def lent(value: Annotated[int, Int()] = 0, *, context: NodeContext) -> Annotated[Any, Text()]:
+            return work()
+
+        bench.executor.registry = NodeRegistry([*registry().values(), lent if with_context else short])
         bench.run({"short": {"class_type": "Short", "inputs": {}}}, "short")
-        assert asked == [True, False]
+        assert asked == [(True, True), (False, True)]
+        assert library.placement is before
+
+    @pytest.mark.parametrize("helps", [True, False])
+    def test_memory_that_runs_out_beside_the_transformer(
+        self, bench: Bench, monkeypatch: pytest.MonkeyPatch, helps: bool
+    ) -> None:
+        """A node that has no use for it is run again with less; then all is as before."""
+        library, decode, budgets = bench.executor.library, AutoEncoder.decode, []
+        before = replace(library.placement, budget=10**9)
+        library.plan(before)
+
+        def short_of_memory(*arguments: Any, **options: Any) -> Any:
+            budgets.append(library.placement.budget)
+            if len(budgets) == 1:
+                raise RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")
+            if not helps:
+                raise UsoflowError("cancelled", "enough")
+            return decode(*arguments, **options)
+
+        monkeypatch.setattr(AutoEncoder, "decode", short_of_memory)
+        if helps:
+            assert bench.run(small.text_to_image()).shown
+        else:
+            with pytest.raises(UsoflowError, match="enough"):
+                bench.run(small.text_to_image())
+        assert budgets == [10**9, 5 * 10**8]
         assert library.placement is before
 
     def test_memory_that_runs_out(self, tmp_path: Path, small_models: Path) -> None:

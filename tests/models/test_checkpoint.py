@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,11 @@ from safetensors.torch import save_file
 
 from usoflow.errors import UsoflowError
 from usoflow.models.checkpoint import CONFIG_KEY, TensorFile
+from usoflow.models.flux import FluxConfig
+from usoflow.models.style_projector import StyleProjectorConfig
+from usoflow.models.text import ClipTextConfig, T5Config
+from usoflow.models.vae import VaeConfig
+from usoflow.models.vision import SiglipConfig
 
 FLUX_KEY = "model.diffusion_model.double_blocks.0.img_attn.qkv.weight"
 
@@ -165,3 +171,46 @@ def test_a_gap_in_block_numbers(tmp_path: Path) -> None:
     with pytest.raises(UsoflowError, match=r"double_blocks\.1\.") as caught:
         TensorFile.open(path).component("flux").count("double_blocks.{}.")
     assert caught.value.code == "block_gap"
+
+
+def test_a_number_beyond_all_blocks_is_a_gap_too(tmp_path: Path) -> None:
+    """Found without counting up to it."""
+    path, far = tmp_path / "far.safetensors", "double_blocks.99999999999."
+    save_file({key: torch.ones(1) for key in (FLUX_KEY, FLUX_KEY.replace("double_blocks.0.", far))}, path)
+    with pytest.raises(UsoflowError, match=r"9\.\* but no double_blocks\.1\.") as caught:
+        TensorFile.open(path).component("flux").count("double_blocks.{}.")
+    assert caught.value.code == "block_gap"
+
+
+def test_a_number_that_python_does_not_read_is_none(tmp_path: Path) -> None:
+    """It refuses to convert more than 4300 digits."""
+    path, far = tmp_path / "digits.safetensors", f".{'1' * 5000}."
+    save_file({key: torch.ones(1) for key in (FLUX_KEY, FLUX_KEY.replace(".0.", far))}, path)
+    assert TensorFile.open(path).component("flux").count("double_blocks.{}.") == 1
+
+
+CONFIGS = {
+    "flux": FluxConfig,
+    "clip_l": ClipTextConfig,
+    "t5": T5Config,
+    "vae": VaeConfig,
+    "siglip": SiglipConfig,
+    "uso_projector": StyleProjectorConfig,
+}
+SHAPES = ((), (0,), (3,), (0, 0), (1, 1), (1, 1, 1, 1), (0, 0, 0, 0), (1, 1, 1, 1, 1))
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_tensors_of_any_shape_are_sizes_or_an_error(small_models: Path, kind: str) -> None:
+    """Of more or fewer sides than the model's, or with none of anything: named, and no defect of ours."""
+    files = map(TensorFile.open, small_models.rglob("*.safetensors"))
+    (part,) = (file.components()[kind] for file in files if kind in file.components())
+    codes = set()
+    for name, info in part.tensors.items():
+        for shape in SHAPES:
+            changed = {**part.tensors, name: replace(info, shape=shape)}
+            try:
+                CONFIGS[kind].from_component(replace(part, tensors=changed))
+            except UsoflowError as error:
+                codes.add(error.code)
+    assert "tensor_shape" in codes

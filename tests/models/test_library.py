@@ -7,7 +7,9 @@ import gc
 import json
 import shutil
 import weakref
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,12 +18,15 @@ from torch import Tensor
 
 from networks import lora_of, relative, transformer_of, velocity
 from usoflow.errors import UsoflowError
+from usoflow.models import pages, vae
 from usoflow.models.checkpoint import CONFIG_KEY, Component, TensorFile
 from usoflow.models.flux import Flux, FluxConfig
 from usoflow.models.library import LoraUse, ModelLibrary, load_clip, load_flux, load_vae
-from usoflow.models.placement import Placement, widen_fp8
+from usoflow.models.placement import Placement, is_out_of_memory, widen_fp8
 from usoflow.models.residence import stored_bytes
 from usoflow.models.text import TextEncoding
+from usoflow.models.tiling import Grid
+from usoflow.models.vae import AutoEncoder
 from usoflow.pocket.untrained import FLUX, write_untrained
 
 CPU32 = Placement(torch.device("cpu"), torch.float32)
@@ -148,6 +153,23 @@ def test_narrow_storage(models: Path) -> None:
     assert 1e-4 < error < 0.1
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e5m2, torch.float8_e4m3fn])
+def test_what_has_a_scale_is_not_narrowed(models: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    """Stored in e5m2 it may be larger than e4m3's largest number."""
+    name, path = "double_blocks.0.img_attn.qkv", models / SPLIT["flux"][0]
+    tensors = load_file(path)
+    wide = tensors[f"{name}.weight"].float()
+    scale = wide.abs().max() / torch.finfo(dtype).max
+    tensors |= {f"{name}.weight": (wide / scale).to(dtype), f"{name}.scale_weight": scale}
+    save_file(tensors, tmp_path / "scaled.safetensors", metadata=dict(TensorFile.open(path).metadata))
+    with torch.no_grad():
+        narrow = load_flux(TensorFile.open(tmp_path / "scaled.safetensors").component("flux"))
+        ModelLibrary(CPU32)._narrow(narrow)
+    assert narrow.double_blocks[0].img_attn.qkv.weight.dtype == dtype
+    assert narrow.double_blocks[0].img_mlp["0"].weight.dtype == torch.float8_e4m3fn
+    assert relative(narrow.double_blocks[0].img_attn.qkv.plain_weight(torch.float32), wide) < 0.1
+
+
 def test_each_file_is_loaded_once_until_it_changes(models: Path, tmp_path: Path) -> None:
     write_untrained(tmp_path)
     library = ModelLibrary(CPU32)
@@ -171,6 +193,43 @@ def test_placement_of_what_is_not_there() -> None:
         with pytest.raises(UsoflowError) as caught:
             Placement.choose(device, dtype)
         assert caught.value.code == "device_unavailable"
+
+
+def test_a_gpu_is_the_one_of_the_thread_that_chose(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In another thread another one may be current."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    for asked in ("auto", "cuda"):
+        assert Placement.choose(asked).device == torch.device("cuda", 1)
+
+
+@pytest.mark.parametrize(
+    ("error", "ran_out"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory."), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_INVALID_VALUE"), False),
+    ],
+)
+def test_what_says_that_memory_ran_out(error: Exception, ran_out: bool) -> None:
+    assert is_out_of_memory(error) == ran_out
+
+
+@torch.inference_mode()
+def test_what_goes_to_a_device_is_read_ahead(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device without values stands for a GPU."""
+    asked: list[pages.Range] = []
+    monkeypatch.setattr(pages, "bring", asked.extend)
+    module = load_vae(components(models)[0]["vae"])
+    wanted = pages.mapped(module.parameters())
+    Placement(torch.device("meta"), torch.float32).settle(module)
+    assert module.decoder.conv_in.weight.is_meta
+    assert asked == wanted != []
 
 
 def _here() -> set[str]:
@@ -233,6 +292,58 @@ def test_an_encoder_that_does_not_fit_takes_the_transformers_place(
     assert not stays(vae - 1, 32)
     assert stays(vae - 1 - 10**12, 32)  # where its place would not be enough, the CPU computes
     assert library.placement == CPU32
+
+
+@torch.inference_mode()
+def test_a_vae_works_in_tiles_beside_the_transformer(
+    models: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where there is room for good tiles; to load the transformer again would take longer."""
+    monkeypatch.setattr(vae, "GOOD_TILE", 4)
+    monkeypatch.setattr(vae, "LEAST_TILE", 2)
+    library, (whole, _) = ModelLibrary(CPU32), components(models)
+    module, images, latents = load_vae(whole["vae"]), torch.rand(1, 64, 64, 3), torch.randn(1, 16, 8, 8)
+    encoding = module.encoding_bytes(images[:, :32, :32], torch.float32)
+    decoding = module.decoding_bytes(latents[..., :4, :4], torch.float32)
+
+    def stays(room: int, compute: Callable[[], Tensor]) -> bool:
+        """Whether the transformer does where so many bytes are left beside it and the VAE."""
+        transformer = library.flux(whole["flux"], (), "default")
+        monkeypatch.setattr(Placement, "room", property(lambda _: room))
+        monkeypatch.setattr(Placement, "fits", lambda _, needed: needed <= stored_bytes(module) + room)
+        caplog.clear()
+        compute()
+        assert "tiles of 32 pixels" in caplog.text or room < encoding
+        return library.flux(whole["flux"], (), "default") is transformer
+
+    caplog.set_level("INFO", "usoflow")
+    assert stays(encoding, lambda: library.vae_encode(whole["vae"], images))
+    assert stays(decoding, lambda: library.vae_decode(whole["vae"], latents))
+    assert not stays(encoding - 1, lambda: library.vae_encode_once(whole["vae"], images))
+
+
+@torch.inference_mode()
+def test_for_all_tiles_of_a_picture_the_vae_comes_once(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library, (whole, _) = ModelLibrary(CPU32), components(models)
+    borrow, borrowed, sizes = Placement.borrow, [], []
+
+    def watched(compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def computed(module: AutoEncoder, x: Tensor, **options: Any) -> Tensor:
+            sizes.append(tuple(x.shape))
+            return compute(module, x, **options)
+
+        return computed
+
+    monkeypatch.setattr(AutoEncoder, "encode", watched(AutoEncoder.encode))
+    monkeypatch.setattr(AutoEncoder, "decode", watched(AutoEncoder.decode))
+    monkeypatch.setattr(Placement, "borrow", lambda *given: borrowed.append(given) or borrow(*given))
+    encoded = library.vae_encode_once(whole["vae"], torch.rand(1, 128, 96, 3), tiles=Grid(8, 0, 8, 1))
+    assert encoded.shape == (1, 16, 16, 12)
+    assert sizes == [(1, 64, 64, 3)] * 4
+    decoded = library.vae_decode(whole["vae"], encoded, tiles=Grid(8, 0, 1, 8))
+    assert decoded.shape == (1, 128, 96, 3)
+    assert sizes[4:] == [(1, 16, 8, 8)] * 4
+    assert len(borrowed) == 2
 
 
 @torch.inference_mode()

@@ -338,3 +338,16 @@ def test_sides_of_different_ranks_are_refused(checkpoint: TensorFile, tmp_path: 
     with pytest.raises(UsoflowError) as caught:
         attach(load_flux(checkpoint.component("flux")), lora, 1.0)
     assert caught.value.code == "lora_mismatch"
+
+
+@pytest.mark.parametrize(
+    ("rank", "alpha"), [(0, torch.tensor(1.0)), (RANK, torch.ones(2)), (RANK, torch.ones(0))]
+)
+def test_ranks_of_none_and_alphas_of_several_are_refused(
+    checkpoint: TensorFile, tmp_path: Path, rank: int, alpha: Tensor
+) -> None:
+    sides = {"lora_down.weight": torch.ones(rank, W), "lora_up.weight": torch.ones(3 * W, rank)}
+    tensors = {f"{L}.{name}": tensor for name, tensor in (sides | {"alpha": alpha}).items()}
+    with pytest.raises(UsoflowError, match=L) as caught:
+        attach(load_flux(checkpoint.component("flux")), saved(tmp_path, tensors), 1.0)
+    assert caught.value.code == "lora_mismatch"

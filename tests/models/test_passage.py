@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from networks import lora_of, transformer_of
 from usoflow.models.library import LoraUse, ModelLibrary, load_flux
-from usoflow.models.passage import Buffer, Passage
+from usoflow.models.passage import MOST_PINNED_AT_ONCE, Buffer, Passage, pinned_together
 from usoflow.models.placement import Placement
 
 CPU = torch.device("cpu")
@@ -205,6 +206,52 @@ def test_loras_share_what_passes(small_models: Path, inference: bool) -> None:
                 flux(latent, torch.tensor(0.5), flux.prepare(text, pooled, (8, 8))) for flux in (ours, theirs)
             )
             assert float((found - expected).norm() / expected.norm()) < 1e-4
+
+
+DOUBLE, SINGLE = 339_738_624, 141_557_760  # bytes of the matrices of FLUX.1's blocks in fp8
+
+
+def pieces_of(sizes: list[int], counts: list[int]) -> list[int]:
+    rest = iter(sizes)
+    return [sum(islice(rest, count)) for count in counts]
+
+
+def taken(sizes: list[int], counts: list[int]) -> int:
+    """By torch, which makes the next power of two of each piece."""
+    return sum(1 << (piece - 1).bit_length() for piece in pieces_of(sizes, counts))
+
+
+@pytest.mark.parametrize("wide", [1, 2])
+@pytest.mark.parametrize("passing", [20, 40, 57])
+def test_pinned_memory_is_not_left_idle(wide: int, passing: int) -> None:
+    """A piece for each block would take 1.6 to 1.9 times as much as the blocks."""
+    sizes = [wide * size for size in [DOUBLE] * 19 + [SINGLE] * 38][-passing:]
+    counts = pinned_together(sizes, 10**12)
+    assert sum(counts) == passing
+    assert taken(sizes, counts) < 1.2 * sum(sizes)
+    assert max(pieces_of(sizes, counts)) <= MOST_PINNED_AT_ONCE
+
+
+@pytest.mark.parametrize("room", [0, 10**8, 10**9, 3 * 10**9, 10**10])
+def test_no_more_is_pinned_than_there_is_room_for(room: int) -> None:
+    sizes = [SINGLE] * 38
+    counts = pinned_together(sizes, room)
+    assert taken(sizes, counts) <= room
+    assert (sum(counts) > 0) == (room >= taken(sizes, [1]))
+
+
+def test_blocks_share_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has its own part; those that there is no room for stay where they are."""
+    blocks, x = blocks_of(6), torch.randn(2, 8)
+    expected = through(blocks, x)
+    monkeypatch.setattr("usoflow.models.passage.pinned_together", lambda sizes, room: [3, 2])
+    pinned = [home.pinned for home in Passage(blocks, CPU, pinned=10**9)._homes]
+    assert [memory is not None for memory in pinned] == [True] * 5 + [False]
+    storages = [memory.untyped_storage().data_ptr() for memory in pinned if memory is not None]
+    assert len(set(storages[:3])) == len(set(storages[3:])) == 1
+    assert storages[0] != storages[3]
+    for _ in range(2):
+        assert torch.equal(through(blocks, x), expected)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")

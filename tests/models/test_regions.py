@@ -124,6 +124,28 @@ def test_nothing_is_compiled_where_it_was_not_asked_for(small_models: Path, grap
 
 
 @torch.inference_mode()
+def test_a_network_that_was_loaded_again_goes_on(small_models: Path, graphs: Graphs) -> None:
+    """As where it had to make room: what was compiled for its blocks is for blocks of their kinds."""
+    library, (file, _) = ModelLibrary(Placement(CPU, torch.float32, compiled=True)), files(small_models)
+    for run in range(3):
+        library.begin_run()
+        flux = library.flux(file, (), "default")
+        velocity(flux)
+        assert graphs.calls == run * len(flux.blocks)
+        library.forget_models()
+    assert graphs.traced == 2
+
+
+@torch.inference_mode()
+def test_weights_in_another_dtype_begin_anew(small_models: Path, graphs: Graphs) -> None:
+    library, (file, _) = ModelLibrary(Placement(CPU, torch.bfloat16, compiled=True)), files(small_models)
+    for dtype in ("default", "fp8_e4m3fn"):
+        library.begin_run()
+        velocity(library.flux(file, (), dtype), dtype=torch.bfloat16)
+    assert graphs.calls == 0
+
+
+@torch.inference_mode()
 def test_other_loras_begin_anew(small_models: Path, graphs: Graphs) -> None:
     """A new combination is a first picture; what was compiled for another goes on."""
     library, (file, lora) = ModelLibrary(Placement(CPU, torch.float32, compiled=True)), files(small_models)
@@ -185,9 +207,8 @@ def test_where_every_block_needs_its_own_code_nothing_is_compiled(
 def test_weights_that_pass_stay_outside(small_models: Path, graphs: Graphs) -> None:
     """The hooks that bring them are not compiled, so each block finds its own."""
     library, (file, lora) = ModelLibrary(Placement(CPU, torch.float32, compiled=True)), files(small_models)
-    flux = library.flux(file, (LoraUse(lora, 1.0),), "default")
-    expected = velocity(flux)
-    library.clear()
+    plain = ModelLibrary(Placement(CPU, torch.float32))
+    expected = velocity(plain.flux(file, (LoraUse(lora, 1.0),), "default"))
     base = library.flux(file, (), "default")
     Passage(base.blocks[1:], CPU, pinned=10**9)
     flux = library.flux(file, (LoraUse(lora, 1.0),), "default")
@@ -244,20 +265,23 @@ def test_a_compiler_that_fails_is_said_once(
     assert "no compiler is here" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("no memory"), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")]
+)
 @torch.inference_mode()
 def test_memory_that_runs_out_is_no_failure_of_the_compiler(
-    small_models: Path, graphs: Graphs, monkeypatch: pytest.MonkeyPatch
+    small_models: Path, graphs: Graphs, monkeypatch: pytest.MonkeyPatch, error: RuntimeError
 ) -> None:
     library, (file, _) = ModelLibrary(Placement(CPU, torch.float32, compiled=True)), files(small_models)
     flux = library.flux(file, (), "default")
 
     def none_left(*_: object) -> None:
-        raise torch.OutOfMemoryError("no memory")
+        raise error
 
     velocity(flux)
     library.begin_run()
     monkeypatch.setattr(library._regions, "_of", lambda _kind: none_left)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(RuntimeError, match=str(error)):
         velocity(flux)
 
 

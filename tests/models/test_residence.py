@@ -10,13 +10,14 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from threading import Barrier, Thread
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from networks import relative, transformer_of, velocity
-from usoflow.models import pages, residence
+from usoflow.models import pages, placement, residence
 from usoflow.models.checkpoint import TensorFile
 from usoflow.models.flux import Flux
 from usoflow.models.library import ModelLibrary, load_flux, load_t5
@@ -77,6 +78,34 @@ def test_where_one_layer_fails_the_others_need_not_begin(
         settle_on_cpu(flux, flux.blocks, torch.float32, 10**9)
     assert len(begun) < len(linear_layers(flux))
     assert torch.get_num_threads() == threads
+
+
+def test_threads_of_others_count_as_before() -> None:
+    """Also those that begin to compute while weights are laid, each by one thread."""
+    before = torch.get_num_threads()
+
+    def elsewhere() -> int:
+        found: list[int] = []
+        thread = Thread(target=lambda: found.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        return found[0]
+
+    def inside(together: Barrier) -> int:
+        together.wait()  # one in each thread
+        torch.ones(1 << 20).exp()
+        return torch.get_num_threads()
+
+    torch.set_num_threads(3)
+    try:
+        with residence._threads_by_themselves() as pool, residence._threads_by_themselves() as other:
+            assert (elsewhere(), torch.get_num_threads()) == (3, 3)
+            together = Barrier(6)
+            counted = [each.submit(inside, together) for each in (pool, other) for _ in range(3)]
+            assert [one.result() for one in counted] == [1] * 6
+        assert (elsewhere(), torch.get_num_threads()) == (3, 3)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_training_finds_weights_as_stored(small_models: Path) -> None:
@@ -193,6 +222,57 @@ def test_blocks_that_do_not_fit_a_device_come_and_leave(fit: int | None, pinned:
         assert torch.equal(velocity(flux, torch.float32), expected)
     assert away == ([] if fit is None else 3 * list(range(fit, len(home))))
     assert [[parameter.data_ptr() for parameter in block.parameters()] for block in flux.blocks] == home
+
+
+@pytest.mark.parametrize("budget", [10**9, 1])
+def test_what_goes_to_a_gpu_is_read_ahead(
+    small_models: Path, monkeypatch: pytest.MonkeyPatch, budget: int
+) -> None:
+    """The next part while one is moved, whether it stays or is pinned; the CPU stands for a GPU."""
+    flux, asked = load_flux(transformer_of(small_models)), []
+    monkeypatch.setattr(pages, "bring", asked.extend)
+    first = [flux.img_in] if budget > 1 else [flux.img_in, flux.blocks[0]]  # which nothing comes before
+    wanted = {*mapped(flux.parameters())} - {*mapped(p for part in first for p in part.parameters())}
+    resident = settle_on_gpu(flux, flux.blocks, CPU, budget, pinned=10**9)
+    assert resident == (len(flux.blocks) if budget > 1 else 0)
+    assert wanted
+    assert sorted(asked) == sorted(wanted)
+
+
+def test_groups_on_the_way_to_the_root_have_limits_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job of Slurm is in a group of its own, which it does not see as the root."""
+    own = tmp_path / "slurm" / "job 7"
+    own.mkdir(parents=True)
+    (tmp_path / "told").write_text("1:name=systemd:/x\n0::/slurm/job 7\n")
+    monkeypatch.setattr(placement, "CONTAINER", tmp_path)
+    monkeypatch.setattr(placement, "OWN_GROUP", tmp_path / "told")
+    (own / "memory.max").write_text("max\n")
+    (own.parent / "memory.max").write_text("1000\n")
+    assert placement.memory() == 1000
+    for file, text in {"max": "600", "current": "250", "stat": "inactive_file 50"}.items():
+        (own / f"memory.{file}").write_text(f"{text}\n")
+    assert placement.memory() == 600
+    assert placement.free_memory() == 400
+    (tmp_path / "memory.max").write_text("300\n")
+    assert placement.memory() == 300
+    monkeypatch.setattr(placement, "OWN_GROUP", tmp_path / "absent")
+    assert placement.memory() == 300
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are known on Linux only")
+def test_files_may_have_any_names(tmp_path: Path) -> None:
+    """Of bytes that are no UTF-8, and of what elsewhere ends a line, though a mapping seems to follow."""
+    held = []
+    for odd in (b"\xff", "\x85".encode(), "\u2028".encode(), b"\r", b"\x0b", b" "):
+        folder = os.fsencode(tmp_path / "weights") + odd + b"7 r 0 0 0 "
+        os.mkdir(folder)
+        with open(folder + b"/file", "w+b") as stream:
+            stream.write(bytes(1 << 16))
+            stream.flush()
+            held.append(torch.frombuffer(mmap.mmap(stream.fileno(), 0), dtype=torch.uint8))
+    assert mapped(held) == [(tensor.data_ptr(), 1 << 16) for tensor in held]
 
 
 def test_a_container_has_its_own_limit(tmp_path: Path) -> None:

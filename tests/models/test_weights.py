@@ -29,7 +29,7 @@ from usoflow.models.weights import (
     read_tensors,
 )
 
-STORED = [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn]
+STORED = [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
 
 
 def stored(module: nn.Module, dtype: torch.dtype, seed: int = 0) -> nn.Module:
@@ -155,6 +155,8 @@ GOOD = {"weight": torch.ones(5, 6), "bias": torch.ones(5)}
         ({"weight": GOOD["weight"]}, "tensor_missing", "vae.part.bias"),
         (GOOD | {"extra": torch.ones(1)}, "tensor_unknown", "vae.part.extra"),
         (GOOD | {"weight": torch.ones(6, 5)}, "tensor_shape", "vae.part.weight"),
+        (GOOD | {"scale_weight": torch.ones(6)}, "tensor_shape", "vae.part.scale_weight"),
+        (GOOD | {"scale_weight": torch.ones(0)}, "tensor_shape", "vae.part.scale_weight"),
     ],
 )
 def test_a_file_that_does_not_fit(tmp_path: Path, tensors: dict[str, Tensor], code: str, named: str) -> None:

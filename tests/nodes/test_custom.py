@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -482,3 +483,31 @@ def test_a_file_that_a_link_names_is_read_again(tmp_path: Path) -> None:
         run(prompt, "save")
         with Image.open(tmp_path / "output" / f"x_0000{number}_.png") as saved:
             assert saved.getpixel((0, 0)) == ImageColor.getrgb(colour)
+
+
+FILE = {"filename": "a.png", "subfolder": "x", "type": "temp"}
+
+
+@pytest.mark.parametrize(
+    ("listed", "files"),
+    [
+        ([FILE], [FILE]),
+        ([{**FILE, "format": "video/h264", "frame": 3}], [FILE]),
+        ([{"filename": "a.png"}], [{"filename": "a.png", "subfolder": "", "type": "output"}]),
+        ([{"source": "data:image/png;base64,AA=="}, "text", {"filename": None}, FILE], [FILE]),
+        ([], []),
+        (None, []),
+    ],
+)
+def test_images_are_shown_as_the_node_lists_them(tmp_path: Path, listed: object, files: list[object]) -> None:
+    source = f"""class Shows:
+    RETURN_TYPES, FUNCTION, OUTPUT_NODE = (), "show", True
+    INPUT_TYPES = classmethod(lambda s: {{"required": {{}}}})
+    def show(self): return {{"ui": {{"images": {listed!r}}}}}
+NODE_CLASS_MAPPINGS = {{"Shows": Shows}}
+"""
+    (tmp_path / "shows.py").write_text(source)
+    runs = Runs(with_custom(registry(), tmp_path), tmp_path / "output")
+    shown = runs({"1": node("Shows")}, "1").shown["1"]
+    assert shown.record() == {"images": listed}
+    assert [asdict(image) for image in shown.images] == files

@@ -210,3 +210,69 @@ def test_kontext_sizes(size: tuple[int, int], expected: tuple[int, int]) -> None
     """Height and width: 16:9 = 1.78 lies between 1.73 (1328x768 is none; 1392x752 is 1.85) and so on."""
     assert image_scaling.kontext_scale(picture(*size)).shape[1:3] == expected
     assert all(w % 16 == h % 16 == 0 for w, h in image_scaling.KONTEXT_SIZES)
+
+
+def bilinear(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """[H, W, C] scaled: between the four nearest, without smoothing."""
+
+    def places(new: int, old: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        at = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
+        low = np.floor(at).astype(int)
+        return low, np.minimum(low + 1, old - 1), at - low
+
+    (top, bottom, down), (left, right, across) = places(height, len(image)), places(width, image.shape[1])
+    across = across[None, :, None]
+    upper = image[top][:, left] * (1 - across) + image[top][:, right] * across
+    lower = image[bottom][:, left] * (1 - across) + image[bottom][:, right] * across
+    return upper * (1 - down[:, None, None]) + lower * down[:, None, None]
+
+
+def laid_over(
+    destination: np.ndarray, source: np.ndarray, x: int, y: int, mask: np.ndarray | None
+) -> np.ndarray:
+    """Pixel by pixel; the source and the mask, of its size, begin again where they are fewer."""
+    result = destination.copy()
+    for number, row, column in np.ndindex(len(destination), *source.shape[1:3]):
+        if y + row < destination.shape[1] and x + column < destination.shape[2]:
+            weight = 1.0 if mask is None else mask[number % len(mask), row, column]
+            pixel = result[number, y + row, x + column]
+            pixel[:] = (1 - weight) * pixel + weight * source[number % len(source), row, column]
+    return result
+
+
+@pytest.mark.parametrize("masks", [0, 1, 2])
+@pytest.mark.parametrize(("x", "y"), [(0, 0), (2, 1), (5, 3), (6, 0), (7, 4), (100, 0)])
+@pytest.mark.parametrize(("height", "width", "count"), [(2, 3, 1), (9, 9, 2), (1, 1, 5)])
+def test_laying_over(x: int, y: int, height: int, width: int, count: int, masks: int) -> None:
+    """Also partly, and wholly, beside the destination, which is left as it was."""
+    destination, source = picture(4, 7, batch=3), picture(height, width, batch=count, seed=1)
+    before = destination.clone()
+    mask = picture(height, width, batch=masks, channels=1, seed=2)[..., 0] if masks else None
+    result = image_transform.composite(destination, source, x, y, mask=mask)
+    expected = laid_over(before.numpy(), source.numpy(), x, y, None if mask is None else mask.numpy())
+    assert np.allclose(result.numpy(), expected, atol=1e-6)
+    assert torch.equal(destination, before)
+
+
+def test_a_source_is_scaled_to_the_destination_if_asked_to_and_a_mask_to_its_source() -> None:
+    destination, source, mask = (
+        picture(6, 8),
+        picture(3, 5, seed=1),
+        picture(2, 4, channels=1, seed=2)[..., 0],
+    )
+    weight = bilinear(mask[0, ..., None].numpy(), 6, 8)[None, ..., 0]
+    scaled = bilinear(source[0].numpy(), 6, 8)[None]
+    result = image_transform.composite(destination, source, 1, 2, resize_source=True, mask=mask)
+    assert np.allclose(result, laid_over(destination.numpy(), scaled, 1, 2, weight), atol=1e-5)
+    weight = bilinear(mask[0, ..., None].numpy(), 3, 5)[None, ..., 0]
+    result = image_transform.composite(destination, source, 1, 2, mask=mask)
+    assert np.allclose(result, laid_over(destination.numpy(), source.numpy(), 1, 2, weight), atol=1e-5)
+
+
+@pytest.mark.parametrize(("below", "above"), [(3, 4), (4, 3)])
+def test_what_is_laid_over_gets_the_channels_of_the_destination(below: int, above: int) -> None:
+    destination, source = picture(4, 4, channels=below), picture(2, 2, channels=above, seed=1)
+    result = image_transform.composite(destination, source)
+    assert result.shape == destination.shape
+    assert torch.equal(result[:, :2, :2, :3], source[..., :3])
+    assert bool((result[:, :2, :2, 3:] == 1).all())

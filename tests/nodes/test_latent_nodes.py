@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +19,7 @@ from usoflow.models.checkpoint import TensorFile
 from usoflow.models.library import ModelLibrary
 from usoflow.models.placement import Placement
 from usoflow.models.tiling import Grid, tiled
+from usoflow.models.vae import AutoEncoder
 from usoflow.nodes import latent, latent_batch
 from usoflow.nodes.handles import VaeHandle
 from usoflow.nodes.resize import bislerp
@@ -167,13 +167,13 @@ def test_tiles_bound_what_is_decoded_at_once(
 ) -> None:
     context, vae = lent
     sizes: list[tuple[int, ...]] = []
-    decode: Callable[..., Tensor] = context.library.vae_decode
+    decode = AutoEncoder.decode
 
-    def watched(component: Any, latents: Tensor) -> Tensor:
+    def watched(module: AutoEncoder, latents: Tensor, **options: Any) -> Tensor:
         sizes.append(tuple(latents.shape[-2:]))
-        return decode(component, latents)
+        return decode(module, latents, **options)
 
-    monkeypatch.setattr(context.library, "vae_decode", watched)
+    monkeypatch.setattr(AutoEncoder, "decode", watched)
     decoded = latent.vae_decode_tiled({"samples": latents(1, 16, 12)}, vae, 64, 0, context=context)
     assert decoded.shape == (1, 128, 96, 3)
     assert set(sizes) == {(8, 8)}

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from golden.compare import Golden
+from usoflow.errors import UsoflowError
 from usoflow.sampling.schedule import (
     SCHEDULERS,
     FluxSchedule,
@@ -76,6 +77,16 @@ def test_denoise_takes_the_end_of_a_longer_schedule(name: str) -> None:
     assert torch.equal(sigmas(name, 8, 0.3, schedule=FLUX), whole[-9:])  # int(8 / 0.3) = 26
     assert torch.equal(sigmas(name, 26, 0.99995, schedule=FLUX), whole)
     assert len(sigmas(name, 8, 0.0, schedule=FLUX)) == 0
+
+
+@pytest.mark.parametrize("denoise", [1e-9, 5e-324, 0.000_199])
+def test_an_endless_schedule_is_refused(denoise: float) -> None:
+    """Its last steps would be all that is used of it."""
+    with pytest.raises(UsoflowError, match="20 steps of a denoise") as caught:
+        sigmas("simple", 20, denoise, schedule=FLUX)
+    assert caught.value.code == "prompt_invalid"
+    assert "larger denoise" in caught.value.remedy
+    assert len(sigmas("simple", 20, 0.0003, schedule=FLUX)) == 21
 
 
 def test_official_step_cache_boundaries_round_as_the_reference() -> None:

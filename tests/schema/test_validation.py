@@ -428,3 +428,14 @@ def with_checkpoint(name: str) -> dict[str, Json]:
     graph = prompt()
     setting("30", ckpt_name=name)(graph)
     return graph
+
+
+def test_a_link_that_leads_nowhere_names_the_output_by_which_its_node_is_asked_for() -> None:
+    graph = {
+        "pad": node("ImagePadForOutpaint", image=["999", 0], left=8, top=0, right=0, bottom=0, feathering=4),
+        "picture": node("MaskToImage", mask=["pad", 1]),
+        "out": node("PreviewImage", images=["picture", 0]),
+    }
+    (error,) = validate(graph, our_nodes(), Files()).node_errors["pad"]["errors"]
+    assert error["extra_info"]["input_name"] == "mask"
+    assert error["extra_info"]["linked_node"] == ["pad", 1]

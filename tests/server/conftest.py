@@ -28,7 +28,7 @@ from usoflow.service.engine import (
     Run,
     Started,
 )
-from usoflow.service.jobs import JobStore
+from usoflow.service.store import JobStore
 from usoflow.settings import find_folders
 
 ADDRESS = "http://127.0.0.1:8188"

@@ -8,11 +8,13 @@ import os
 import shutil
 import sys
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
-from PIL import Image
+from PIL import Image, features
 
 from forbidden import forbid
 from server.conftest import Serve
@@ -89,7 +91,6 @@ def test_a_model_file_put_there_is_offered_at_once(
         (b"<html><script>alert(1)</script>", "a.png"),
         (b"", "a.png"),
         (picture()[:40], "a.png"),
-        (picture(), "a.html"),
         (picture(), "."),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "a.svg"),
         (b"\x80\x04cos\nsystem\n", "a.png"),
@@ -99,6 +100,50 @@ def test_only_pictures_are_taken(client: TestClient, place: Path, data: bytes, n
     status, answer = upload(client, data, name)
     assert (status, answer["error"]["type"]) == (400, "image_invalid")  # type: ignore[index]
     assert list((place / "input").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a.html", "a.svg", "x.js", "Screenshot at 10.15.30", "a.png.", "a.png.HTM", "a.php\x20", "..html"],
+)
+def test_a_picture_gets_the_name_of_one(client: TestClient, place: Path, name: str) -> None:
+    """No browser would run it, whatever it was called; an ending may also be none."""
+    data = picture()
+    assert upload(client, data, name) == (200, {"name": f"{name}.png", "subfolder": "", "type": "input"})
+    assert [path.name for path in (place / "input").iterdir()] == [f"{name}.png"]
+    assert client.get("/internal/files/input").json() == [f"{name}.png"]
+
+
+@pytest.mark.parametrize(
+    ("plain", "extended", "name"),
+    [
+        ("=?utf-8?B?54yrLnBuZw==?=", "; filename*=utf-8''%E7%8C%AB.png", "猫.png"),  # as .NET sends it
+        ("x.png", "; filename*=UTF-8'en'%E7%8C%AB", "猫.png"),
+        ("M.png", ";filename*=iso-8859-1''M%FCller.png", "Müller.png"),
+        ("a.png", "; filename*=klingon''b.png", "a.png"),
+        ("a.png", "", "a.png"),
+        ("a.png", "; filename*=utf-8''..%2Fb.png", ""),
+    ],
+)
+def test_a_name_that_is_not_ascii_may_come_another_way(
+    client: TestClient, plain: str, extended: str, name: str
+) -> None:
+    head = f'--x\r\nContent-Disposition: form-data; name="image"; filename="{plain}"{extended}\r\n\r\n'
+    body = head.encode() + picture() + b"\r\n--x--\r\n"
+    headers = {"content-type": "multipart/form-data; boundary=x"}
+    answer = client.post("/upload/image", content=body, headers=headers).json()
+    assert answer.get("name", "") == name
+    assert client.get("/internal/files/input").json() == ([name] if name else [])
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="Pillow has no AVIF here")
+def test_avif_is_a_picture(client: TestClient) -> None:
+    data = picture((64, 48), kind="AVIF")
+    assert upload(client, data, "blob")[1]["name"] == "blob.avif"
+    assert client.get("/view?filename=blob.avif&type=input").headers["content-type"] == "image/avif"
+    assert client.get("/internal/files/input").json() == ["blob.avif"]
+    offered = client.get("/object_info/LoadImage").json()["LoadImage"]["input"]["required"]["image"][0]
+    assert "blob.avif" in offered
 
 
 @pytest.mark.parametrize(
@@ -364,3 +409,130 @@ def test_other_kinds_of_pictures_are_not_taken(client: TestClient, kind: str) ->
     Image.new("RGB", (16, 16)).save(data, kind)
     status, answer = upload(client, data.getvalue(), "a.png")
     assert (status, answer["error"]["type"]) == (400, "image_invalid")  # type: ignore[index]
+
+
+def turned(colour: tuple[int, ...] = (255, 0, 0, 255)) -> bytes:
+    """A PNG of 8 x 6 black pixels, the first of them coloured, that is meant to be seen turned clockwise."""
+    image = Image.new("RGBA", (8, 6), (0, 0, 0, 255))
+    image.putpixel((0, 0), colour)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", exif=exif)
+    return buffer.getvalue()
+
+
+def shown(client: TestClient, query: str) -> Image.Image:
+    """What `/view` answers."""
+    return Image.open(io.BytesIO(client.get(f"/view?{query}").content))
+
+
+def test_pictures_are_seen_as_a_node_loads_them(client: TestClient, place: Path) -> None:
+    (place / "output" / "phone.png").write_bytes(turned())
+    for preview in ("webp", "jpeg"):
+        assert shown(client, f"filename=phone.png&preview={preview}").size == (6, 8)
+    colours = shown(client, "filename=phone.png&channel=rgb")
+    assert (colours.size, colours.getpixel((5, 0))) == ((6, 8), (255, 0, 0))
+    assert shown(client, "filename=phone.png&channel=a").size == (6, 8)
+
+
+def test_a_mask_lies_over_the_picture_as_it_is_seen(client: TestClient, place: Path) -> None:
+    (place / "input" / "phone.png").write_bytes(turned())
+    form = {"original_ref": json.dumps({"filename": "phone.png", "type": "input"})}
+    mask = {"image": ("m.png", turned((0, 0, 0, 0)))}
+    assert client.post("/upload/mask", files=mask, data=form).status_code == 200
+    with Image.open(place / "input" / "m.png") as made:
+        assert (made.size, made.getexif().get(0x0112, 1)) == ((6, 8), 1)
+        assert made.getpixel((5, 0)) == (255, 0, 0, 0)
+        assert made.getpixel((0, 0)) == (0, 0, 0, 255)
+
+
+def test_a_preview_is_as_transparent_as_its_format_can_be(client: TestClient, place: Path) -> None:
+    (place / "output" / "glass.png").write_bytes(picture((16, 16), "RGBA", colour=(200, 100, 50, 128)))
+    (place / "output" / "wall.png").write_bytes(picture((16, 16)))
+    glass = shown(client, "filename=glass.png&preview=webp;90")
+    assert glass.mode == "RGBA"
+    assert abs(glass.getpixel((8, 8))[3] - 128) <= 2  # type: ignore[index]
+    assert shown(client, "filename=glass.png&preview=jpeg").mode == "RGB"
+    assert shown(client, "filename=wall.png&preview=webp").mode == "RGB"
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("a b.png", "filename*=utf-8''a%20b.png"), ("a.png", 'filename="a.png"'), ("猫.png", "%E7%8C%AB.png")],
+)
+def test_a_picture_is_saved_under_its_name(client: TestClient, place: Path, name: str, told: str) -> None:
+    (place / "output" / "x").mkdir()
+    (place / "output" / "x" / name).write_bytes(picture())
+    answer = client.get("/view", params={"filename": name, "subfolder": "x"})
+    assert answer.headers["content-disposition"].startswith("inline; ")
+    assert answer.headers["content-disposition"].endswith(told)
+
+
+def test_what_cannot_be_looked_at_is_not_listed(
+    client: TestClient, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that goes between two looks at it, a folder that nobody may read."""
+    for name in ("gone.png", "there.png"):
+        (place / "input" / name).write_bytes(picture())
+    ask, look = os.path.isfile, Path.iterdir
+
+    def late(path: str | Path) -> bool:
+        found = ask(path)
+        if Path(path).name == "gone.png":
+            Path(path).unlink(missing_ok=True)
+        return found
+
+    def refused(folder: Path) -> Iterator[Path]:
+        if folder == place / "output":
+            raise PermissionError(13, "Permission denied")
+        return look(folder)
+
+    monkeypatch.setattr(os.path, "isfile", late)
+    monkeypatch.setattr(Path, "iterdir", refused)
+    assert client.get("/internal/files/input").json() == ["there.png"]
+    assert client.get("/internal/files/output").json() == []
+
+
+@pytest.mark.parametrize("query", ["a.bin", "a.png", "a.png&preview=webp", "a.png&channel=a", "mask"])
+def test_a_file_that_may_not_be_read_is_not_there(
+    client: TestClient, place: Path, monkeypatch: pytest.MonkeyPatch, query: str
+) -> None:
+    (place / "output" / "a.png").write_bytes(picture())
+    (place / "output" / "a.bin").write_bytes(b"data")
+    opened = Path.open
+
+    def refused(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path.parent == place / "output":
+            raise PermissionError(13, "Permission denied")
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refused)
+    if query == "mask":
+        form = {"original_ref": json.dumps({"filename": "a.png"})}
+        answer = client.post("/upload/mask", files={"image": ("m.png", picture())}, data=form)
+    else:
+        answer = client.get(f"/view?filename={query}")
+    error = answer.json()["error"]
+    assert (answer.status_code, error["type"]) == (404, "image_missing")
+    assert "Permission denied" in error["message"]
+
+
+def test_what_a_save_has_left_that_was_interrupted_is_no_workflow(client: TestClient, place: Path) -> None:
+    folder = place / "state" / "user" / "workflows"
+    for name in (f".{uuid.uuid4().hex}.part", "mine.part", ".mine.json"):
+        (folder / name).write_text("{}")
+    assert client.get("/userdata?dir=workflows").json() == [".mine.json", "mine.part"]
+
+
+def test_older_names_of_model_folders_and_kinds_that_are_empty(client: TestClient) -> None:
+    for older, name in (
+        ("unet", "diffusion_models"),
+        ("clip", "text_encoders"),
+        ("clip_visions", "clip_vision"),
+    ):
+        for path in ("/models", "/experiment/models"):
+            assert client.get(f"{path}/{older}").json() == client.get(f"{path}/{name}").json()
+    assert client.get("/models/clip_visions").json()
+    for path in ("/models/controlnet", "/models/embeddings", "/api/experiment/models/upscale_models"):
+        assert client.get(path).json() == []

@@ -62,6 +62,7 @@ def test_token(serve: Serve) -> None:
     assert client.get("/?token=wrong", follow_redirects=False).status_code == 401
     assert client.get("/api/queue", headers={"authorization": "Bearer wrong"}).status_code == 401
     assert client.get("/api/queue", headers={"authorization": "Bearer correct-horse"}).status_code == 200
+    assert client.get("/api/queue", headers={"authorization": "bearer correct-horse"}).status_code == 200
     assert client.get("/health/live").status_code == 200
     with pytest.raises(WebSocketDisconnect), client.websocket_connect(SOCKET):
         pass
@@ -161,3 +162,15 @@ def test_a_wrong_status_of_jobs_is_answered_as_comfyui_does(client: TestClient) 
 def test_a_page_of_another_port_is_another_site(client: TestClient, mode: str) -> None:
     headers = {"sec-fetch-site": "same-site", "sec-fetch-mode": mode}
     assert client.get("/api/queue", headers=headers).status_code == 403
+
+
+@pytest.mark.parametrize("token", [None, "t"])
+def test_a_body_that_is_announced_too_large_is_not_even_read(serve: Serve, token: str | None) -> None:
+    client = serve(token=token)
+    headers = {"content-length": str(10**10), "authorization": "Bearer t"}
+    answer = client.post("/prompt", content=b"{}", headers=headers)
+    assert (answer.status_code, answer.json()["error"]["type"]) == (413, "body_too_large")
+    if token:  # who may not send anything learns nothing of how much it might be
+        assert (
+            client.post("/prompt", content=b"{}", headers=headers | {"authorization": ""}).status_code == 401
+        )

@@ -379,9 +379,9 @@ def test_jobs_by_how_long_they_ran(place: Path, small_models: Path, monkeypatch:
     for number, seconds in enumerate((9, 2)):
         name, begin = f"{seconds} s", 100 * number
         store.add(Request(id=name, prompt={}, targets=(), extra={}), limit=1)
-        monkeypatch.setattr("usoflow.service.jobs.now", lambda begin=begin: begin)
+        monkeypatch.setattr("usoflow.service.store.now", lambda begin=begin: begin)
         store.start_next()
-        monkeypatch.setattr("usoflow.service.jobs.now", lambda end=begin + seconds: end)
+        monkeypatch.setattr("usoflow.service.store.now", lambda end=begin + seconds: end)
         store.finish(name, State.COMPLETED)
     for query, order in (
         ("", ["2 s", "9 s"]),
@@ -399,3 +399,64 @@ def test_free_reaches_the_engine(client: TestClient) -> None:
     for asked in ({"unload_models": True}, {}, {"free_memory": True}, {"unload_models": 1, "free_memory": 1}):
         assert client.post("/api/free", json=asked).status_code == 200
     assert engine.freed == [False, True, True]  # whether results are forgotten, too
+
+
+@pytest.mark.parametrize(("number", "kind"), [(7, int), (0.5, float)])
+def test_a_place_in_the_queue_is_a_whole_number_where_it_can_be(
+    client: TestClient, number: float, kind: type
+) -> None:
+    running = submit(client, "long")
+    until(client, running, ("in_progress",))
+    job = submit(client, number=number)
+    places = [
+        client.get(f"/jobs/{job}").json()["priority"],
+        client.get("/jobs?status=pending").json()["jobs"][0]["priority"],
+        client.get("/queue").json()["queue_pending"][0][0],
+    ]
+    assert [(place, type(place)) for place in places] == [(number, kind)] * 3
+    client.post("/interrupt")
+    ended(client, job)
+
+
+PICTURE = {"filename": "a.png", "subfolder": "x", "type": "temp"}
+
+
+@pytest.mark.parametrize(
+    ("outputs", "count", "preview"),
+    [
+        ({"1": {"text": ["a", "b"]}}, 2, None),
+        (
+            {"1": {"text": ["a"]}, "2": {"images": [PICTURE], "text": "no list"}},
+            2,
+            {**PICTURE, "nodeId": "2"},
+        ),
+        ({"1": {"images": [{"source": "data:,"}, 5, {"filename": None}]}}, 3, None),
+        ({"1": {"images": None, "x": None}}, 0, None),
+        (
+            {"1": {"images": [{"filename": "a.png"}]}},
+            1,
+            {"filename": "a.png", "subfolder": "", "type": "output", "nodeId": "1"},
+        ),
+    ],
+)
+def test_outputs_of_any_kind_are_counted_and_pictures_shown(
+    place: Path, small_models: Path, outputs: dict[str, Any], count: int, preview: dict[str, Any] | None
+) -> None:
+    app = application(settings_of(small_models, place), Actor())
+    store, client = app.state.server.store, TestClient(app, base_url=ADDRESS)
+    store.add(Request(id="job", prompt={}, targets=(), extra={}), limit=1)
+    store.start_next()
+    for node, shown in outputs.items():
+        store.note_output("job", node, shown)
+    store.finish("job", State.COMPLETED)
+    summary = client.get("/jobs").json()["jobs"][0]
+    assert summary["outputs_count"] == count
+    assert summary.get("preview_output") == (preview and {**preview, "mediaType": "images"})
+    assert client.get("/jobs/job").json()["outputs"] == outputs
+    store.close()
+
+
+def test_what_failed_tells_its_values(client: TestClient) -> None:
+    inputs = ended(client, submit(client, "bad"))["execution_error"]["current_inputs"]
+    sent = prompt()["sampler"]["inputs"]
+    assert inputs == {name: [value] for name, value in sent.items() if not isinstance(value, list)}

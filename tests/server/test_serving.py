@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.client import HTTPConnection
 from pathlib import Path
@@ -23,6 +24,7 @@ from usoflow.errors import UsoflowError
 from usoflow.server import app as app_module
 from usoflow.server import serving
 from usoflow.server.app import create_app
+from usoflow.server.routes import system
 
 HURRY = 0.3  # seconds, for what uvicorn would otherwise wait for longer than a test may
 UPGRADE = (
@@ -139,3 +141,31 @@ def test_who_asks_for_a_device_that_does_not_start_does_not_wait(place: Path, sm
     with TestClient(application(settings_of(small_models, place), engine), base_url=ADDRESS) as client:
         assert client.get("/system_stats").elapsed.total_seconds() < 5
     assert not engine.started
+
+
+class Unknown(Actor):
+    """An engine that says nothing of its device until it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.device: dict[str, Any] = {}
+
+    def system(self) -> Mapping[str, Any]:
+        return self.device
+
+
+def test_who_waits_for_the_device_keeps_nobody_else_waiting(place: Path, small_models: Path) -> None:
+    """There may be many of them, and the server has few threads."""
+    engine = Unknown()
+    app = application(settings_of(small_models, place), engine)
+    with TestClient(app, base_url=ADDRESS) as client, ThreadPoolExecutor(60) as pool:
+        waiting = [pool.submit(client.get, "/system_stats") for _ in range(60)]
+        time.sleep(4 * HURRY)
+        begin = time.monotonic()
+        assert client.get("/queue").status_code == 200
+        took = time.monotonic() - begin
+        assert not any(answer.done() for answer in waiting)
+        engine.device = {"name": "cuda:0", "type": "cuda", "index": 0}
+        names = {answer.result().json()["devices"][0]["name"] for answer in waiting}
+    assert names == {"cuda:0"}
+    assert took < system.PATIENCE / 2

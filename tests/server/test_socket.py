@@ -34,7 +34,8 @@ from usoflow.server.hub import (
 )
 from usoflow.server.messages import messages_of
 from usoflow.service.engine import Progress
-from usoflow.service.jobs import JobStore, Request
+from usoflow.service.jobs import Request
+from usoflow.service.store import JobStore
 from usoflow.service.supervisor import Running
 
 FLAGS = {"type": "feature_flags", "data": {"supports_preview_metadata": True}}
@@ -103,6 +104,26 @@ def test_a_failure_is_told_at_its_node(client: TestClient) -> None:
     (error,) = (m["data"] for m in messages if isinstance(m, dict) and m["type"] == "execution_error")
     assert (error["node_id"], error["exception_type"]) == ("sampler", "out_of_memory")
     assert isinstance(error["traceback"], list)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "kind"),
+    [("good", "execution_success"), ("bad", "execution_error"), ("long", "execution_interrupted")],
+)
+def test_how_a_job_ended_is_told_before_that_the_queue_is_shorter(
+    client: TestClient, prefix: str, kind: str
+) -> None:
+    first = submit(client, "long")  # so that nothing else changes the queue while the job of the test runs
+    until(client, first, ("in_progress",))
+    with client.websocket_connect(f"{SOCKET}?clientId=me") as socket:
+        job = submit(client, prefix, client_id="me")
+        client.post("/interrupt", json={"prompt_id": first})
+        if prefix == "long":
+            until(client, job, ("in_progress",))
+            client.post("/interrupt", json={"prompt_id": job})
+        messages = [m for m in received(socket, ("executing", None)) if isinstance(m, dict)]
+    assert [message["type"] for message in messages[-3:]] == [kind, "status", "executing"]
+    assert messages[-2]["data"]["status"]["exec_info"]["queue_remaining"] == 0
 
 
 def test_others_hear_only_of_the_queue(client: TestClient) -> None:

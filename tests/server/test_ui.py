@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from PIL import Image
 
 from server.conftest import Serve
 from usoflow.server import picture, templates, ui
+from usoflow.server.routes import system
 from usoflow.workflow.flatten import EDITOR_NODES
 
 USO = "flux1_dev_uso_reference_image_gen"
@@ -158,7 +160,7 @@ from pathlib import Path
 from fastapi.testclient import TestClient
 from usoflow.server.app import assemble
 from usoflow.server.context import ServerSettings
-from usoflow.service.jobs import JobStore
+from usoflow.service.store import JobStore
 from usoflow.service.process import WorkerProcess
 from usoflow.service.worker import WorkerSettings
 from usoflow.settings import find_folders
@@ -174,3 +176,17 @@ print(json.dumps(["KSampler" in nodes, sorted({{"torch", "numpy"}} & sys.modules
     known, heavy = json.loads(done.stdout)
     assert known
     assert "torch" not in heavy
+
+
+def test_the_versions_of_the_editor_and_its_templates(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip(ui.EDITOR)
+    found = client.get("/system_stats").json()["system"]
+    assert found["required_frontend_version"] == version("comfyui-frontend-package")
+    for name in ("installed_templates_version", "required_templates_version"):
+        assert found[name] == version("comfyui-workflow-templates-json")
+    monkeypatch.setitem(system.VERSIONS, "required_frontend_version", "no_such_package")
+    system._versions.cache_clear()
+    assert "required_frontend_version" not in client.get("/system_stats").json()["system"]
+    system._versions.cache_clear()

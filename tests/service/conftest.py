@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from usoflow.service.jobs import JobStore
+from usoflow.service.store import JobStore
 
 
 @pytest.fixture

@@ -14,7 +14,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from usoflow.errors import UsoflowError
 from usoflow.service import jobs
-from usoflow.service.jobs import FINAL, WAITING, JobStore, Request, State
+from usoflow.service import store as store_module
+from usoflow.service.jobs import FINAL, WAITING, Request, State
+from usoflow.service.store import JobStore
 
 
 def add(store: JobStore, job_id: str, **more: Any) -> jobs.Job:
@@ -114,9 +116,9 @@ def test_order_of_duration(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> 
     for name, seconds in (("middle", 5), ("long", 9), ("short", 2)):
         add(store, name)
         begin = next(clock)
-        monkeypatch.setattr(jobs, "now", lambda begin=begin: begin)
+        monkeypatch.setattr(store_module, "now", lambda begin=begin: begin)
         store.start_next()
-        monkeypatch.setattr(jobs, "now", lambda end=begin + seconds: end)
+        monkeypatch.setattr(store_module, "now", lambda end=begin + seconds: end)
         store.finish(name, State.COMPLETED)
     add(store, "waiting")
     every = [*WAITING, *FINAL]
@@ -127,7 +129,7 @@ def test_order_of_duration(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_history_is_pruned(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs, "MAX_HISTORY", 2)
+    monkeypatch.setattr(store_module, "MAX_HISTORY", 2)
     for number in range(4):
         add(store, str(number))
         store.start_next()
@@ -159,7 +161,7 @@ def test_a_job_that_is_there_at_every_crash_fails_at_last(tmp_path: Path) -> Non
         add(store, name)
         store.close()
     ends = []
-    for _ in range(jobs.MAX_ATTEMPTS):
+    for _ in range(store_module.MAX_ATTEMPTS):
         store = JobStore(tmp_path / "jobs.sqlite")
         started = store.start_next()
         assert started is not None
@@ -177,11 +179,11 @@ def test_a_job_that_is_there_at_every_crash_fails_at_last(tmp_path: Path) -> Non
 
 def test_neither_an_orderly_stop_nor_a_start_without_a_worker_counts(store: JobStore) -> None:
     add(store, "a")
-    for _ in range(3 * jobs.MAX_ATTEMPTS):
+    for _ in range(3 * store_module.MAX_ATTEMPTS):
         store.start_next()
         store.note_begun("a")
         assert store.requeue("a")
-    for _ in range(3 * jobs.MAX_ATTEMPTS):
+    for _ in range(3 * store_module.MAX_ATTEMPTS):
         store.start_next()
         assert [job.state for job in store.recover(failure)] == [State.PENDING]
 
@@ -239,11 +241,11 @@ def test_a_newer_or_damaged_file_is_refused(tmp_path: Path) -> None:
         assert caught.value.code == "state_unusable"
 
 
-@pytest.mark.parametrize("version", range(len(jobs.MIGRATIONS)))
+@pytest.mark.parametrize("version", range(len(store_module.MIGRATIONS)))
 def test_every_migration_leads_to_a_store_that_works(tmp_path: Path, version: int) -> None:
     path = tmp_path / "jobs.sqlite"
     connection = sqlite3.connect(path)
-    for script in jobs.MIGRATIONS[:version]:
+    for script in store_module.MIGRATIONS[:version]:
         connection.executescript(script)
     connection.execute(f"PRAGMA user_version = {version}")
     connection.close()
@@ -320,7 +322,7 @@ class Lives(RuleBasedStateMachine):
     def crash(self) -> None:
         running = {name for name, state in self.states.items() if state == State.IN_PROGRESS}
         for name in running:
-            hopeless = State.FAILED if self.begun[name] >= jobs.MAX_ATTEMPTS else State.PENDING
+            hopeless = State.FAILED if self.begun[name] >= store_module.MAX_ATTEMPTS else State.PENDING
             self.states[name] = State.CANCELLED if name in self.stopped else hopeless
         found = {job.id: job.state for job in self.store.recover(failure)}
         assert found == {name: self.states[name] for name in running}
@@ -379,3 +381,26 @@ def test_with_a_job_its_files_are_forgotten(store: JobStore, tmp_path: Path) -> 
     store.finish("a", State.COMPLETED)
     store.forget()
     assert store._connection.execute("SELECT count(*) FROM files").fetchone()[0] == 0
+
+
+def test_a_job_that_is_cancelled_by_a_restart_says_so_as_others_do(store: JobStore) -> None:
+    """Nobody knows any more at which node it was."""
+    add(store, "a")
+    store.start_next()
+    store.note_stop("a")
+    (job,) = store.recover(failure)
+    assert job.error == {"prompt_id": "a", "node_id": "", "node_type": "", "executed": []}
+
+
+@pytest.mark.parametrize("odd", [None, "text", [5], [{"source": "data:,"}], [{"filename": None}]])
+def test_a_job_ends_whatever_its_nodes_have_shown(store: JobStore, tmp_path: Path, odd: object) -> None:
+    add(store, "a")
+    store.start_next()
+    begun, shown = tmp_path / "begun.png", tmp_path / "shown.png"
+    for path in (begun, shown):
+        path.touch()
+        store.reserve("a", path)
+    store.note_output("a", "8", {"images": odd})
+    store.note_output("a", "9", {"images": [{"filename": "shown.png", "subfolder": None, "format": "x"}]})
+    assert store.finish("a", State.CANCELLED)
+    assert (begun.exists(), shown.exists()) == (False, True)

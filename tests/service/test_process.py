@@ -30,9 +30,10 @@ from usoflow.service.engine import (
     Run,
     Started,
 )
-from usoflow.service.jobs import JobStore, Request
+from usoflow.service.jobs import Request
 from usoflow.service.lock import hold
 from usoflow.service.process import WorkerProcess
+from usoflow.service.store import JobStore
 from usoflow.service.worker import WorkerSettings
 from usoflow.settings import find_folders
 
@@ -111,17 +112,24 @@ def test_models_are_forgotten_and_outputs_if_asked(engine: WorkerProcess, output
     assert "sampler" in started(4)  # with models that are loaded again
 
 
-def test_cancelled_before_and_meanwhile(engine: WorkerProcess) -> None:
+@pytest.mark.parametrize("moment", [Begun, Progress])
+def test_cancelled(engine: WorkerProcess, moment: type) -> None:
     prompt = with_inputs(text_to_image(), "sampler", steps=10_000, seed=7)
     assert engine.run(Run("picture", text_to_image(), ("save",), None), lambda _: None) == Done()
-    engine.cancel("cancelled")
-    assert engine.run(Run("cancelled", prompt, ("save",), None), lambda _: None) == Cancelled()
 
     def stop(report: Report) -> None:
-        if isinstance(report, Progress):
+        if isinstance(report, moment):
             engine.cancel("cancelled")
 
     assert engine.run(Run("cancelled", prompt, ("save",), None), stop) == Cancelled()
+
+
+def test_a_stop_of_what_does_not_run_is_none_of_what_runs_later(engine: WorkerProcess) -> None:
+    """It came when the job had just ended; another one may get its id."""
+    engine.cancel("after")
+    assert engine.run(Run("after", text_to_image(), ("save",), None), lambda _: None) == Done()
+    engine.cancel("after")
+    assert engine.run(Run("after", text_to_image(), ("save",), None), lambda _: None) == Done()
 
 
 def test_an_error_in_a_node_is_an_outcome(engine: WorkerProcess) -> None:
@@ -231,12 +239,22 @@ def test_killed_while_idle_costs_no_job(engine: WorkerProcess) -> None:
     assert engine.run(Run("after", text_to_image(), ("save",), None), lambda _: None) == Done()
 
 
-def test_what_was_to_be_cancelled_is_so_by_the_next_worker(engine: WorkerProcess) -> None:
-    """The one that was told has died before it came to it."""
+def test_what_was_to_be_cancelled_is_so_by_the_next_worker(
+    engine: WorkerProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that was given the job has died before it began with it."""
     prompt = with_inputs(text_to_image(), "sampler", steps=10_000, seed=9)
     assert engine.run(Run("after", text_to_image(), ("save",), None), lambda _: None) == Done()
-    kill_worker(engine)
-    engine.cancel("cancelled")
+    child = engine._child
+    assert child is not None
+    why = child.cause_of_death
+
+    def told() -> UsoflowError:
+        engine.cancel("cancelled")
+        return why()
+
+    monkeypatch.setattr(child, "send", lambda command: child.process.kill())
+    monkeypatch.setattr(child, "cause_of_death", told)
     assert engine.run(Run("cancelled", prompt, ("save",), None), lambda _: None) == Cancelled()
 
 
@@ -365,3 +383,59 @@ def test_what_is_no_message_ends_the_worker_and_nobody_waits_for_it(
     assert caught.value.code == "worker_died"
     assert engine.nodes() == []
     engine.stop()
+
+
+def test_nobody_waits_for_ever_for_a_worker_that_hangs(
+    place: Path, small_models: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A custom node waits for something where it is imported, say; who asks later does not wait at all."""
+    monkeypatch.setattr("usoflow.service.process.LOADING", 0.5)
+    settings = WorkerSettings(
+        find_folders(models=small_models, output=place / "output"), place / "jobs.sqlite"
+    )
+    engine = WorkerProcess(settings, command=(sys.executable, "-c", "input()"))
+    try:
+        begin = time.monotonic()
+        assert engine.nodes() == []
+        assert time.monotonic() - begin >= 0.5
+        monkeypatch.setattr("usoflow.service.process.LOADING", 600)
+        assert engine.nodes() == []
+        (line,) = [record.message for record in caplog.records if "not ready" in record.message]
+        assert "custom nodes" in line
+    finally:
+        engine.stop()
+
+
+LOSES_ITS_DEVICE = """
+import sys
+from usoflow.nodes import registry
+from usoflow.service import worker
+
+tell, asked = worker._system, []
+
+def system(device):
+    asked.append(device)
+    if len(asked) > 1:  # the first time is when it starts
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    return tell(device)
+
+worker._system = system
+worker.serve(registry(), sys.argv[1])
+"""
+
+
+def test_a_worker_that_has_lost_its_device_says_why_the_job_failed_and_ends(place: Path) -> None:
+    """After some errors of CUDA nothing more can be asked of it; the next job gets a new worker."""
+    settings = WorkerSettings(find_folders(output=place / "output"), place / "jobs.sqlite", device="cpu")
+    engine = WorkerProcess(settings, command=(sys.executable, "-c", LOSES_ITS_DEVICE))
+    try:
+        for _ in range(2):
+            run = Run("x", {"out": {"class_type": "Gone", "inputs": {}}}, ("out",), None)
+            outcome = engine.run(run, lambda _: None)
+            assert isinstance(outcome, Failed)
+            assert outcome.code == "node_unknown"
+            child = engine._child
+            assert child is not None
+            until(lambda child=child: child.process.poll() is not None)
+    finally:
+        engine.stop()

@@ -32,7 +32,8 @@ from usoflow.service.engine import (
     decode,
     encode,
 )
-from usoflow.service.jobs import MAX_ATTEMPTS, Job, JobStore, Request, State
+from usoflow.service.jobs import Job, Request, State
+from usoflow.service.store import MAX_ATTEMPTS, JobStore
 from usoflow.service.supervisor import Event, Running, Supervisor
 
 SHOWN = Shown((SavedImage("a.png", "", "output"),)).record()
@@ -449,3 +450,44 @@ def failing(method: Callable[..., Any], *, times: int) -> Callable[..., Any]:
         return method(*values, **named)
 
     return called
+
+
+def test_a_failure_tells_the_values_of_its_node(store: JobStore, start: Start) -> None:
+    """Each in a list, as ComfyUI does; what a link gave is not told, a long text not to its end."""
+    inputs = {
+        "steps": 4,
+        "model": ["1", 0],
+        "text": "x" * 10_000,
+        "list": {"__value__": [1, 2]},
+        "none": None,
+    }
+    prompt = {"3": {"class_type": "KSampler", "inputs": inputs}}
+    store.add(Request(id="first", prompt=prompt, targets=(), extra={}), limit=10)
+    start(accept=False, first=bad)
+    job = ended(store, "first")
+    assert job.error is not None
+    values = {"steps": [4], "text": ["x" * 1000], "list": [[1, 2]], "none": [None]}
+    assert job.error["current_inputs"] == values
+
+
+def test_a_stop_before_the_engine_has_the_job_is_told_to_it_again(
+    store: JobStore, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which remembers only what is said of the job that it runs."""
+    ask = store.request
+
+    def slow(job: str) -> Request | None:
+        assert supervisor.interrupt(job)
+        return ask(job)
+
+    def runs(run: Run, listen: Callable[[Report], None]) -> Outcome:
+        engine.cancelled.clear()
+        listen(Begun())
+        return Cancelled() if engine.cancelled.is_set() else Done()
+
+    monkeypatch.setattr(store, "request", slow)
+    supervisor = start(accept=False, job=runs)
+    engine: Scripted = supervisor._engine  # type: ignore[assignment]
+    store.add(Request(id="job", prompt={}, targets=(), extra={}), limit=10)
+    supervisor.wake()
+    assert ended(store, "job").state == State.CANCELLED

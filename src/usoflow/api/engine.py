@@ -13,7 +13,7 @@ import secrets
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     Lora = str | tuple[str, float]
 
 GIVE_AGAIN: Final = "Give it again: workflow.with_picture(NODE, FILE). One from memory went with its engine."
+KEPT_PICTURES: Final = 256  # from memory, as files: a service makes no end of them
 WAITED_SECONDS: Final = 0.1  # between two looks whether a run that waits for another is to stop
 
 
@@ -139,6 +140,7 @@ class Engine:
         self._custom_nodes = _path("custom_nodes", custom_nodes)
         self._executor: Executor | None = None
         self._temp: tempfile.TemporaryDirectory[str] | None = None
+        self._written: dict[Path, None] = {}  # pictures from memory, the last one last
 
     def __enter__(self) -> Self:
         return self
@@ -157,6 +159,7 @@ class Engine:
             if self._temp is not None:
                 self._temp.cleanup()
             self._temp = None
+            self._written.clear()
 
     @cached_property
     def nodes(self) -> NodeRegistry:
@@ -283,7 +286,8 @@ class Engine:
     ) -> Workflow:
         """The official USO workflow for a picture; the arguments are those of `Request`.
 
-        Subject and style are a picture each, or several; so are further LoRAs, names in the loras folder,
+        Subject and style are a picture each, or several (of those from memory, the engine keeps the last
+        256); so are further LoRAs, names in the loras folder,
         also with a strength: ("name.safetensors", 0.8). Without a seed one is drawn; `seeds` has it.
         Sizes that are not given are those that the transformer was trained for.
 
@@ -345,6 +349,14 @@ class Engine:
         # One file for a picture that comes again, which then has the same name as well.
         path = written.with_stem(hashlib.sha256(written.read_bytes()).hexdigest())
         written.replace(path)
+        with self._files_lock:
+            self._written.pop(path, None)
+            self._written[path] = None
+            while len(self._written) > KEPT_PICTURES:
+                oldest = next(iter(self._written))
+                del self._written[oldest]
+                with suppress(OSError):  # on Windows one that is being read
+                    oldest.unlink()
         return path
 
     def _folders(self, workflow: Workflow) -> Folders:

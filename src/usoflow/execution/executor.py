@@ -25,6 +25,7 @@ from usoflow.execution.progress import (
     NodeStarted,
 )
 from usoflow.models.library import ModelLibrary
+from usoflow.models.placement import is_out_of_memory
 from usoflow.nodes.context import NodeContext, Reserve, Shown, unreserved
 from usoflow.nodes.custom import hidden_values, is_custom
 from usoflow.schema.node import NodeRegistry
@@ -143,6 +144,7 @@ class _Run:
         reserve: Reserve,
     ) -> None:
         self.executor, self.given, self.folders = executor, prompt, folders
+        self.given_json = prompt.to_json()
         self.prompt = _dated(_of_known_inputs(prompt, executor.registry), datetime.now())
         self.workflow, self.listen, self.cancellation, self.reserve = workflow, listen, cancellation, reserve
         self.outputs: dict[str, Outputs] = {}
@@ -201,8 +203,14 @@ class _Run:
 
     def _told(self, node_id: str) -> Mapping[str, Any]:
         """What is known of a node's inputs before anything is run."""
-        hidden = hidden_values(self._schema(node_id), node_id, self.given.to_json(), self.workflow)
+        hidden = hidden_values(self._schema(node_id), node_id, self._prompt_for(node_id), self.workflow)
         return constants(self.prompt.nodes[node_id]) | hidden
+
+    def _prompt_for(self, node_id: str) -> Mapping[str, Any]:
+        """As JSON, the same for all but custom nodes that ask for it: they may change it."""
+        schema = self._schema(node_id)
+        own = is_custom(schema) and "PROMPT" in schema.hidden.values()
+        return self.given.to_json() if own else self.given_json
 
     def _schema(self, node_id: str) -> NodeSchema:
         return self.executor.registry[self.prompt.nodes[node_id].class_type].schema
@@ -222,7 +230,7 @@ class _Run:
         except _ListenerError as error:
             raise error.cause from None
         except (Exception, SystemExit) as error:  # who asks for the end of its program ends its node
-            if _is_out_of_memory(error):
+            if is_out_of_memory(error):
                 raise self._at(node_id, "out_of_memory", str(error) or "Memory ran out.") from error
             code = "custom_node_failed" if is_custom(self._schema(node_id)) else "node_failed"
             raise self._at(node_id, code, f"{type(error).__name__}: {error}") from error
@@ -234,24 +242,32 @@ class _Run:
 
     def _call_within_memory(self, node_id: str) -> Outputs:
         """Where memory runs out, once more with less of it for weights; if that does not help, as before."""
+        library = self.executor.library
+        library.used.clear()
         try:
             return self._call(node_id)
         except Exception as error:
-            smaller = self.executor.library.holds_models and not is_custom(self._schema(node_id))
-            if not (smaller and _is_out_of_memory(error)):
+            again = library.holds_models and not is_custom(self._schema(node_id))
+            if not (again and is_out_of_memory(error)):
                 raise
+        if library.used:
+            return self._call_with_less(node_id)
+        library.forget_models()  # it uses none: a smaller plan is of no use to it
+        return self._call(node_id)
+
+    def _call_with_less(self, node_id: str) -> Outputs:
+        """The smaller plan stays where the transformer was at work: the next run is mostly like this one."""
         library = self.executor.library
-        if not self._schema(node_id).takes_context:  # it has no models: a smaller plan is of no use to it
-            library.forget_models()
-            return self._call(node_id)
-        before = library.placement
+        before, helped = library.placement, True
         library.make_smaller()
         try:
             return self._call(node_id)
         except Exception as error:
-            if _is_out_of_memory(error):
-                library.plan(before)
+            helped = not is_out_of_memory(error)
             raise
+        finally:
+            if not (helped and "flux" in library.used):
+                library.plan(before)
 
     def _call(self, node_id: str) -> Outputs:
         node = self.prompt.nodes[node_id]
@@ -298,7 +314,7 @@ class _Run:
             folders=self.folders,
             library=self.executor.library,
             report=report,
-            prompt=self.given.to_json(),
+            prompt=self._prompt_for(node_id),
             workflow=self.workflow,
             node=node_id,
             instances=self.executor.instances,
@@ -370,11 +386,3 @@ def _shown(outputs: Outputs) -> Shown | None:
     """What a node shows: it stands behind its outputs."""
     last = outputs[-1] if outputs else None
     return last if isinstance(last, Shown) else None
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Also where torch's CPU allocator and Metal raise a bare RuntimeError with the words of the system."""
-    words = ("allocate memory", "not enough memory", "out of memory")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
-        word in str(error) for word in words
-    )

@@ -61,8 +61,8 @@ class PeakMemory:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        if self._cuda:
+        self._device = device
+        if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             return
         with suppress(OSError):  # not Linux, or not allowed: the peak since the process began
@@ -70,8 +70,8 @@ class PeakMemory:
 
     def bytes(self) -> int:
         """The peak so far."""
-        if self._cuda:
-            return int(torch.cuda.max_memory_allocated())
+        if self._device.type == "cuda":
+            return int(torch.cuda.max_memory_allocated(self._device))
         if _STATUS.exists():
             match = re.search(r"^VmHWM:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE)
             return int(match.group(1)) * 1024 if match else 0

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import itertools
 import json
 import re
 import struct
@@ -264,17 +265,23 @@ class Component:
                 "model_damaged", f"{self.file.path.name} declares {self.kind} {name} = {value!r}."
             ) from None
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor that the model cannot be without.
+    def shape(self, name: str, sides: int) -> tuple[int, ...]:
+        """Shape of a tensor that the model cannot be without; it has so many sides, none of them 0.
 
         Raises:
-            UsoflowError: `tensor_missing`.
+            UsoflowError: `tensor_missing`, `tensor_shape`.
         """
         if name not in self.tensors:
             raise UsoflowError(
                 "tensor_missing", f"{self.file.path.name} lacks the tensor {self.prefix}{name}."
             )
-        return self.tensors[name].shape
+        shape = self.tensors[name].shape
+        if len(shape) != sides or 0 in shape:
+            raise UsoflowError(
+                "tensor_shape",
+                f"{self.file.path.name}: {self.prefix}{name} is {list(shape)}, not of {sides} sides.",
+            )
+        return shape
 
     def count(self, pattern: str) -> int:
         """Number of blocks: `count("double_blocks.{}.")` for names that begin so; 0 if there are none.
@@ -283,11 +290,11 @@ class Component:
             UsoflowError: `block_gap` if the numbers do not run from 0 without a gap.
         """
         before, after = (re.escape(part) for part in pattern.split("{}"))
-        numbered = re.compile(f"{before}(\\d+){after}")
+        numbered = re.compile(f"{before}(\\d{{1,18}}){after}")
         found = {int(match.group(1)) for name in self.tensors if (match := numbered.match(name))}
-        absent = sorted(set(range(max(found, default=-1) + 1)) - found)
-        if absent:
-            last, first = pattern.format(max(found)), pattern.format(absent[0])
+        missing = next(number for number in itertools.count() if number not in found)
+        if missing < len(found):
+            last, first = pattern.format(max(found)), pattern.format(missing)
             raise UsoflowError("block_gap", f"{self.file.path.name} has {last}* but no {first}*.")
         return len(found)
 

@@ -55,7 +55,7 @@ class FluxConfig:
         """Widths and depths from tensor shapes, rope axes and theta from the file's declaration.
 
         Raises:
-            UsoflowError: `tensor_missing`, `block_gap`, `model_unsupported`.
+            UsoflowError: `tensor_missing`, `tensor_shape`, `block_gap`, `model_unsupported`.
         """
         if any(name.endswith(".absmax") for name in component.tensors):
             raise UsoflowError(
@@ -63,22 +63,23 @@ class FluxConfig:
                 f"{component.file.path.name} is quantised by bitsandbytes (NF4 or FP4).",
                 remedy="Use a file in fp8, or a GGUF file of about that size (Q4_0, Q4_K_S).",
             )
-        hidden, patch_dim = component.shape("img_in.weight")
+        hidden, patch_dim = component.shape("img_in.weight", 2)
         axes = component.setting("axes", cls.axes)
         config = cls(
             hidden=hidden,
-            text_dim=component.shape("txt_in.weight")[1],
-            pooled_dim=component.shape("vector_in.in_layer.weight")[1],
-            mlp_dim=component.shape("double_blocks.0.img_mlp.0.weight")[0],
+            text_dim=component.shape("txt_in.weight", 2)[1],
+            pooled_dim=component.shape("vector_in.in_layer.weight", 2)[1],
+            mlp_dim=component.shape("double_blocks.0.img_mlp.0.weight", 2)[0],
             channels=patch_dim // PATCH**2,
             double_blocks=component.count("double_blocks.{}."),
             single_blocks=component.count("single_blocks.{}."),
             guidance="guidance_in.in_layer.weight" in component.tensors,
-            head_dim=component.shape("double_blocks.0.img_attn.norm.query_norm.scale")[0],
+            head_dim=component.shape("double_blocks.0.img_attn.norm.query_norm.scale", 1)[0],
             axes=axes,
             theta=component.setting("theta", cls.theta),
         )
-        config._check(component.file.path.name, component.shape("final_layer.linear.weight")[0] // PATCH**2)
+        made = component.shape("final_layer.linear.weight", 2)[0] // PATCH**2
+        config._check(component.file.path.name, made)
         return config
 
     @property
@@ -170,12 +171,12 @@ class Flux(nn.Module):
             tokens = torch.cat([style, _repeat(tokens, len(style))], dim=1)
         vector = self.vector_in(pooled.to(dtype))
         if self.guidance_in is not None and guidance is not None:
-            strength = torch.tensor([guidance], device=pooled.device)
+            strength = torch.tensor([guidance], device=pooled.device, dtype=torch.float32)
             vector = vector + self.guidance_in(timestep_embedding(strength).to(dtype))
         embedded = [_repeat(self.img_in(patchify(latent.to(dtype))), batch) for latent in references]
         sizes = [(latent.shape[-2], latent.shape[-1]) for latent in references]
         ids = position_ids(size, sizes, method)
-        ids = torch.cat([torch.zeros(tokens.shape[1], 3), ids])  # [T + I + R, 3]
+        ids = torch.cat([ids.new_zeros(tokens.shape[1], 3), ids])  # [T + I + R, 3]
         cos, sin = rotary_table(ids, self.config.axes, self.config.theta)
         return FluxInputs(
             text=_repeat(tokens, batch),
@@ -418,11 +419,11 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
 def rotary_table(ids: Tensor, axes: Sequence[int], theta: int) -> Rope:
     """cos and sin for position ids [L, axes]; angles in fp64, as positions times theta^(-2i/d).
 
-    Computed on the CPU, since not every device has fp64.
+    The ids lie on the CPU, since not every device has fp64.
     """
     angles = []
     for position, dim in zip(ids.double().unbind(-1), axes, strict=True):
-        exponent = torch.arange(0, dim, 2, dtype=torch.float64) / dim
+        exponent = torch.arange(0, dim, 2, device=ids.device, dtype=torch.float64) / dim
         angles.append(position[:, None] * theta**-exponent)
     joined = torch.cat(angles, dim=-1)  # [L, D / 2]
     return joined.cos().float(), joined.sin().float()

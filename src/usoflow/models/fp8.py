@@ -53,7 +53,7 @@ def fits(weight: Tensor) -> bool:
 
 def row_scales(scale: Tensor | None, rows: int) -> Tensor:
     """Scales of a weight's rows, float32 [1, rows], from one for each, one for all, or none."""
-    found = torch.ones(1) if scale is None else scale.float()
+    found = torch.ones(1, device="cpu", dtype=torch.float32) if scale is None else scale.float()
     return found.reshape(1, -1).expand(1, rows).contiguous()
 
 

@@ -42,11 +42,12 @@ def multiplied_here() -> bool:
 
 def works() -> bool:
     """Whether a product of which the result is known comes out right; in the log if not."""
-    x, scratch = torch.eye(TRIED, dtype=WIDE) * LARGEST, Scratch()
-    stored = torch.arange(TRIED * TRIED).remainder(31).sub(15).view(TRIED, TRIED).to(STORED)
+    x, scratch = torch.eye(TRIED, dtype=WIDE, device="cpu") * LARGEST, Scratch()
+    scale = torch.tensor(1 / LARGEST, device="cpu", dtype=torch.float32)
+    stored = torch.arange(TRIED * TRIED, device="cpu").remainder(31).sub(15).view(TRIED, TRIED).to(STORED)
     try:
         with torch.inference_mode():
-            y = product(x, *narrowed(stored, torch.tensor(1 / LARGEST), scratch), x[0], scratch)
+            y = product(x, *narrowed(stored, scale, scratch), x[0], scratch)
     except (RuntimeError, AttributeError) as error:
         logger.info("fp8 weights are widened: %s", error)
         return False
@@ -69,8 +70,8 @@ def narrowed(weight: Tensor, scale: Tensor | None, scratch: Scratch) -> tuple[Te
     Returns:
         int8 [out, in]; float32 [out], NaN for a row that has one.
     """
-    whole = torch.empty(weight.shape, dtype=torch.int8)
-    units = torch.empty(len(weight), 1)
+    whole = torch.empty(weight.shape, device=weight.device, dtype=torch.int8)
+    units = torch.empty(len(weight), 1, device=weight.device, dtype=torch.float32)
     at_once = max(1, NARROWED_AT_ONCE // weight.shape[1])
     if torch.compiler.is_compiling():  # a loop would be unrolled
         at_once = len(weight)
@@ -98,12 +99,12 @@ def product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, scrat
         bf16 [..., out]. A row of x that is not finite gives one that is not.
     """
     rows = x.reshape(-1, x.shape[-1])
-    added = torch.zeros(()) if bias is None else bias.float()
+    added = rows.new_zeros((), dtype=torch.float32) if bias is None else bias.float()
     if torch.compiler.is_compiling():  # as above; what follows the sums becomes one pass
         whole, factors = rounded(rows)
         y = torch.addcmul(added, torch._int_mm(whole, weight.t()) * scale, factors.float()).to(x.dtype)
         return y.view(*x.shape[:-1], -1)
-    y = torch.empty(len(rows), len(weight), dtype=x.dtype)
+    y = rows.new_empty(len(rows), len(weight))
     for some, out in zip(rows.split(ROWS), y.split(ROWS), strict=True):
         whole, factors = rounded(some)
         sums = scratch.take(out.shape, torch.int32)

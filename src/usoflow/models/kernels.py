@@ -29,6 +29,7 @@ _MOVED_TO = (torch.float32, torch.bfloat16)  # what fp8 is widened to by bits
 # e4m3 is sign, 4 bits of exponent with bias 7, 3 bits of mantissa. Moved to where the wider format has sign,
 # exponent and mantissa, it is too small by the difference of the biases: 127 - 7.
 _REBIAS = 2.0**120
+_SIZE = 0x7F  # of e4m3's bits, those without the sign: all of them set are NaN
 
 
 @functools.cache
@@ -139,14 +140,14 @@ class Scratch(threading.local):
     """
 
     def __init__(self) -> None:
-        self._bytes = torch.empty(0, dtype=torch.uint8)
+        self._bytes = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def take(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """A tensor that holds until the next one is taken in this thread."""
         size = shape.numel() * dtype.itemsize
         if self._bytes.numel() < size:
             with torch.inference_mode(False):  # else only inference may write it again
-                self._bytes = torch.empty(size, dtype=torch.uint8)
+                self._bytes = torch.empty(size, dtype=torch.uint8, device="cpu")
         return self._bytes[:size].view(dtype).view(shape)
 
 
@@ -162,7 +163,9 @@ def widen(weight: Tensor, dtype: torch.dtype, scratch: Scratch | None = None) ->
         return weight
     if weight.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return weight.to(dtype)
-    out = scratch.take(weight.shape, dtype) if scratch else torch.empty(weight.shape, dtype=dtype)
+    out = (
+        scratch.take(weight.shape, dtype) if scratch else torch.empty(weight.shape, dtype=dtype, device="cpu")
+    )
     if weight.dtype == torch.float8_e4m3fn and dtype in _MOVED_TO and weight.is_contiguous():
         return _widen_e4m3(weight, out)
     return out.copy_(weight)
@@ -171,7 +174,7 @@ def widen(weight: Tensor, dtype: torch.dtype, scratch: Scratch | None = None) ->
 def has_nan(weight: Tensor) -> bool:
     """Whether an e4m3 weight has NaNs, which `widen` takes for 480: such a weight is for `Tensor.to`."""
     pieces = weight.view(torch.int8).flatten().split(WIDENED_AT_ONCE)
-    return any(bool(((piece == 127) | (piece == -1)).any()) for piece in pieces)
+    return any(int(piece.bitwise_and(_SIZE).amax()) == _SIZE for piece in pieces)  # comparing is 15x slower
 
 
 def _widen_e4m3(weight: Tensor, out: Tensor) -> Tensor:

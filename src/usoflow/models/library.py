@@ -29,6 +29,7 @@ from usoflow.models.regions import Regions
 from usoflow.models.residence import stored_bytes
 from usoflow.models.style_projector import LEVELS, StyleProjector, StyleProjectorConfig
 from usoflow.models.text import ClipText, ClipTextConfig, T5Config, T5Encoder, TextEncoding, encode_prompt
+from usoflow.models.tiling import Grid, tiled
 from usoflow.models.tokens import ClipTokenizer, T5Tokenizer, Tokenizers
 from usoflow.models.vae import AutoEncoder, VaeConfig
 from usoflow.models.vision import SiglipConfig, SiglipVision, VisionOutput, preprocess
@@ -57,6 +58,7 @@ class ModelLibrary:
     Attributes:
         placement: which device computes, in which dtype.
         check: called between the parts of long work; what it raises ends that.
+        used: kinds of the models that were asked for since this was emptied last.
     """
 
     def __init__(self, placement: Placement) -> None:
@@ -66,6 +68,7 @@ class ModelLibrary:
         self._encodings: OrderedDict[Key, Any] = OrderedDict()  # of prompts and pictures, the last used last
         self._regions = Regions()
         self.check: Callable[[], None] = _go_on
+        self.used: set[str] = set()
 
     def begin_run(self, check: Callable[[], None] | None = None) -> None:
         """Another run begins: shapes that a run before it had may be compiled for (`regions`)."""
@@ -127,19 +130,37 @@ class ModelLibrary:
         found = self._encoded(key, lambda: self.vae_encode_once(component, images))
         return found.clone()  # custom nodes may change theirs
 
-    def vae_encode_once(self, component: Component, images: Tensor, *, on_cpu: bool = False) -> Tensor:
-        """The same for what will not be asked for again, as parts of a picture: it is not kept."""
+    def vae_encode_once(
+        self, component: Component, images: Tensor, *, tiles: Grid | None = None, on_cpu: bool = False
+    ) -> Tensor:
+        """The same for what will not be asked for again: it is not kept. Some ask for it in tiles."""
         module = self._module(component, load_vae)
-        work = module.encoding_bytes(images, self.placement.vae_dtype)
+        side = _least_tile(tiles) * module.config.factor
+        work = module.encoding_bytes(images[:, :side, :side], self.placement.vae_dtype)
         with self._borrowed(module, work=work, on_cpu=on_cpu) as placement:
-            return module.encode(images, dtype=placement.vae_dtype, room=placement.room, between=self.check)
 
-    def vae_decode(self, component: Component, latents: Tensor) -> Tensor:
-        """Latents [B, 16, h, w], unscaled, to pictures [B, H, W, 3] in 0..1."""
+            def encode(planes: Tensor) -> Tensor:
+                pictures = planes.movedim(1, -1)
+                return module.encode(
+                    pictures, dtype=placement.vae_dtype, room=placement.room, between=self.check
+                )
+
+            return tiled(encode, images.movedim(-1, 1), tiles)
+
+    def vae_decode(self, component: Component, latents: Tensor, *, tiles: Grid | None = None) -> Tensor:
+        """Latents [B, 16, h, w], unscaled, to pictures [B, H, W, 3] in 0..1. Some ask for it in tiles."""
         module = self._module(component, load_vae)
-        work = module.decoding_bytes(latents, self.placement.vae_dtype)
+        side = _least_tile(tiles)
+        work = module.decoding_bytes(latents[..., :side, :side], self.placement.vae_dtype)
         with self._borrowed(module, work=work) as placement:
-            return module.decode(latents, dtype=placement.vae_dtype, room=placement.room, between=self.check)
+
+            def decode(latents: Tensor) -> Tensor:
+                pictures = module.decode(
+                    latents, dtype=placement.vae_dtype, room=placement.room, between=self.check
+                )
+                return pictures.movedim(-1, 1)
+
+            return tiled(decode, latents, tiles).movedim(1, -1).contiguous()
 
     def style_tokens(self, projector: Component, states: Mapping[int, Tensor]) -> Tensor:
         """Hidden states of the vision tower, by layer, to style tokens [B, 192, hidden]."""
@@ -181,7 +202,7 @@ class ModelLibrary:
     def make_smaller(self) -> None:
         """After memory ran out: forget the models, and load them with half of the memory for weights.
 
-        That remains so until `clear`, for the next run is mostly like this one.
+        That remains so until `clear`, or until there is another `plan`.
         """
         self.forget_models()
         self.placement = self.placement.smaller
@@ -218,8 +239,8 @@ class ModelLibrary:
     ) -> Iterator[Placement]:
         """Put a module on the device for a while (`Placement.borrow`); yields where it is.
 
-        What does not fit beside the transformer, with `work` bytes for the computation, comes in its place.
-        What would not fit there either is computed by the CPU.
+        What does not fit beside the transformer, with the `work` bytes that the computation needs at least,
+        comes in its place. What would not fit there either is computed by the CPU.
         """
         weights = stored_bytes(module)
         if not (on_cpu or self.placement.fits(weights + work)):
@@ -249,6 +270,7 @@ class ModelLibrary:
         return cast(E, found)
 
     def _module(self, component: Component, load: Callable[[Component], M], *variant: str) -> M:
+        self.used.add(component.kind)
         key = (*_key(component), *variant)
         if key not in self._modules:
             self.check()
@@ -295,7 +317,7 @@ class ModelLibrary:
             layer
             for block in module.blocks
             for layer in block.modules()
-            if isinstance(layer, Linear) and layer.quantised is None and layer.weight.dtype != fp8.STORED
+            if isinstance(layer, Linear) and _can_be_narrowed(layer)
         ]
         needed, room = sum(layer.weight.numel() for layer in layers), self.placement.room_for_copies
         if needed > room:
@@ -401,6 +423,16 @@ def _bytes(encoding: Tensor | TextEncoding | VisionOutput) -> int:
         case VisionOutput():
             return sum(state.nbytes for state in encoding.hidden.values())
     return encoding.nbytes
+
+
+def _can_be_narrowed(layer: Linear) -> bool:
+    """Not what has a scale: it is narrow already, and may be larger than fp8's largest number."""
+    return layer.quantised is None and layer.scale_weight is None and layer.weight.dtype != fp8.STORED
+
+
+def _least_tile(tiles: Grid | None) -> int:
+    """Side in latents of what the VAE must have room for, in such tiles or in those it makes by itself."""
+    return vae.GOOD_TILE if tiles is None else min(vae.GOOD_TILE, tiles.tile)
 
 
 def _go_on() -> None:

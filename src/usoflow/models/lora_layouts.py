@@ -322,10 +322,12 @@ def _rows(part: str, shape: tuple[int, ...]) -> Rows:
 
 
 def _check(lora: Component, pair: Pair, layer: tuple[int, ...]) -> None:
-    down, up = lora.shape(pair.down), lora.shape(pair.up)
+    down, up = lora.tensors[pair.down].shape, lora.tensors[pair.up].shape
     rows = sum(count for _, count in pair.rows)
-    if len(down) != 2 or down[1] != layer[1] or up != (rows, down[0]):
+    if len(down) != 2 or not down[0] or down[1] != layer[1] or up != (rows, down[0]):
         raise UsoflowError(
             "lora_mismatch",
             f"{lora.file.path.name}: {pair.stem} is {list(up)} x {list(down)}, the layer {[rows, layer[1]]}.",
         )
+    if pair.alpha and math.prod(lora.tensors[pair.alpha].shape) != 1:
+        raise UsoflowError("lora_mismatch", f"{lora.file.path.name}: {pair.alpha} is not one number.")

@@ -11,13 +11,15 @@ import mmap
 import os
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from threading import Thread
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
 Range = tuple[int, int]  # first address, bytes: whole pages
 
 _MAPS = Path("/proc/self/maps")
@@ -67,6 +69,14 @@ def bring(ranges: Sequence[Range]) -> None:
         Thread(target=_populate, args=(pieces,), name="usoflow-read", daemon=True).start()
 
 
+def brought(parts: Sequence[T], tensors: Callable[[T], Iterable[Tensor]]) -> Iterator[T]:
+    """The parts one after another; while one is worked with, the pages of the next one's tensors come."""
+    held = [mapped(tensors(part)) for part in parts]
+    for part, following in zip(parts, [*held[1:], []], strict=True):
+        bring(following)
+        yield part
+
+
 def _pieces(ranges: Sequence[Range], at_once: int) -> Iterator[Range]:
     for start, size in ranges:
         for first in range(start, start + size, at_once):
@@ -98,7 +108,8 @@ def _advise(ranges: Iterable[Range], advice: int) -> int:
 
 def _files() -> list[Range]:
     """First and last address of every mapping of a file's data."""
-    lines = (line.split(maxsplit=5) for line in _MAPS.read_text(encoding="utf-8").splitlines())
+    text = _MAPS.read_bytes().decode("utf-8", "surrogateescape")  # names may be of any bytes but a line's end
+    lines = (line.split(maxsplit=5) for line in text.split("\n"))
     spans = (parts[0].split("-") for parts in lines if len(parts) == 6 and _is_data(parts[1], parts[5]))
     return [(int(first, 16), int(last, 16)) for first, last in spans]
 

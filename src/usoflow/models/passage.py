@@ -5,7 +5,8 @@ next one's weights are copied into the other, by a stream of copies beside that 
 hold both back: a block waits for its weights, a copy for the block that used its buffer before.
 
 On the host the weights of a block lie pinned, in one piece, as far as memory goes; such copies run by
-themselves. The others stay pages of the file: their copies keep the host busy, but not the device.
+themselves. Several blocks share such memory, of which torch makes powers of two (`pinned_together`). The
+other blocks stay pages of the file: their copies keep the host busy, but not the device.
 
 Streams and events are torch.cuda's; on a CPU, which can stand in for a GPU, torch.cpu's, which do nothing.
 """
@@ -14,7 +15,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -25,6 +28,7 @@ from usoflow.models import pages
 logger = logging.getLogger(__name__)
 
 ALIGNMENT = 256  # bytes, as CUDA's own allocations have it at least
+MOST_PINNED_AT_ONCE = 1 << 31  # bytes: what cannot be had costs no more than so much
 
 
 class Home:
@@ -44,18 +48,8 @@ class Home:
             self.size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
         self.pinned: Tensor | None = None
 
-    @property
-    def pinned_size(self) -> int:
-        """What it takes pinned: torch rounds that up to a power of two."""
-        return 1 << (self.size - 1).bit_length()
-
-    def pin(self, device: torch.device) -> None:
-        """Copy the weights to memory that a GPU reads by itself; the pages of the file are given back.
-
-        Raises:
-            RuntimeError: if the system has no such memory.
-        """
-        memory = torch.empty(self.size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    def pin(self, memory: Tensor) -> None:
+        """Copy the weights to memory that a GPU reads by itself; the pages of the file are given back."""
         moved = self.places(memory)
         for place, tensor in zip(moved, self.stored, strict=True):
             place.copy_(tensor)
@@ -87,6 +81,29 @@ class Home:
         """The block's parameters are those on the host again."""
         for parameter, tensor in zip(self.parameters, self.stored, strict=True):
             parameter.data = tensor
+
+
+def pinned_together(sizes: Sequence[int], room: int) -> list[int]:
+    """How many blocks share each piece of pinned memory, from the first on, as far as there is room.
+
+    torch makes the next power of two of a piece: each has as many blocks as leave the least part of it idle.
+
+    Args:
+        sizes: bytes of the blocks.
+        room: bytes that may be pinned.
+    """
+    counts: list[int] = []
+    while fitting := _filled(sizes[sum(counts) :], min(room, MOST_PINNED_AT_ONCE)):
+        count, (taken, _) = max(fitting.items(), key=lambda item: item[1][1])
+        counts.append(count)
+        room -= taken
+    return counts
+
+
+def _filled(sizes: Sequence[int], most: int) -> dict[int, tuple[int, float]]:
+    """For each number of blocks that fit into one piece: its bytes, and which part of them is used."""
+    pieces = ((count, size, 1 << (size - 1).bit_length()) for count, size in enumerate(accumulate(sizes), 1))
+    return {count: (taken, size / taken) for count, size, taken in pieces if taken <= most}
 
 
 @dataclass
@@ -122,9 +139,10 @@ class Passage:
         self, blocks: Sequence[nn.Module], device: torch.device, *, pinned: int, streams: Any = None
     ) -> None:
         self._streams = streams or (torch.cuda if device.type == "cuda" else torch.cpu)
-        self._copies = self._streams.Stream()
+        self._device = device
         self._homes = [Home(block) for block in blocks]
-        with torch.inference_mode(False):  # else only inference may write it again
+        with self._there(), torch.inference_mode(False):  # else only inference may write it again
+            self._copies = self._streams.Stream()
             self._buffers = self._made(device, max(home.size for home in self._homes))
             self._pin(device, pinned)
         self._turn = 0
@@ -142,20 +160,33 @@ class Passage:
         self._copies.wait_stream(self._streams.current_stream())  # what used this memory before is done
         return made
 
-    def _pin(self, device: torch.device, left: int) -> None:
-        for number, home in enumerate(self._homes):
-            left -= home.pinned_size
+    def _pin(self, device: torch.device, room: int) -> None:
+        sizes = [home.size for home in self._homes]
+        counts, done, reason = pinned_together(sizes, room), 0, "the host's memory is used up"
+        homes = pages.brought(self._homes[: sum(counts)], lambda home: home.stored)
+        for count in counts:
+            shares = sizes[done : done + count]
             try:
-                if left < 0:
-                    raise RuntimeError("the host's memory is used up")
-                home.pin(device)
-            except RuntimeError as reason:
-                logger.info("%d of %d blocks lie pinned: %s.", number, len(self._homes), reason)
-                return
+                memory = torch.empty(
+                    sum(shares), dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda"
+                )
+            except RuntimeError as error:  # the system has no such memory
+                reason = str(error)
+                break
+            for share, home in zip(memory.split(shares), homes, strict=False):
+                home.pin(share)
+            done += count
+        if done < len(sizes):
+            logger.info("%d of %d blocks lie pinned: %s.", done, len(sizes), reason)
+
+    def _there(self) -> AbstractContextManager[object]:
+        """Its device is the current one, of which streams and events are: threads have each their own."""
+        return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
 
     def _enter(self, number: int) -> None:
-        buffer = self._holding(number) or self._fetch(number)
-        buffer.arrived.wait()
+        with self._there():
+            buffer = self._holding(number) or self._fetch(number)
+            buffer.arrived.wait()
         self._homes[number].enter(buffer.memory)
 
     def _leave(self, number: int) -> None:
@@ -163,9 +194,10 @@ class Passage:
         self._homes[number].leave()
         buffer, following = self._holding(number), (number + 1) % len(self._homes)
         assert buffer is not None
-        buffer.done.record()
-        if self._holding(following) is None:
-            self._fetch(following)
+        with self._there():
+            buffer.done.record()
+            if self._holding(following) is None:
+                self._fetch(following)
 
     def _holding(self, number: int) -> Buffer | None:
         return next((buffer for buffer in self._buffers if buffer.holds == number), None)

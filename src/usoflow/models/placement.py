@@ -7,6 +7,7 @@ encoders and VAE are memory-mapped pages of the file, and those of T5 pass throu
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import sys
@@ -22,7 +23,7 @@ import torch
 from torch import nn
 
 from usoflow.errors import UsoflowError
-from usoflow.models import residence
+from usoflow.models import pages, residence
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -36,6 +37,10 @@ PART_PINNED = 0.5  # of the host's free memory, for weights on their way to a GP
 PART_FOR_WORK = 0.9  # of what is free, for one computation
 SMALLER = 0.5  # the next plan's budget, after memory ran out
 CONTAINER = Path("/sys/fs/cgroup")
+OWN_GROUP = Path("/proc/self/cgroup")
+OUT_OF_MEMORY = (  # words of the system, of Metal, of cuBLAS and cuDNN
+    "allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +88,10 @@ class Placement:
             )
         if chosen.type not in _devices():
             raise UsoflowError("device_unavailable", f"There is no {device} device here.")
+        if (
+            chosen.type == "cuda"
+        ):  # by itself it would be another one for a thread with another current device
+            chosen = torch.device("cuda", torch.cuda.current_device())
         if dtype not in ("auto", *DTYPES):
             raise UsoflowError("device_unavailable", f"{dtype!r} is none of auto, {', '.join(DTYPES)}.")
         dtype_ = _best_dtype(chosen) if dtype == "auto" else DTYPES[dtype]
@@ -189,6 +198,7 @@ class Placement:
 
 
 def _move(module: nn.Module, device: torch.device) -> None:
+    pages.bring(pages.mapped(module.parameters()))  # else they come one by one, as they are touched
     if device.type == "mps":
         widen_fp8(module)
     module.to(device)
@@ -208,18 +218,39 @@ def _free_on_gpu(device: torch.device) -> int:
     return free + idle
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Also where torch raises a bare RuntimeError with the words of whoever had none left."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+        words in str(error) for words in OUT_OF_MEMORY
+    )
+
+
 def memory() -> int:
     """Bytes of the machine, or of the container that the process is in."""
-    return min(psutil.virtual_memory().total, _limit(CONTAINER))
+    return min(psutil.virtual_memory().total, *map(_limit, _groups()))
 
 
 def free_memory() -> int:
     """Bytes that could be had without swapping, here and in the container that the process is in."""
-    return min(psutil.virtual_memory().available, _free_in_container(CONTAINER))
+    return min(psutil.virtual_memory().available, *map(_free_in_container, _groups()))
+
+
+def _groups() -> list[Path]:
+    """The control groups (cgroup v2) that the process is in, from its own to the root, as it sees them.
+
+    A container mostly sees its own as the root; a job of Slurm or systemd is in one below.
+    """
+    try:
+        lines = OWN_GROUP.read_bytes().split(b"\n")
+    except OSError:  # not Linux
+        lines = []
+    own = next((os.fsdecode(line[4:]) for line in lines if line.startswith(b"0::/")), "")
+    path = CONTAINER / own
+    return [group for group in (path, *path.parents) if group.is_relative_to(CONTAINER)]
 
 
 def _limit(group: Path) -> int:
-    """The most bytes of a control group (cgroup v2) as a container sees it; without one no limit."""
+    """The most bytes of a control group; where there is none no limit."""
     try:
         limit = (group / "memory.max").read_text().strip()
     except OSError:

@@ -55,10 +55,10 @@ def patches(size: Size) -> Size:
 def _grid(size: Size, place: Place) -> Tensor:
     index, first_row, first_column = place
     rows, columns = patches(size)
-    ids = torch.zeros(rows, columns, 3)
+    ids = torch.zeros(rows, columns, 3, device="cpu", dtype=torch.float32)
     ids[..., 0] = index
-    ids[..., 1] += torch.arange(first_row, first_row + rows)[:, None]
-    ids[..., 2] += torch.arange(first_column, first_column + columns)[None, :]
+    ids[..., 1] += torch.arange(first_row, first_row + rows, device="cpu")[:, None]
+    ids[..., 2] += torch.arange(first_column, first_column + columns, device="cpu")[None, :]
     return ids.flatten(0, 1)  # [rows * columns, 3]
 
 

@@ -1,8 +1,9 @@
 """Blocks of a transformer compiled, not the whole network: each type once, for all blocks of the type.
 
 Never before a first picture: what is asked for in one run is computed eagerly, and only where a later run
-asks the same network for the same shapes, its blocks are compiled. The compiler (torch.compile with Inductor)
-keeps what it made on disk, for other processes. Hooks of blocks are outside of what is compiled.
+asks blocks of the same kinds for the same shapes, they are compiled, though the network may have been loaded
+anew. The compiler (torch.compile with Inductor) keeps what it made on disk, for other processes. Hooks of
+blocks are outside of what is compiled.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import nn
 
 from usoflow.models.flux import Block, Flux, FluxInputs
+from usoflow.models.placement import is_out_of_memory
 from usoflow.settings import compiled_folder
 
 logger = logging.getLogger(__name__)
@@ -32,6 +34,7 @@ OF_A_NETWORK = 8  # kinds of blocks that are compiled: two, more where a LoRA is
 # the very factor that its product is divided by.
 OPTIONS: dict[str, Any] = {"emulate_precision_casts": True}
 
+Kinds = frozenset[tuple[Any, ...]]  # of blocks: types, and what their parameters are like
 Shapes = tuple[Any, ...]
 
 
@@ -45,8 +48,10 @@ class Regions:
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder or compiled_folder()
         self._run = 0
-        self._first: WeakKeyDictionary[nn.Module, dict[Shapes, int]] = WeakKeyDictionary()  # run of each
-        self._now: tuple[dict[Shapes, int], Shapes] = {}, ()
+        self._kinds: WeakKeyDictionary[nn.Module, Kinds] = WeakKeyDictionary()
+        self._first: dict[tuple[Kinds, Shapes], int] = {}  # run of each
+        self._now: tuple[Kinds, Shapes] = frozenset(), ()
+        self._since = NEVER  # run in which what is computed now was asked for first
         self._compiled: dict[type[Block], Callable[..., Any]] = {}
         self._failed = False
 
@@ -61,27 +66,26 @@ class Regions:
     def _look(self, flux: nn.Module, inputs: tuple[Any, ...]) -> None:
         """Before a step: take note of its shapes."""
         assert isinstance(flux, Flux)
-        known, shapes = self._first.setdefault(flux, {}), _shapes(*inputs)
-        if shapes not in known:
-            known[shapes] = self._run
-            if (kinds := _kinds(flux.blocks)) > OF_A_NETWORK:
-                known[shapes] = NEVER
+        if flux not in self._kinds:
+            self._kinds[flux] = kinds = _kinds(flux.blocks)
+            if len(kinds) > OF_A_NETWORK:
                 logger.info(
-                    "Blocks of %d kinds (by ranks of LoRAs) are computed without the compiler.", kinds
+                    "Blocks of %d kinds (by ranks of LoRAs) are computed without the compiler.", len(kinds)
                 )
-        self._now = known, shapes
+        self._now = self._kinds[flux], _shapes(*inputs)
+        many = len(self._kinds[flux]) > OF_A_NETWORK
+        self._since = self._first.setdefault(self._now, NEVER if many else self._run)
         for block in flux.blocks:
             block.way = self._compute
 
     def _compute(self, block: Block, *inputs: Any) -> Any:
-        known, shapes = self._now
-        if known[shapes] < self._run:
+        if self._since < self._run:
             try:
                 return self._compiled_or_anew(block, *inputs)
-            except torch.OutOfMemoryError:
-                raise
             except Exception as error:  # the compiler's are of many kinds
-                known[shapes] = NEVER
+                if is_out_of_memory(error):
+                    raise
+                self._first[self._now] = self._since = NEVER
                 self._warn(error)
         return block.compute(*inputs)
 
@@ -114,9 +118,9 @@ class Regions:
         self._failed = True
 
 
-def _kinds(blocks: Iterable[Block]) -> int:
-    """How many variants of code the blocks need: a LoRA may have a rank of its own for each layer."""
-    return len({(type(block), *(p.shape for p in block.parameters())) for block in blocks})
+def _kinds(blocks: Iterable[Block]) -> Kinds:
+    """Each needs a variant of code of its own: a LoRA may have another rank for each layer."""
+    return frozenset((type(block), *((p.shape, p.dtype) for p in block.parameters())) for block in blocks)
 
 
 def _shapes(latent: torch.Tensor, _sigma: torch.Tensor, inputs: FluxInputs) -> Shapes:

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Barrier, Lock
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,7 @@ from usoflow.models.weights import Linear
 logger = logging.getLogger(__name__)
 
 WORTH_GIVING_BACK = 1 << 20  # bytes of a weight: to find its pages takes some ms
+_COUNTING = Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +150,7 @@ def settle_on_gpu(
         eight_bits: multiply the blocks' fp8 weights in fp8, where the device does.
     """
     resident = Sizes.of(module, blocks, torch.bfloat16).resident(budget)
-    for part in (*blocks[:resident], *_but(module, blocks)):
+    for part in pages.brought([*_but(module, blocks), *blocks[:resident]], nn.Module.parameters):
         part.to(device)
     for layer in _linear_layers(module):  # scales are small
         layer.scale_weight = None if layer.scale_weight is None else layer.scale_weight.to(device)
@@ -215,14 +217,29 @@ def _make_ready(module: nn.Module, blocks: Sequence[nn.Module], lay: Callable[[L
 
 @contextmanager
 def _threads_by_themselves() -> Iterator[ThreadPoolExecutor]:
-    """As many threads as torch has, in each of which it has one."""
-    threads = torch.get_num_threads()
-    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    """As many threads as torch has, in each of which it has one; all others have as many as before.
+
+    The number is a thread's own, but one that has not computed yet takes what was set last in any.
+    """
+    with _COUNTING:  # two that load at once would take each other's numbers
+        threads = torch.get_num_threads()
+        pool, all_there = ThreadPoolExecutor(threads), Barrier(threads)
+        try:
+            for counted in [pool.submit(_count_one, all_there) for _ in range(threads)]:
+                counted.result()
+        finally:
+            all_there.abort()  # where one could not begin the others need not wait
+            torch.set_num_threads(threads)
     try:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)  # where one has failed the others need not begin
-        torch.set_num_threads(threads)  # of threads to come, too
+
+
+def _count_one(all_there: Barrier) -> None:
+    torch.get_num_threads()  # takes what was set last: not later, instead of the next line's
+    torch.set_num_threads(1)
+    all_there.wait()  # so no thread does this twice
 
 
 def _hold_ready(layer: Linear, dtype: torch.dtype, *, packed: bool) -> None:

@@ -40,10 +40,10 @@ class StyleProjectorConfig:
         """Everything from tensor shapes.
 
         Raises:
-            UsoflowError: `tensor_missing`.
+            UsoflowError: `tensor_missing`, `tensor_shape`.
         """
-        style_tokens, patches = component.shape("feature_embedder.low_embedding_linear.0.weight")
-        hidden, vision_dim = component.shape("feature_embedder.low_projection.weight")
+        style_tokens, patches = component.shape("feature_embedder.low_embedding_linear.0.weight", 2)
+        hidden, vision_dim = component.shape("feature_embedder.low_projection.weight", 2)
         return cls(patches, style_tokens, vision_dim, hidden)
 
 

@@ -132,16 +132,16 @@ class ClipTextConfig:
         """Sizes from tensor shapes; `heads` and `eps` declared, else official.
 
         Raises:
-            UsoflowError: `tensor_missing`, `block_gap`, `model_unsupported`.
+            UsoflowError: `tensor_missing`, `tensor_shape`, `block_gap`, `model_unsupported`.
         """
         name = "text_model.embeddings.{}_embedding.weight"
-        vocabulary, dim = component.shape(name.format("token"))
+        vocabulary, dim = component.shape(name.format("token"), 2)
         _require_vocabulary(component, vocabulary, CLIP_VOCABULARY)
         return cls(
             dim=dim,
-            mlp_dim=component.shape("text_model.encoder.layers.0.mlp.fc1.weight")[0],
+            mlp_dim=component.shape("text_model.encoder.layers.0.mlp.fc1.weight", 2)[0],
             layers=component.count("text_model.encoder.layers.{}."),
-            positions=component.shape(name.format("position"))[0],
+            positions=component.shape(name.format("position"), 2)[0],
             heads=head_count(component, dim, CLIP_HEADS),
             eps=component.setting("eps", CLIP_EPS),
             vocabulary=vocabulary,
@@ -239,16 +239,16 @@ class T5Config:
         """Sizes from tensor shapes; `eps` and `min_length` declared, else official.
 
         Raises:
-            UsoflowError: `tensor_missing`, `block_gap`, `model_unsupported`.
+            UsoflowError: `tensor_missing`, `tensor_shape`, `block_gap`, `model_unsupported`.
         """
         first = "encoder.block.0.layer."
-        vocabulary, dim = component.shape("shared.weight")
+        vocabulary, dim = component.shape("shared.weight", 2)
         _require_vocabulary(component, vocabulary, T5_VOCABULARY)
-        buckets, heads = component.shape(first + "0.SelfAttention.relative_attention_bias.weight")
+        buckets, heads = component.shape(first + "0.SelfAttention.relative_attention_bias.weight", 2)
         return cls(
             dim=dim,
-            inner_dim=component.shape(first + "0.SelfAttention.q.weight")[0],
-            mlp_dim=component.shape(first + "1.DenseReluDense.wi_0.weight")[0],
+            inner_dim=component.shape(first + "0.SelfAttention.q.weight", 2)[0],
+            mlp_dim=component.shape(first + "1.DenseReluDense.wi_0.weight", 2)[0],
             layers=component.count("encoder.block.{}."),
             heads=heads,
             buckets=buckets,

@@ -34,17 +34,19 @@ class Grid:
         return [(max(0, end - self.tile), end) for end in ends]
 
 
-def tiled(function: Callable[[Tensor], Tensor], x: Tensor, grid: Grid) -> Tensor:
+def tiled(function: Callable[[Tensor], Tensor], x: Tensor, grid: Grid | None) -> Tensor:
     """`function` tile by tile; where tiles overlap, the one fades into the other linearly.
 
     Args:
         function: [B, C, h * before, w * before] -> [B, C', h * after, w * after].
         x: [B, C, H * before, W * before].
-        grid: how tiles lie.
+        grid: how tiles lie; None is all of it at once.
 
     Returns:
         [B, C', H * after, W * after].
     """
+    if grid is None:
+        return function(x)
     rows, columns = (side // grid.before for side in x.shape[-2:])
     total: Tensor | None = None
     for (top, bottom), (left, right) in product(grid.spans(rows), grid.spans(columns)):
@@ -65,6 +67,6 @@ def _ramp(length: int, grid: Grid) -> Tensor:
     """Weight along a tile: rises over the overlap, falls likewise; never 0."""
     import torch
 
-    index = torch.arange(length * grid.after, dtype=torch.float32) + 0.5
+    index = torch.arange(length * grid.after, device="cpu", dtype=torch.float32) + 0.5
     rise = max(1, grid.overlap * grid.after)
     return torch.minimum(index, index.flip(0)).div(rise).clamp(max=1)

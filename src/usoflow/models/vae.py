@@ -30,6 +30,7 @@ OFFICIAL_EPS = 1e-6
 OFFICIAL_SCALE = 0.3611
 OFFICIAL_SHIFT = 0.1159
 LEAST_TILE = 16  # latents; what is smaller sees too little of the picture
+GOOD_TILE = 64  # latents, as the tiled nodes have by default; where one fits, nothing has to make room
 OVERLAP = 8  # part of a tile that its neighbour works on too: 1 / 8
 
 
@@ -85,12 +86,12 @@ class VaeConfig:
         """Widths and depths from the shapes; `groups` and `eps` declared, else official.
 
         Raises:
-            UsoflowError: "tensor_missing" if a tensor that tells a size is not there, "block_gap" if the
-                levels or blocks are not numbered without a gap, "model_unsupported" if the groups
-                do not divide a width.
+            UsoflowError: "tensor_missing" if a tensor that tells a size is not there, "tensor_shape" if it
+                tells none, "block_gap" if the levels or blocks are not numbered without a gap,
+                "model_unsupported" if the groups do not divide a width.
         """
         levels = range(max(component.count("encoder.down.{}."), 1))
-        widths = tuple(component.shape(f"encoder.down.{n}.block.0.conv1.weight")[0] for n in levels)
+        widths = tuple(component.shape(f"encoder.down.{n}.block.0.conv1.weight", 4)[0] for n in levels)
         groups = component.setting("groups", OFFICIAL_GROUPS)
         if groups < 1 or any(width % groups for width in widths):
             raise UsoflowError(
@@ -100,7 +101,7 @@ class VaeConfig:
         return cls(
             widths=widths,
             blocks=component.count("encoder.down.0.block.{}."),
-            latent_channels=component.shape("decoder.conv_in.weight")[1],
+            latent_channels=component.shape("decoder.conv_in.weight", 4)[1],
             groups=groups,
             eps=component.setting("eps", OFFICIAL_EPS),
         )
@@ -383,7 +384,7 @@ class AutoEncoder(nn.Module):
             return network(item.to(device, dtype)).to(batch.device).float()
 
         items = torch.split(batch, 1)
-        return torch.cat([compute(item) if grid is None else tiled(compute, item, grid) for item in items])
+        return torch.cat([tiled(compute, item, grid) for item in items])
 
 
 def centre_crop(images: Tensor, multiple: int) -> Tensor:

@@ -59,10 +59,10 @@ class SiglipConfig:
         """Sizes from tensor shapes; `heads`, `image_size` and `eps` declared, else official.
 
         Raises:
-            UsoflowError: `tensor_missing`, `block_gap`, `model_unsupported`.
+            UsoflowError: `tensor_missing`, `tensor_shape`, `block_gap`, `model_unsupported`.
         """
-        positions, dim = component.shape("embeddings.position_embedding.weight")
-        patch = component.shape("embeddings.patch_embedding.weight")[-1]
+        positions, dim = component.shape("embeddings.position_embedding.weight", 2)
+        patch = component.shape("embeddings.patch_embedding.weight", 4)[-1]
         grid = math.isqrt(positions)
         official = OFFICIAL_SIZE if (grid, patch) == (OFFICIAL_GRID, OFFICIAL_PATCH) else grid * patch
         image_size = component.setting("image_size", official)
@@ -75,7 +75,7 @@ class SiglipConfig:
             )
         return cls(
             dim=dim,
-            mlp_dim=component.shape("encoder.layers.0.mlp.fc1.weight")[0],
+            mlp_dim=component.shape("encoder.layers.0.mlp.fc1.weight", 2)[0],
             layers=component.count("encoder.layers.{}."),
             heads=head_count(component, dim, HEADS),
             patch=patch,

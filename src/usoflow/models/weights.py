@@ -68,7 +68,8 @@ class LowRank(nn.Module):
         super().__init__()
         self.down = nn.Parameter(down, requires_grad=down.requires_grad)
         self.up = nn.Parameter(up, requires_grad=up.requires_grad)
-        self.strength = nn.Parameter(torch.tensor([strength], device=down.device), requires_grad=False)
+        factor = torch.tensor([strength], device=down.device, dtype=torch.float32)
+        self.strength = nn.Parameter(factor, requires_grad=False)
         self.rows = slice(first_row, first_row + up.shape[0])
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -241,7 +242,7 @@ class Embedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids: int64 [...] -> float32 [..., dim]."""
-        if self.weight.dtype == torch.float8_e4m3fn:  # torch has no fp8 gather: look up the raw bytes
+        if self.weight.itemsize == 1:  # not every torch gathers fp8: look up the raw bytes
             return F.embedding(ids, self.weight.view(torch.uint8)).view(self.weight.dtype).float()
         return F.embedding(ids, self.weight).float()
 
@@ -266,10 +267,13 @@ def assemble(component: Component, module: nn.Module, *, ignored: Sequence[str] 
         UsoflowError: `tensor_missing`, `tensor_unknown`, `tensor_shape`, `model_damaged`.
     """
     wanted = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
-    scales = {f"{name}.{SCALE}" for name, part in module.named_modules() if isinstance(part, Linear)}
+    layers = ((name, part) for name, part in module.named_modules() if isinstance(part, Linear))
+    named = ((f"{name}.{SCALE}", layer) for name, layer in layers)
+    scales = {name: layer.shape[0] for name, layer in named if name in component.tensors}
     _check_names(component, wanted, scales, (*ignored, *UNUSED_SCALES))
     _check_shapes(component, wanted)
-    for name, tensor in read_tensors(component, [*wanted, *(scales & set(component.tensors))]).items():
+    _check_scales(component, scales)
+    for name, tensor in read_tensors(component, [*wanted, *scales]).items():
         owner, _, leaf = name.rpartition(".")
         holder, format_ = module.get_submodule(owner), component.tensors[name].dtype
         if leaf == SCALE:
@@ -290,7 +294,7 @@ def _hold_quantised(holder: nn.Module, leaf: str, data: Tensor, format_: str) ->
 
 
 def _check_names(
-    component: Component, wanted: Iterable[str], scales: set[str], ignored: Sequence[str]
+    component: Component, wanted: Iterable[str], scales: Iterable[str], ignored: Sequence[str]
 ) -> None:
     file = component.file.path.name
     missing = [component.prefix + name for name in wanted if name not in component.tensors]
@@ -310,6 +314,17 @@ def _check_shapes(component: Component, wanted: dict[str, tuple[int, ...]]) -> N
             raise UsoflowError(
                 "tensor_shape",
                 f"{component.file.path.name}: {component.prefix}{name} is {list(found)}, not {list(shape)}.",
+            )
+
+
+def _check_scales(component: Component, scales: Mapping[str, int]) -> None:
+    """Each is one number, or one for each of so many rows."""
+    for name, rows in scales.items():
+        found = component.tensors[name].shape
+        if prod(found) not in (1, rows):
+            raise UsoflowError(
+                "tensor_shape",
+                f"{component.file.path.name}: {component.prefix}{name} is {list(found)}, for {rows} rows.",
             )
 
 
@@ -349,7 +364,7 @@ def _view(data: mmap.mmap, info: TensorInfo) -> Tensor:
     if block := QUANTISED.get(info.dtype):
         shape = (*shape[:-1], shape[-1] // block.values * block.bytes)
     if 0 in shape:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, of memory that cannot be written to
         return torch.frombuffer(data, dtype=dtype, count=prod(shape), offset=info.start).view(shape)

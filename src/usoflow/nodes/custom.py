@@ -12,7 +12,7 @@ import logging
 import math
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from usoflow.nodes.context import NodeContext, SavedImage, Shown
@@ -240,13 +240,25 @@ class V1Function:
 
 
 def _shown(ui: Mapping[str, Any], outputs: tuple[Any, ...]) -> Shown:
-    """ComfyUI's `ui` record: pictures that are files, and whatever else an extension of the editor shows."""
+    """ComfyUI's `ui` record: pictures that are files, and whatever else an extension of the editor shows.
+
+    Images of which more is said than where they are, or that are no files, are shown as the node lists them.
+    """
     record = _as_json(ui)
-    images = tuple(
-        SavedImage(str(image["filename"]), str(image.get("subfolder", "")), str(image.get("type", "output")))
-        for image in record.pop("images", ())
-    )
+    listed = record.get("images")
+    images = tuple(_saved(image) for image in listed if _is_file(image)) if isinstance(listed, list) else ()
+    if listed == [asdict(image) for image in images]:
+        del record["images"]
     return Shown(images, record, outputs)
+
+
+def _is_file(image: Any) -> bool:
+    return isinstance(image, dict) and isinstance(image.get("filename"), str)
+
+
+def _saved(image: Mapping[str, Any]) -> SavedImage:
+    folder, kind = image.get("subfolder") or "", image.get("type") or "output"
+    return SavedImage(image["filename"], str(folder), str(kind))
 
 
 def _changed(is_changed: Callable[..., Any], name: str) -> Callable[[Mapping[str, Any]], str]:

@@ -231,7 +231,8 @@ def _velocity(
 def _sigma_range(options: dict[str, Any], schedule: FluxSchedule) -> tuple[float, float]:
     """First and last sigma of an entry, rounded to float32 as the levels of the schedule are."""
     percents = (options.get("start_percent", 0.0), options.get("end_percent", 1.0))
-    first, last = torch.tensor([schedule.percent_to_sigma(p) for p in percents]).tolist()
+    levels = [schedule.percent_to_sigma(p) for p in percents]
+    first, last = torch.tensor(levels, device="cpu", dtype=torch.float32).tolist()
     return first, last
 
 
@@ -247,7 +248,7 @@ def _prepare(
     to_model = LatentFormat.from_component(model.flux).to_model
     device, batch = library.placement.device, len(samples)
     pooled = options.get("pooled_output")
-    pooled = torch.zeros(1, flux.config.pooled_dim) if pooled is None else pooled
+    pooled = text.new_zeros(1, flux.config.pooled_dim) if pooled is None else pooled
     given = options.get("reference_latents", [])  # of an animated picture, the first frames count
     references = [_with_channels(latent[:batch], flux.config.channels) for latent in given]
     _check_width("T5", text, flux.config.text_dim)

@@ -26,7 +26,7 @@ def margin_mask(size: tuple[int, int], sides: tuple[int, int, int, int], feather
 
     height, width = size
     if not 0 < 2 * feathering < min(size):
-        return torch.zeros(size)
+        return torch.zeros(size, device="cpu", dtype=torch.float32)
     left, right, top, bottom = sides
     columns = _distance(width, before=left > 0, after=right > 0)
     rows = _distance(height, before=top > 0, after=bottom > 0)
@@ -38,6 +38,6 @@ def _distance(length: int, *, before: bool, after: bool) -> Tensor:
     """Of each of a row's pixels from the nearer of its padded ends: float32 [length]."""
     import torch
 
-    index = torch.arange(length, dtype=torch.float32)
-    far = torch.full((length,), float("inf"))
+    index = torch.arange(length, device="cpu", dtype=torch.float32)
+    far = torch.full_like(index, float("inf"))
     return torch.minimum(index if before else far, length - index if after else far)

@@ -67,7 +67,11 @@ def empty_image(
     import torch
 
     channels = [(color >> shift & 0xFF) / 255 for shift in (16, 8, 0)]
-    return torch.tensor(channels).expand(batch_size, height, width, 3).contiguous()
+    return (
+        torch.tensor(channels, device="cpu", dtype=torch.float32)
+        .expand(batch_size, height, width, 3)
+        .contiguous()
+    )
 
 
 @node("ImageBatch", category="image", display_name="Batch Images", deprecated=True)

@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated
 
 from usoflow.nodes.image import with_channels
-from usoflow.nodes.sockets import Image
+from usoflow.nodes.sockets import Image, Mask
 from usoflow.schema.node import node
 from usoflow.schema.specs import Choice, Float, Int
 
@@ -84,6 +84,49 @@ def stitch(
     size = list(first.shape)
     size[along] = spacing_width + spacing_width % 2
     return torch.cat([first, _plain(size, _COLOURS[spacing_color]), second], dim=along)
+
+
+@node("ImageCompositeMasked", category="image")
+def composite(
+    destination: Image,
+    source: Image,
+    x: Annotated[int, _PLACE] = 0,
+    y: Annotated[int, _PLACE] = 0,
+    resize_source: bool = False,
+    mask: Mask | None = None,
+) -> Image:
+    """Lays the source over the destination from (x, y) on; where there is a mask, as far as it says.
+
+    What would lie outside of the destination is left away. The mask is scaled to the source.
+    """
+    from usoflow.nodes import resize
+
+    count, height, width, channels = destination.shape
+    if resize_source:
+        source = resize.resize(source, width, height, "bilinear")
+    source = _in_turn(with_channels(source, channels), count)
+    weight = _weight(mask, source)[:, : max(0, height - y), : max(0, width - x)]
+    source = source[:, : weight.shape[_ROWS], : weight.shape[_COLUMNS]]
+    result = destination.clone()
+    under = result[:, y : y + source.shape[_ROWS], x : x + source.shape[_COLUMNS]]
+    under.copy_(under * (1 - weight) + source * weight)
+    return result
+
+
+def _weight(mask: Tensor | None, source: Tensor) -> Tensor:
+    """How much of each of the source's pixels is laid over: [B, H, W, 1]."""
+    from usoflow.nodes import resize
+
+    count, height, width = source.shape[:3]
+    if mask is None:
+        return source.new_ones(count, height, width, 1)
+    single = mask.reshape(-1, mask.shape[-2], mask.shape[-1], 1)
+    return _in_turn(resize.resize(single, width, height, "bilinear"), count)
+
+
+def _in_turn(images: Tensor, count: int) -> Tensor:
+    """So many of a batch, from its first again where they are too few."""
+    return images.repeat(-(-count // len(images)), 1, 1, 1)[:count]
 
 
 @node("ImageBlend", category="image/postprocessing")
@@ -173,4 +216,4 @@ def _plain(shape: list[int], colour: tuple[float, ...]) -> Tensor:
     import torch
 
     channels = (*colour, 1.0)[: shape[3]]
-    return torch.tensor(channels).expand(shape).contiguous()
+    return torch.tensor(channels, device="cpu", dtype=torch.float32).expand(shape).contiguous()

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from usoflow.nodes.context import NodeContext
 from usoflow.nodes.sockets import Image, Latent, Vae
 from usoflow.schema.node import node
 from usoflow.schema.specs import Int, Tip
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _BATCH = Int(min=1, max=4096)
 _DOWN = 8  # pixels per latent along one side
@@ -65,14 +62,11 @@ def vae_encode_tiled(
     context: NodeContext,
 ) -> Latent:
     """Encodes pictures in overlapping tiles, so that memory does not grow with their size."""
-    from usoflow.models.tiling import Grid, tiled
+    from usoflow.models.tiling import Grid
     from usoflow.models.vae import centre_crop
 
-    def encode(tile: Tensor) -> Tensor:
-        return context.library.vae_encode_once(vae.vae, tile.movedim(1, -1))
-
-    planes = centre_crop(pixels, _DOWN).movedim(-1, 1)  # [B, C, H, W]
-    return {"samples": tiled(encode, planes, Grid(*_in_latents(tile_size, overlap), before=_DOWN, after=1))}
+    grid = Grid(*_in_latents(tile_size, overlap), before=_DOWN, after=1)
+    return {"samples": context.library.vae_encode_once(vae.vae, centre_crop(pixels, _DOWN), tiles=grid)}
 
 
 @node("VAEDecodeTiled", category="_for_testing", display_name="VAE Decode (Tiled)")
@@ -87,13 +81,10 @@ def vae_decode_tiled(
     context: NodeContext,
 ) -> Image:
     """Decodes latents in overlapping tiles, so that memory does not grow with their size."""
-    from usoflow.models.tiling import Grid, tiled
-
-    def decode(tile: Tensor) -> Tensor:
-        return context.library.vae_decode(vae.vae, tile).movedim(-1, 1)
+    from usoflow.models.tiling import Grid
 
     grid = Grid(*_in_latents(tile_size, overlap), before=1, after=_DOWN)
-    return tiled(decode, samples["samples"], grid).movedim(1, -1).contiguous()
+    return context.library.vae_decode(vae.vae, samples["samples"], tiles=grid)
 
 
 def _in_latents(tile_size: int, overlap: int) -> tuple[int, int]:
@@ -104,4 +95,5 @@ def _in_latents(tile_size: int, overlap: int) -> tuple[int, int]:
 def _zeros(batch: int, channels: int, height: int, width: int) -> Latent:
     import torch
 
-    return {"samples": torch.zeros(batch, channels, height // _DOWN, width // _DOWN)}
+    shape = (batch, channels, height // _DOWN, width // _DOWN)
+    return {"samples": torch.zeros(shape, device="cpu", dtype=torch.float32)}

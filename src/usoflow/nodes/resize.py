@@ -125,7 +125,7 @@ def _slerp_axis(image: Tensor, axis: int, length: int) -> Tensor:
     import torch
 
     size = image.shape[axis]
-    places = (torch.arange(length, dtype=torch.float64) + 0.5) * size / length - 0.5
+    places = (torch.arange(length, device="cpu", dtype=torch.float64) + 0.5) * size / length - 0.5
     places = places.clamp(0, size - 1)
     lower = places.floor().long()
     upper = (lower + 1).clamp(max=size - 1)

@@ -31,9 +31,9 @@ def initial_noise(shape: Sequence[int], seed: int, *, batch_index: Sequence[int]
     """
     generator = _generator(seed)
     if batch_index is None:
-        return torch.randn(tuple(shape), generator=generator)
+        return _drawn(shape, generator)
     one = (1, *shape[1:])
-    drawn = [torch.randn(one, generator=generator) for _ in range(max(batch_index) + 1)]
+    drawn = [_drawn(one, generator) for _ in range(max(batch_index) + 1)]
     return torch.cat([drawn[index] for index in batch_index])
 
 
@@ -42,9 +42,14 @@ def step_noise(seed: int) -> StepNoise:
     generator = _generator((seed + 1) % SEEDS)
 
     def draw(like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=generator).to(like.device)
+        return _drawn(like.shape, generator).to(like.device)
 
     return draw
+
+
+def _drawn(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """The same numbers whatever device and dtype a program has made torch's defaults."""
+    return torch.randn(tuple(shape), generator=generator, device="cpu", dtype=torch.float32)
 
 
 def _generator(seed: int) -> torch.Generator:

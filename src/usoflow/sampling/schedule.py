@@ -13,9 +13,12 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from usoflow.errors import UsoflowError
 
 TABLE_SIZE = 10_000  # the reference's resolution of time; `simple`, `beta`, `ddim_uniform` pick from it
 KARRAS_RHO = 7.0
@@ -23,6 +26,8 @@ BETA_SHAPE = 0.6
 QUADRATIC_FROM = 0.025  # how much noise Mochi's linear half removes
 FULL_DENOISE = 0.9999
 MOST_SHIFT = 80.0
+MOST_STEPS = 100_000  # ten times the largest widget; a schedule of more would be made for minutes
+_CPU32: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}  # whatever torch's defaults are set to
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +53,7 @@ class FluxSchedule:
     @property
     def table(self) -> Tensor:
         """Sigma at t = i / 10000, i = 1..10000, ascending; float32 [10000]."""
-        return self.sigma(torch.arange(1, TABLE_SIZE + 1, dtype=torch.float32) / TABLE_SIZE)
+        return self.sigma(torch.arange(1, TABLE_SIZE + 1, **_CPU32) / TABLE_SIZE)
 
     def percent_to_sigma(self, percent: float) -> float:
         """Sigma after `percent` (0..1) of the run, in float64."""
@@ -76,12 +81,22 @@ def sigmas(name: str, steps: int, denoise: float, *, schedule: FluxSchedule) -> 
     Returns:
         float32 [steps + 1] ending in 0, or [0]. As in the reference `ddim_uniform` may give more levels than
         asked for, and `beta` fewer, where two of them would be the same.
+
+    Raises:
+        UsoflowError: `prompt_invalid` where denoise is so small that the schedule would be endless.
     """
     if denoise <= 0.0:
-        return torch.empty(0)
+        return torch.empty(0, **_CPU32)
     if denoise > FULL_DENOISE:
         return SCHEDULERS[name](schedule, steps)
-    return SCHEDULERS[name](schedule, int(steps / denoise))[-(steps + 1) :]
+    whole = steps / denoise
+    if not whole <= MOST_STEPS:
+        raise UsoflowError(
+            "prompt_invalid",
+            f"{steps} steps of a denoise of {denoise:g} are the last of {whole:.0f}, more than {MOST_STEPS}.",
+            remedy="Use a larger denoise, or 0 to leave the latent as it is.",
+        )
+    return SCHEDULERS[name](schedule, int(whole))[-(steps + 1) :]
 
 
 def window(levels: Tensor, first: int, last: int, *, leftover: bool) -> Tensor:
@@ -99,8 +114,8 @@ def window(levels: Tensor, first: int, last: int, *, leftover: bool) -> Tensor:
     if last < len(levels) - 1:
         levels = levels[: last + 1]
         if not leftover:
-            levels = torch.cat([levels[:-1], torch.zeros(1)])
-    return levels[first:] if first < len(levels) - 1 else torch.empty(0)
+            levels = torch.cat([levels[:-1], torch.zeros(1, **_CPU32)])
+    return levels[first:] if first < len(levels) - 1 else torch.empty(0, **_CPU32)
 
 
 def resolution_shift(width: int, height: int, *, base: float, most: float) -> float:
@@ -121,25 +136,25 @@ def simple(schedule: FluxSchedule, steps: int) -> Tensor:
 def sgm_uniform(schedule: FluxSchedule, steps: int) -> Tensor:
     """Equal steps from the first to the last level, shifted; the last is left out for 0."""
     first, last = _extremes(schedule)
-    return _ending_in_zero(schedule.sigma(torch.linspace(first, last, steps + 1)[:-1]))
+    return _ending_in_zero(schedule.sigma(torch.linspace(first, last, steps + 1, **_CPU32)[:-1]))
 
 
 def normal(schedule: FluxSchedule, steps: int) -> Tensor:
     """Equal steps from the first to the last level, shifted, then 0."""
     first, last = _extremes(schedule)
-    return _ending_in_zero(schedule.sigma(torch.linspace(first, last, steps)))
+    return _ending_in_zero(schedule.sigma(torch.linspace(first, last, steps, **_CPU32)))
 
 
 def karras(schedule: FluxSchedule, steps: int) -> Tensor:
     """Karras et al. 2022 (arXiv:2206.00364), equation 5 with rho = 7."""
     first, last = (level ** (1 / KARRAS_RHO) for level in _extremes(schedule))
-    return _ending_in_zero((first + torch.linspace(0, 1, steps) * (last - first)) ** KARRAS_RHO)
+    return _ending_in_zero((first + torch.linspace(0, 1, steps, **_CPU32) * (last - first)) ** KARRAS_RHO)
 
 
 def exponential(schedule: FluxSchedule, steps: int) -> Tensor:
     """Equal steps of log sigma."""
     first, last = _extremes(schedule)
-    return _ending_in_zero(torch.linspace(math.log(first), math.log(last), steps).exp())
+    return _ending_in_zero(torch.linspace(math.log(first), math.log(last), steps, **_CPU32).exp())
 
 
 def ddim_uniform(schedule: FluxSchedule, steps: int) -> Tensor:
@@ -149,7 +164,7 @@ def ddim_uniform(schedule: FluxSchedule, steps: int) -> Tensor:
 
 def beta(schedule: FluxSchedule, steps: int) -> Tensor:
     """Quantiles of the Beta(0.6, 0.6) distribution (Lee et al. 2024, arXiv:2407.12173)."""
-    levels = 1 - torch.arange(steps, dtype=torch.float64) / steps
+    levels = 1 - torch.arange(steps, device="cpu", dtype=torch.float64) / steps
     indices = (symmetric_beta_quantile(levels, BETA_SHAPE) * (TABLE_SIZE - 1)).round().long()
     return _ending_in_zero(schedule.table[torch.unique_consecutive(indices)])
 
@@ -161,12 +176,12 @@ def linear_quadratic(schedule: FluxSchedule, steps: int) -> Tensor:
     continues them with the same slope and ends at 0.
     """
     if steps == 1:
-        return torch.tensor([1.0, 0.0])
+        return torch.tensor([1.0, 0.0], **_CPU32)
     linear = steps // 2
     curved = steps - linear
     slope = QUADRATIC_FROM / linear
     curvature = (1 - QUADRATIC_FROM - slope * curved) / curved**2
-    i = torch.arange(steps, dtype=torch.float64)
+    i = torch.arange(steps, device="cpu", dtype=torch.float64)
     return _ending_in_zero(1 - slope * i - curvature * (i - linear).clamp(min=0) ** 2)
 
 
@@ -176,7 +191,7 @@ def kl_optimal(schedule: FluxSchedule, steps: int) -> Tensor:
     Sabour et al. 2024, "Align Your Steps" (arXiv:2404.14507), theorem 3.1: equal steps of arctan sigma.
     """
     first, last = (math.atan(level) for level in _extremes(schedule))
-    return _ending_in_zero(torch.tan(torch.linspace(first, last, steps)))
+    return _ending_in_zero(torch.tan(torch.linspace(first, last, steps, **_CPU32)))
 
 
 def symmetric_beta_quantile(p: Tensor, a: float) -> Tensor:
@@ -192,8 +207,8 @@ def symmetric_beta_quantile(p: Tensor, a: float) -> Tensor:
     Returns:
         float64 [N] in 0..1.
     """
-    n = torch.arange(64, dtype=torch.float64)
-    coefficients = torch.cumprod(torch.cat([torch.ones(1), (n[1:] - a) / n[1:]]), 0) / (a + n)
+    n = torch.arange(64, device=p.device, dtype=torch.float64)
+    coefficients = torch.cumprod(torch.cat([n.new_ones(1), (n[1:] - a) / n[1:]]), 0) / (a + n)
     half_mass = (0.5**a * (coefficients * 0.5**n)).sum()  # the mass below the median, unnormalised
     target = 2 * half_mass * torch.minimum(p, 1 - p)
     low, high = torch.zeros_like(p), torch.full_like(p, 0.5)
@@ -211,7 +226,7 @@ def _extremes(schedule: FluxSchedule) -> tuple[float, float]:
 
 
 def _ending_in_zero(levels: Tensor) -> Tensor:
-    return torch.cat([levels.float(), torch.zeros(1)])
+    return torch.cat([levels.float(), torch.zeros(1, **_CPU32)])
 
 
 SCHEDULERS: Mapping[str, Scheduler] = MappingProxyType(

@@ -119,7 +119,7 @@ class StepCache:
         return results
 
     def _reached(self, percent: float, sigma: Tensor) -> bool:
-        level = torch.tensor(self.schedule.percent_to_sigma(percent), dtype=torch.float32)
+        level = torch.tensor(self.schedule.percent_to_sigma(percent), device="cpu", dtype=torch.float32)
         return bool(sigma.cpu() <= level)
 
     def _may_skip(self, x: Tensor) -> bool:

@@ -69,6 +69,15 @@ class _Failure:
     message: str
 
 
+@dataclass(frozen=True, slots=True)
+class _Link:
+    """What fills an input: the output `slot` of the node `origin`."""
+
+    spec: InputSpec
+    origin: str
+    slot: int
+
+
 class _Checked:
     """A node of the prompt and what its own inputs revealed."""
 
@@ -79,10 +88,10 @@ class _Checked:
         inputs = node.get("inputs")
         self.inputs: Json | None = _given(inputs, schema) if isinstance(inputs, dict) else None
         self.values: Json = {}
-        self.links: list[tuple[str, str]] = []  # (input, origin) of links that lead somewhere
+        self.links: list[_Link] = []  # that lead somewhere
         self.errors: list[Json] = []
         self.failures: list[_Failure] = []
-        self.consumer: tuple[str, InputSpec] | None = None  # who asked for it first
+        self.consumer: _Link | None = None  # by which it was asked for first
 
     def report(self, files: FileLister) -> list[Json]:
         """All errors of this node; failures are worded as seen by the consumer."""
@@ -93,7 +102,7 @@ class _Checked:
         if self.consumer is None:
             message = "Exception when validating node"
             return error("exception_during_validation", message, failure.message, **extra)
-        spec = self.consumer[1]
+        spec = self.consumer.spec
         return error(
             "exception_during_inner_validation",
             "Exception when validating inner node",
@@ -102,7 +111,7 @@ class _Checked:
             input_config=render_input(spec, files),
             exception_message=failure.message,
             **extra,
-            linked_node=[self.key, 0],
+            linked_node=[self.key, self.consumer.slot],
         )
 
 
@@ -151,31 +160,29 @@ class _Validator:
         """The output and all it depends on, depth first; fills in where the graph runs in a circle."""
         needed = {output: None}
         path = {output: None}
-        stack = [(output, self._origins(output))]
+        stack = [(output, self._links(output))]
         while stack:
-            key, origins = stack[-1]
-            for spec, origin in origins:
-                if origin in path:
-                    cycles.setdefault(key, _cycle([*path], origin, spec))
-                elif origin not in needed:
-                    needed[origin] = path[origin] = None
-                    stack.append((origin, self._origins(origin, (key, spec))))
+            key, links = stack[-1]
+            for link in links:
+                if link.origin in path:
+                    cycles.setdefault(key, _cycle([*path], link.origin, link.spec))
+                elif link.origin not in needed:
+                    needed[link.origin] = path[link.origin] = None
+                    stack.append((link.origin, self._links(link.origin, link)))
                     break
             else:
                 stack.pop()
                 del path[key]
         return list(needed)
 
-    def _origins(
-        self, key: str, consumer: tuple[str, InputSpec] | None = None
-    ) -> Iterator[tuple[InputSpec, str]]:
-        """Where a node's links come from; checks the node when it is met first."""
+    def _links(self, key: str, consumer: _Link | None = None) -> Iterator[_Link]:
+        """The links of a node; checks the node when it is met first."""
         node = self._nodes[key]
         if key not in self._seen:
             self._seen.add(key)
             node.consumer = consumer
             self._check(node)
-        return ((spec, origin) for name, origin in node.links if (spec := node.schema.input(name)))
+        return iter(node.links)
 
     def _check(self, node: _Checked) -> None:
         if node.inputs is None:
@@ -206,7 +213,7 @@ class _Validator:
         elif not 0 <= slot < len(origin.schema.outputs):
             node.failures.append(_Failure("IndexError", "tuple index out of range"))
         else:
-            node.links.append((spec.name, key))
+            node.links.append(_Link(spec, key, slot))
             received = origin.schema.outputs[slot].type
             if not _fits(received, spec.kind.type):
                 node.errors.append(self._mismatch(spec, received, link))

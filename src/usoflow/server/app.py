@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, asynccontextmanager
 
 from fastapi import FastAPI, Request
@@ -17,15 +17,16 @@ from usoflow.nodes import registry
 from usoflow.server import docs, socket, ui
 from usoflow.server.context import STATUS, Server, ServerSettings, error_body
 from usoflow.server.guard import Guard
-from usoflow.server.hub import Hub
+from usoflow.server.hub import Hub, Outgoing
 from usoflow.server.log import LogBuffer
 from usoflow.server.messages import messages_of
 from usoflow.server.routes import catalogue, jobs, pictures, prompt, system, user
 from usoflow.server.templates import Templates
 from usoflow.service.engine import Engine
-from usoflow.service.jobs import JobStore, State
+from usoflow.service.jobs import FINAL, State
 from usoflow.service.lock import hold
 from usoflow.service.process import WorkerProcess
+from usoflow.service.store import JobStore
 from usoflow.service.supervisor import Event, Running, Supervisor
 from usoflow.service.worker import WorkerSettings
 
@@ -85,11 +86,20 @@ def _server(settings: ServerSettings, store: JobStore, engine: Engine) -> Server
     hub, nodes = Hub(), registry()
 
     def listen(running: Running, event: Event) -> None:
+        client = running.job.client
+        messages = [] if client is None else list(messages_of(running, event))
+
+        def publish(some: Sequence[Outgoing]) -> None:
+            for message in some:
+                hub.publish_soon(message, client)
+
+        if event in FINAL:  # in ComfyUI's order: how the job ended, the queue, that nothing runs
+            server.queue_changed(before=lambda: publish(messages[:1]))
+            publish(messages[1:])
+            return
         if isinstance(event, State):
             server.queue_changed()
-        if running.job.client is not None:
-            for message in messages_of(running, event):
-                hub.publish_soon(message, running.job.client)
+        publish(messages)
 
     supervisor = Supervisor(store, engine, listen, preview=settings.preview)
     server = Server(

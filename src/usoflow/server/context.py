@@ -18,7 +18,8 @@ from usoflow.server.files import Uploads
 from usoflow.server.hub import Hub
 from usoflow.server.log import LogBuffer
 from usoflow.service.engine import Engine
-from usoflow.service.jobs import WAITING, JobStore
+from usoflow.service.jobs import WAITING
+from usoflow.service.store import JobStore
 from usoflow.service.supervisor import Supervisor
 from usoflow.settings import Folders
 
@@ -119,10 +120,12 @@ class Server:
         custom = [Node(schema, _runs_elsewhere) for schema in self.engine.nodes()]
         return NodeRegistry([*self.own_nodes.values(), *custom])
 
-    def queue_changed(self) -> None:
-        """Tell everybody how many jobs wait."""
+    def queue_changed(self, before: Callable[[], None] = lambda: None) -> None:
+        """Tell everybody how many jobs wait; `before` that, but once it is known, something else."""
         with self._counting:  # so that what is told last is what was counted last
-            self.hub.status(self.store.count(WAITING))
+            waiting = self.store.count(WAITING)
+            before()
+            self.hub.status(waiting)
 
     def counted(self, join: Callable[[int], None]) -> None:
         """Have the event loop call `join` with how many jobs wait, before anybody is told of a change."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from usoflow.api.saving import write_whole
 from usoflow.errors import UsoflowError
@@ -22,8 +22,9 @@ from usoflow.settings import Folders, inside
 # What a browser shows as a picture; everything else is offered for download as a nameless kind of file.
 PICTURE_TYPES: Final[Mapping[str, str]] = {
     "PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "GIF": "image/gif", "BMP": "image/bmp",
-    "TIFF": "image/tiff", "MPO": "image/jpeg",
+    "TIFF": "image/tiff", "MPO": "image/jpeg", "AVIF": "image/avif",
 }  # fmt: skip
+OPENED: Final = tuple(kind for kind in PICTURE_TYPES if kind != "MPO")  # which is opened as a JPEG
 PREVIEW_FORMATS: Final = ("webp", "jpeg")
 DEFAULT_QUALITY: Final = 90
 LONGEST_SIDE: Final = 16_383  # of a WebP
@@ -64,6 +65,23 @@ def find(folders: Folders, kind: str, subfolder: str, name: str) -> Path:
     raise UsoflowError("image_missing", f"There is no {name!r} in {kind}.", remedy=advice)
 
 
+@contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Where a file that is gone since it was found, or may not be read, is UsoflowError `image_missing`."""
+    try:
+        yield
+    except OSError as error:
+        advice = "Look whether it is still there, and may be read."
+        what = f"{name!r} cannot be read: {error.strerror}."
+        raise UsoflowError("image_missing", what, remedy=advice) from None
+
+
+def content(path: Path, name: str) -> bytes:
+    """What is in a file that a client calls `name`. Raises UsoflowError `image_missing`."""
+    with reading(name):
+        return path.read_bytes()
+
+
 def content_type(path: Path) -> str | None:
     """The type of a picture by its content; None for everything else."""
     try:
@@ -82,11 +100,24 @@ def read(data: bytes, pixels: int) -> Image.Image:
         UsoflowError: `image_invalid`, `image_too_large`.
     """
     picture = _opened(data, pixels)
-    try:
+    with _decoding():
         picture.load()
+    return picture
+
+
+def upright(data: bytes, pixels: int) -> Image.Image:
+    """The same as `LoadImage` reads it: turned as its EXIF says."""
+    picture = read(data, pixels)
+    with _decoding():
+        return ImageOps.exif_transpose(picture)
+
+
+@contextmanager
+def _decoding() -> Iterator[None]:
+    try:
+        yield
     except Exception as error:  # as above
         raise UsoflowError("image_invalid", f"The file cannot be read as a picture: {error}.") from None
-    return picture
 
 
 def _opened(data: bytes, pixels: int) -> Image.Image:
@@ -96,7 +127,7 @@ def _opened(data: bytes, pixels: int) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            picture = Image.open(io.BytesIO(data), formats=tuple(PICTURE_TYPES))
+            picture = Image.open(io.BytesIO(data), formats=OPENED)
         size = picture.width * picture.height * frame_count(picture)
     except Image.DecompressionBombError:
         size = pixels + 1
@@ -107,19 +138,21 @@ def _opened(data: bytes, pixels: int) -> Image.Image:
     return picture
 
 
-def preview(path: Path, wanted: str, pixels: int) -> tuple[bytes, str]:
+def preview(data: bytes, wanted: str, pixels: int) -> tuple[bytes, str]:
     """A picture re-encoded as "webp;90" or "jpeg;80" asks, smaller where it must be, and its type."""
     name, _, number = wanted.partition(";")
     kind = name if name in PREVIEW_FORMATS else PREVIEW_FORMATS[0]
     quality = int(number) if number.isdecimal() and 1 <= len(number) <= 3 else DEFAULT_QUALITY
-    picture = read(path.read_bytes(), pixels).convert("RGB")
+    picture = upright(data, pixels)
+    has_alpha = kind == "webp" and picture.has_transparency_data  # which a JPEG cannot have
+    picture = picture.convert("RGBA" if has_alpha else "RGB")
     picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
     return _encoded(picture, kind.upper(), min(quality, 100)), f"image/{kind}"
 
 
-def channel(path: Path, wanted: str, pixels: int) -> tuple[bytes, str]:
+def channel(data: bytes, wanted: str, pixels: int) -> tuple[bytes, str]:
     """The colours ("rgb") or the transparency ("a") of a picture as PNG."""
-    full = read(path.read_bytes(), pixels).convert("RGBA")
+    full = upright(data, pixels).convert("RGBA")
     if wanted == "rgb":
         return _encoded(full.convert("RGB"), "PNG"), "image/png"
     alpha = Image.new("RGBA", full.size)

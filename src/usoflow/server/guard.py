@@ -7,6 +7,7 @@ Host (against DNS rebinding), Origin and Sec-Fetch-Site. Beyond loopback a token
 from __future__ import annotations
 
 import hmac
+import re
 from typing import Final
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
@@ -55,7 +56,9 @@ class Guard:
         if _is_foreign(scope, headers):
             return _refused(403, UsoflowError("origin_refused", f"{_sender(headers)} is not this server."))
         if self._settings.token and scope["path"] not in OPEN_PATHS:
-            return self._token_answer(scope, headers, self._settings.token)
+            answer = self._token_answer(scope, headers, self._settings.token)
+            if answer is not None:
+                return answer
         length = headers.get("content-length", "0")
         if not length.isdigit() or int(length) > self._settings.limits.body:
             return JSONResponse(error_body(self._too_large()), 413)
@@ -76,7 +79,7 @@ class Guard:
             answer.set_cookie(name, token, httponly=True, samesite="lax", path="/")
             return answer
         cookie = cookie_parser(headers.get("cookie", "")).get(name, "")
-        bearer = headers.get("authorization", "").removeprefix("Bearer ")
+        bearer = re.sub("^bearer ", "", headers.get("authorization", ""), flags=re.IGNORECASE)
         if _same(bearer, token) or _same(cookie, token):
             return None
         return _refused(401, UsoflowError("token_needed", "The request has no token, or a wrong one."))

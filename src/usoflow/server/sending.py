@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from fastapi import Request
 from fastapi.responses import FileResponse, Response
@@ -14,11 +14,25 @@ _COMPARED: Final = StaticFiles()  # of no folder: it knows how If-None-Match and
 
 
 def file_answer(
-    request: Request, path: Path, *, media_type: str, headers: Mapping[str, str], filename: str | None = None
+    request: Request,
+    path: Path,
+    *,
+    media_type: str,
+    headers: Mapping[str, str],
+    filename: str | None = None,
+    disposition: Literal["attachment", "inline"] = "attachment",
 ) -> Response:
-    """A file; or 304 if the client says that it has it as it is."""
+    """A file; or 304 if the client says that it has it as it is.
+
+    With a `filename` a browser saves it under that, at once (`attachment`) or when it is asked to.
+    """
     answer = FileResponse(
-        path, media_type=media_type, headers=headers, filename=filename, stat_result=path.stat()
+        path,
+        media_type=media_type,
+        headers=headers,
+        filename=filename,
+        stat_result=path.stat(),
+        content_disposition_type=disposition,
     )
     unchanged = _COMPARED.is_not_modified(answer.headers, request.headers)
     return NotModifiedResponse(answer.headers) if unchanged else answer

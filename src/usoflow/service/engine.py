@@ -177,7 +177,7 @@ class Engine(Protocol):
         """Run a job to its end. Raises UsoflowError `worker_died` if the process ends before the job."""
 
     def cancel(self, job: str) -> None:
-        """Stop a job; `run` then returns `Cancelled`."""
+        """Stop a job if it runs; `run` then returns `Cancelled`."""
 
     def free(self, *, outputs: bool) -> None:
         """Give the memory of the models back before the next job, and that of outputs that are kept."""
@@ -189,7 +189,7 @@ class Engine(Protocol):
         """Why no job can be run, and what to do about it; empty as long as none of that is known."""
 
     def nodes(self) -> Sequence[NodeSchema]:
-        """Custom nodes; waits for a process that is just starting."""
+        """Custom nodes; waits a while for a process that is just starting."""
 
     def stop(self) -> None:
         """End the process, whatever it is doing."""

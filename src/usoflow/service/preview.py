@@ -108,7 +108,7 @@ def colours(latent: Tensor, weights: Tensor) -> np.ndarray[tuple[int, int, int],
 
 def _with_constant(latent: Tensor) -> Tensor:
     flat = latent.flatten(1).T  # [h * w, C]
-    return torch.cat([flat, torch.ones(len(flat), 1)], dim=1)
+    return torch.cat([flat, flat.new_ones(len(flat), 1)], dim=1)
 
 
 def _colourful(side: int) -> Tensor:

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -44,6 +45,7 @@ logger = logging.getLogger(__name__)
 # -P: modules are not looked for in the current folder; -X utf8: nodes may print anything on any system.
 WORKER: Sequence[str] = (sys.executable, "-P", "-X", "utf8", "-m", "usoflow.service.worker")
 ATTEMPTS = 2  # a worker that died while it was idle is noticed when the next job is given to it
+LOADING = 60.0  # seconds that a worker gets to load its libraries and custom nodes while others wait for it
 _KERNEL_COUNTERS = Path("/proc/vmstat")
 _KILLED = getattr(signal, "SIGKILL", 9)  # which Windows does not have
 _SIGNALS: Mapping[int, str] = {
@@ -78,7 +80,8 @@ class WorkerProcess:
         self._system: Mapping[str, Any] = {}
         self._nodes: Sequence[Mapping[str, Any]] = ()
         self._fault = ""
-        self._cancelled: set[str] = set()  # of jobs that have not ended
+        self._job: str | None = None  # that runs
+        self._stop = False  # it is to be stopped
         self._stopped = False
 
     @property
@@ -93,18 +96,20 @@ class WorkerProcess:
 
     def run(self, run: Run, listen: Callable[[Report], None]) -> Outcome:
         """See `Engine.run`."""
+        with self._lock:
+            self._job, self._stop = run.job, False
         try:
             return self._run(run, listen)
         finally:
             with self._lock:
-                self._cancelled.discard(run.job)
+                self._job = None
 
     def _run(self, run: Run, listen: Callable[[Report], None]) -> Outcome:
         for attempt in range(ATTEMPTS):
             with self._lock:
                 child = self._living()
                 child.send(run)
-                if run.job in self._cancelled:  # before it had come to this child
+                if self._stop:  # since before it had come to this child
                     child.send(Cancel(run.job))
             begun = False
             while (message := child.messages.get()) is not None:
@@ -120,8 +125,9 @@ class WorkerProcess:
     def cancel(self, job: str) -> None:
         """See `Engine.cancel`."""
         with self._lock:
-            self._cancelled.add(job)
-            self._send(Cancel(job))
+            if job == self._job:
+                self._stop = True
+                self._send(Cancel(job))
 
     def free(self, *, outputs: bool) -> None:
         """See `Engine.free`."""
@@ -137,11 +143,11 @@ class WorkerProcess:
         return self._fault
 
     def nodes(self) -> Sequence[NodeSchema]:
-        """See `Engine.nodes`; those of the child before, if this one died while it loaded them."""
+        """See `Engine.nodes`; those of the child before, if this one died or hangs while it loads them."""
         with suppress(UsoflowError):  # the server is stopping
             with self._lock:
                 child = self._living()
-            child.loaded.wait()
+            child.wait()
         return [from_json(record) for record in self._nodes]
 
     def stop(self) -> None:
@@ -198,7 +204,9 @@ class _Child:
         assert self.process.stderr is not None
         self._stdin = self.process.stdin
         self._ready = False
-        self.loaded = threading.Event()  # it is ready, or has ended before it was
+        self._loaded = threading.Event()  # it is ready, or has ended before it was
+        self._deadline = time.monotonic() + LOADING
+        self._told = False
         self.messages: queue.SimpleQueue[Report | Outcome | None] = queue.SimpleQueue()
         threading.Thread(target=self._read, args=(self.process.stdout, note), daemon=True).start()
         threading.Thread(target=_log, args=(self.process.stderr,), daemon=True).start()
@@ -212,6 +220,15 @@ class _Child:
             self._stdin.flush()
         except (OSError, ValueError):  # ValueError: closed meanwhile
             return
+
+    def wait(self) -> None:
+        """Until it is ready or has ended; but not for ever: a custom node may hang where it is imported."""
+        if self._loaded.wait(max(0, self._deadline - time.monotonic())) or self._told:
+            return
+        self._told = True
+        logger.warning(
+            "The worker is not ready after %.0f s: what it loads (custom nodes?) is not known yet.", LOADING
+        )
 
     def cause_of_death(self) -> UsoflowError:
         """Why the process ended."""
@@ -235,7 +252,7 @@ class _Child:
                     if isinstance(message, Ready | Device):
                         note(message)
                         self._ready = True
-                        self.loaded.set()
+                        self._loaded.set()
                         continue
                     if isinstance(message, Failed) and not self._ready:
                         refusal = UsoflowError(message.code, message.detail, remedy=message.remedy)
@@ -248,7 +265,7 @@ class _Child:
             self._stdin.close()
         if not self._ready:
             note(refusal or self.cause_of_death())
-        self.loaded.set()
+        self._loaded.set()
         self.messages.put(None)
 
 

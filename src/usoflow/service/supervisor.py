@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from usoflow.errors import UsoflowError
+from usoflow.schema.values import LONGEST_VALUE, unwrapped
 from usoflow.service.engine import (
     Begun,
     Cached,
@@ -25,7 +26,9 @@ from usoflow.service.engine import (
     Run,
     Started,
 )
-from usoflow.service.jobs import FINAL, MAX_ATTEMPTS, Job, JobStore, State
+from usoflow.service.jobs import FINAL, Job, State
+from usoflow.service.store import MAX_ATTEMPTS, JobStore
+from usoflow.workflow.prompt import link_of
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +49,7 @@ class Running:
     executed: list[str] = field(default_factory=list)
     progress: dict[str, Progress] = field(default_factory=dict)
     stop: bool = False  # somebody has asked that it be stopped
+    prompt: Mapping[str, Any] = field(default_factory=dict)
 
     def note(self, report: Report) -> None:
         """Follow the run."""
@@ -189,9 +193,12 @@ class Supervisor:
             return None
         preview = self._preview and request.extra.get("preview_method") != "none"
         run = Run(request.id, request.prompt, request.targets, request.workflow, preview)
+        running.prompt = request.prompt
         unnoted: list[Exception] = []
 
         def listen(report: Report) -> None:
+            if isinstance(report, Begun) and running.stop:  # perhaps before the engine had the job
+                self._engine.cancel(run.job)
             try:
                 self._note(running, report)
             except Exception as error:  # what the job shows could not be kept, say; the run goes to its end
@@ -265,6 +272,15 @@ def _place(running: Running) -> dict[str, Any]:
     }
 
 
+def _values(prompt: Mapping[str, Any], node_id: str) -> dict[str, list[Any]]:
+    """The inputs of a node that are no links, each in a list as ComfyUI tells them; long texts cut."""
+    node = prompt.get(node_id)
+    inputs = node.get("inputs") if isinstance(node, Mapping) else None
+    given = inputs.items() if isinstance(inputs, Mapping) else ()
+    values = {name: unwrapped(value) for name, value in given if link_of(value) is None}
+    return {n: [v[:LONGEST_VALUE] if isinstance(v, str) else v] for n, v in values.items()}
+
+
 def _failure(running: Running, failed: Failed) -> dict[str, Any]:
     """The event `execution_error`: what went wrong and what to do about it, at the node where it did."""
     place = _place(running)
@@ -274,6 +290,6 @@ def _failure(running: Running, failed: Failed) -> dict[str, Any]:
         "exception_message": f"{failed.detail}\n{failed.remedy}\n",
         "exception_type": failed.code,
         "traceback": list(failed.traceback),
-        "current_inputs": {},
+        "current_inputs": _values(running.prompt, place["node_id"]),
         "current_outputs": [],
     }

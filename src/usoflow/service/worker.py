@@ -27,7 +27,7 @@ from usoflow.schema.node import NodeRegistry
 from usoflow.schema.wire import to_json
 from usoflow.service import engine
 from usoflow.service.engine import Message, Run
-from usoflow.service.jobs import JobStore
+from usoflow.service.store import JobStore
 from usoflow.settings import Folders
 
 PREVIEWS_KEPT = 24 * 3600.0  # seconds
@@ -236,9 +236,24 @@ def serve(registry: NodeRegistry, argument: str) -> None:
             del pipe.cancellations[command.job]
         else:
             worker.free(outputs=command.outputs)
-        pipe.send(engine.Device(_system(worker.executor.library.placement.device)))
+        usable = _tell_of(worker.executor.library.placement.device, pipe.send)
         if outcome is not None:
             pipe.send(outcome)
+        if not usable:
+            os._exit(1)  # at once: the libraries would only trip over it
+
+
+def _tell_of(device: Any, send: Callable[[Message], None]) -> bool:
+    """Send how much memory is free; False where that cannot be told any more, as after an error of CUDA.
+
+    Nothing can then be computed in this process: another one has to be started.
+    """
+    try:
+        send(engine.Device(_system(device)))
+    except Exception:
+        traceback.print_exc()
+        return False
+    return True
 
 
 def _disregard(*_: object) -> None:

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from fastapi import APIRouter
 
 from usoflow.errors import UsoflowError
 from usoflow.schema.object_info import render, render_all
 from usoflow.server.context import Json, Server, ServerOf
+from usoflow.settings import MODEL_FOLDERS
 
 router = APIRouter(tags=["nodes and models"])
+
+KINDS: Final = {name: kind for kind, names in MODEL_FOLDERS.items() for name in names}  # older names, too
+# Folders of ComfyUI that public pages name besides, and nothing here loads.
+OTHER_KINDS: Final = (
+    "configs", "controlnet", "diffusers", "embeddings", "gligen", "hypernetworks", "photomaker",
+    "style_models", "upscale_models", "vae_approx",
+)  # fmt: skip
 
 
 @router.get("/object_info")
@@ -54,7 +62,7 @@ def model_places(server: ServerOf) -> list[Json]:
 @router.get("/experiment/models/{folder}")
 def model_files(server: ServerOf, folder: str) -> list[Json]:
     """The files of a kind with size and times."""
-    found = (_file(server, folder, name) for name in _listed(server, folder))
+    found = (_file(server, KINDS[folder], name) for name in _listed(server, folder))
     return [record for record in found if record]
 
 
@@ -65,10 +73,12 @@ def folder_paths(server: ServerOf) -> dict[str, list[str]]:
 
 
 def _listed(server: Server, folder: str) -> list[str]:
-    if folder not in server.folders.models:
+    if folder in OTHER_KINDS:
+        return []
+    if folder not in KINDS:
         what = f"There is no model folder {folder}."
         raise UsoflowError("file_not_found", what, remedy="/models lists the folders.")
-    return list(server.folders.list(folder))
+    return list(server.folders.list(KINDS[folder]))
 
 
 def _file(server: Server, folder: str, name: str) -> dict[str, Any] | None:

@@ -11,7 +11,7 @@ from usoflow.errors import UsoflowError
 from usoflow.server.context import Json, Server, ServerOf
 from usoflow.server.messages import history_entry
 from usoflow.server.routes.body import ObjectBody, names
-from usoflow.service.jobs import FINAL, WAITING, Job, State
+from usoflow.service.jobs import FINAL, WAITING, Job, State, pictures
 
 router = APIRouter(tags=["jobs"])
 
@@ -98,21 +98,27 @@ def summary(job: Job) -> Json:
     images = [
         {**image, "nodeId": node, "mediaType": "images"}
         for node, shown in job.outputs.items()
-        for image in shown.get("images", ())
+        for image in pictures(shown)
     ]
     record: dict[str, Any] = {
         "id": job.id,
         "status": job.state,
-        "priority": job.number,
+        "priority": job.place,
         "create_time": job.created,
         "execution_start_time": job.started,
         "execution_end_time": job.ended,
-        "outputs_count": len(images),
+        "outputs_count": _count(job),
         "preview_output": _preview(images),
         "workflow_id": job.workflow,
         "execution_error": _with_time(job) if job.state == State.FAILED else None,
     }
     return {key: value for key, value in record.items() if value is not None}
+
+
+def _count(job: Job) -> int:
+    """How many things a job has shown: pictures, texts, whatever stands in a list."""
+    lists = (shown for record in job.outputs.values() for shown in record.values())
+    return sum(len(shown) for shown in lists if isinstance(shown, list))
 
 
 def _preview(images: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
+from urllib.parse import unquote
 
 from fastapi import APIRouter, Form, Request, UploadFile
 from fastapi.responses import Response
@@ -17,12 +21,16 @@ from usoflow.schema.values import image_location
 from usoflow.server import files
 from usoflow.server.context import Json, Server, ServerOf
 from usoflow.server.sending import file_answer
-from usoflow.settings import IMAGE_SUFFIXES, is_text
+from usoflow.settings import IMAGE_SUFFIXES, inside, is_text
 
 router = APIRouter(tags=["pictures"])
 
 # A file is data: a browser neither runs nor frames it, whatever is in it.
 HARMLESS = {"Content-Security-Policy": "default-src 'none'; sandbox", "Cache-Control": "no-cache"}
+NAMELESS: Final = "application/octet-stream"  # of what is no picture
+
+# What .NET, for one, adds to a name that is not ASCII (RFC 6266); its plain one then is unreadable.
+EXTENDED: Final = re.compile(r";\s*filename\*\s*=\s*(utf-8|iso-8859-1)'[^']*'([^\s;]+)", re.IGNORECASE)
 
 FormText = Annotated[str, Form()]
 
@@ -38,7 +46,7 @@ def upload_image(
     """Put a picture into the input folder (or output, temp)."""
     data = image.file.read()
     picture = files.read(data, server.settings.limits.pixels)
-    name = _with_suffix(image.filename or "", picture.format or "")
+    name = _with_suffix(_name(image), picture.format or "")
     return _stored(server, name, data, type, subfolder, overwrite)
 
 
@@ -53,12 +61,12 @@ def upload_mask(
 ) -> Json:
     """Put a copy of a picture, with the transparency of the upload, into the input folder."""
     pixels = server.settings.limits.pixels
-    mask = files.read(image.file.read(), pixels).convert("RGBA").getchannel("A")
-    full = files.read(_original(server, original_ref).read_bytes(), pixels).convert("RGBA")
+    mask = files.upright(image.file.read(), pixels).convert("RGBA").getchannel("A")
+    full = files.upright(_original(server, original_ref), pixels).convert("RGBA")
     full.putalpha(mask.resize(full.size, Image.Resampling.LANCZOS))
     buffer = io.BytesIO()
     full.save(buffer, "PNG", compress_level=4)
-    name = _with_suffix(image.filename or "", "PNG")
+    name = _with_suffix(_name(image), "PNG")
     return _stored(server, name, buffer.getvalue(), type, subfolder, overwrite)
 
 
@@ -77,37 +85,63 @@ def view(
     path = files.find(server.folders, folder if name != filename else type, subfolder, name)
     kind, pixels = files.content_type(path), server.settings.limits.pixels
     if kind and preview:
-        return _encoded(*files.preview(path, preview, pixels))
+        return _encoded(*files.preview(files.content(path, name), preview, pixels))
     if kind and channel in ("rgb", "a"):
-        return _encoded(*files.channel(path, channel, pixels))
-    if kind:
-        return file_answer(request, path, media_type=kind, headers=HARMLESS)
-    nameless = "application/octet-stream"
-    return file_answer(request, path, media_type=nameless, filename=path.name, headers=HARMLESS)
+        return _encoded(*files.channel(files.content(path, name), channel, pixels))
+    with files.reading(name):
+        path.open("rb").close()  # while it can still be said that this cannot be done
+        return file_answer(
+            request,
+            path,
+            media_type=kind or NAMELESS,
+            headers=HARMLESS,
+            filename=inside(name).name,
+            disposition="inline" if kind else "attachment",
+        )
 
 
 @router.get("/internal/files/{type}")
 def list_files(server: ServerOf, type: str) -> list[str]:
     """The pictures of a folder, the newest first."""
-    found = [p for root in files.roots(server.folders, type) if os.path.isdir(root) for p in root.iterdir()]
-    named = [path for path in found if path.suffix.lower() in IMAGE_SUFFIXES and is_text(path.name)]
-    pictures = [path for path in named if os.path.isfile(path)]
-    newest = sorted(pictures, key=lambda path: path.stat().st_mtime, reverse=True)
-    return list(dict.fromkeys(path.name for path in newest))
+    times = [entry for root in files.roots(server.folders, type) for entry in _times(root)]
+    return list(dict.fromkeys(name for _, name in sorted(times, key=lambda entry: entry[0], reverse=True)))
+
+
+def _times(root: Path) -> Iterator[tuple[float, str]]:
+    """When each picture of a folder was written; without what cannot be looked at, or has just gone."""
+    with suppress(OSError):
+        for path in root.iterdir():
+            if path.suffix.lower() in IMAGE_SUFFIXES and is_text(path.name):
+                with suppress(OSError):
+                    if os.path.isfile(path):
+                        yield path.stat().st_mtime, path.name
 
 
 def _encoded(data: bytes, kind: str) -> Response:
     return Response(data, media_type=kind, headers=HARMLESS)
 
 
+def _name(image: UploadFile) -> str:
+    """The name of an upload."""
+    extended = EXTENDED.search(image.headers.get("content-disposition", ""))
+    return unquote(extended[2], extended[1]) if extended else image.filename or ""
+
+
 def _with_suffix(name: str, format_: str) -> str:
-    """The name of an upload; browsers call what a script has made "blob"."""
+    """A name that ends as those of pictures do.
+
+    Browsers call what a script has made "blob", and what seems to be an ending may be none ("at 10.15.30").
+    """
     path, suffix = PurePosixPath(name), files.PICTURE_TYPES[format_].replace("image/", ".")
-    return name if path.suffix or not path.name else f"{path}{suffix}"
+    return name if _is_named_so(path) or not path.name else f"{path}{suffix}"
+
+
+def _is_named_so(path: PurePosixPath) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES
 
 
 def _stored(server: Server, name: str, data: bytes, type: str, subfolder: str, overwrite: str) -> Json:
-    if PurePosixPath(name).suffix.lower() not in IMAGE_SUFFIXES:
+    if not _is_named_so(PurePosixPath(name)):  # which a browser might run
         raise UsoflowError("image_invalid", f"{name!r} does not have the name of a picture.")
     root = files.roots(server.folders, type)[0]
     replace = overwrite.lower() in ("true", "1")
@@ -116,11 +150,12 @@ def _stored(server: Server, name: str, data: bytes, type: str, subfolder: str, o
     return {"name": path.name, "subfolder": "" if folder == "." else folder, "type": type}
 
 
-def _original(server: Server, reference: str) -> Path:
+def _original(server: Server, reference: str) -> bytes:
     """The picture that a mask belongs to: {"filename", "subfolder", "type"}."""
     try:
         record: dict[str, Any] = json.loads(reference)
         name, folder = str(record["filename"]), str(record.get("type", "output"))
-        return files.find(server.folders, folder, str(record.get("subfolder", "")), name)
+        path = files.find(server.folders, folder, str(record.get("subfolder", "")), name)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UsoflowError("body_invalid", "original_ref does not name a picture.") from None
+    return files.content(path, name)

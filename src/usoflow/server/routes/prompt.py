@@ -87,7 +87,7 @@ def _submit(server: Server, body: Json) -> JSONResponse:
     job = server.store.add(_request(body, checked), limit=server.settings.limits.queue)
     server.supervisor.wake()
     server.queue_changed()
-    answer = {"prompt_id": job.id, "number": _whole(job.number), "node_errors": checked.node_errors}
+    answer = {"prompt_id": job.id, "number": job.place, "node_errors": checked.node_errors}
     return JSONResponse(answer)
 
 
@@ -227,7 +227,7 @@ def _queued(server: Server, job: Job) -> list[Any] | None:
         return None
     extra = {**request.extra, "create_time": job.created}
     extra |= {"client_id": request.client} if request.client else {}
-    return [_whole(job.number), job.id, request.prompt, extra, list(request.targets)]
+    return [job.place, job.id, request.prompt, extra, list(request.targets)]
 
 
 def _streamed(parts: Iterable[str]) -> StreamingResponse:
@@ -239,7 +239,3 @@ def _joined(values: Iterable[str]) -> Iterator[str]:
     """With commas between them."""
     for number, value in enumerate(values):
         yield f", {value}" if number else value
-
-
-def _whole(number: float) -> int | float:
-    return int(number) if number.is_integer() else number

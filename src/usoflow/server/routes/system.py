@@ -6,21 +6,33 @@ import platform
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any
+from contextlib import suppress
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Final
 
+import anyio
 import psutil
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, generate_latest
+from starlette.concurrency import run_in_threadpool
 
 from usoflow.server.context import Json, Server, ServerOf
 from usoflow.server.routes.body import ObjectBody
+from usoflow.server.ui import EDITOR
 from usoflow.service.engine import Engine
 from usoflow.service.jobs import State
+from usoflow.workflow.loading import TEMPLATE_PACKAGE
 
 router = APIRouter(tags=["system"])
 
 COMFYUI_VERSION = "0.8.0"  # whose API this is: the editor and scripts ask for at least some version
+VERSIONS: Final = {  # of which package
+    "required_frontend_version": EDITOR,
+    "installed_templates_version": TEMPLATE_PACKAGE,
+    "required_templates_version": TEMPLATE_PACKAGE,
+}
 
 PATIENCE = 10.0  # seconds that a worker gets to tell what it computes with
 PERIOD = 0.05
@@ -38,9 +50,9 @@ def get_features(server: ServerOf) -> Json:
 
 
 @router.get("/system_stats")
-def system_stats(server: ServerOf) -> Json:
+async def system_stats(server: ServerOf) -> Json:
     """The machine and the device that computes; waits a little for a worker that is just starting."""
-    device = _computing(server.engine)
+    device = await _computing(server.engine)
     memory = psutil.virtual_memory()
     total, free = memory.total, memory.available
     return {
@@ -49,6 +61,7 @@ def system_stats(server: ServerOf) -> Json:
             "ram_total": total,
             "ram_free": free,
             "comfyui_version": COMFYUI_VERSION,
+            **_versions(),
             "python_version": sys.version,
             "pytorch_version": device.get("pytorch_version", "not loaded yet"),
             "embedded_python": False,
@@ -58,12 +71,23 @@ def system_stats(server: ServerOf) -> Json:
     }
 
 
-def _computing(engine: Engine) -> Mapping[str, Any]:
+@cache
+def _versions() -> Mapping[str, str]:
+    """Of the editor and its templates, which fit each other; without what is not installed."""
+    found = {}
+    for name, package in VERSIONS.items():
+        with suppress(PackageNotFoundError):
+            found[name] = version(package)
+    return found
+
+
+async def _computing(engine: Engine) -> Mapping[str, Any]:
+    """Waits in no thread: there are few, and many may ask."""
     if not engine.fault():
-        engine.start()
+        await run_in_threadpool(engine.start)
     deadline = time.monotonic() + PATIENCE
     while not (found := engine.system()) and not engine.fault() and time.monotonic() < deadline:
-        time.sleep(PERIOD)
+        await anyio.sleep(PERIOD)
     return found
 
 

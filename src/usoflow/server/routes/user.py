@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -25,6 +26,7 @@ router = APIRouter(tags=["user"])
 
 HARMLESS = {"Content-Security-Policy": "default-src 'none'; sandbox"}
 STYLE = "user.css"
+PARTIAL = re.compile(r"\.[0-9a-f]{32}\.part")  # what `write_whole` calls a file that it has not finished
 # What the editor asks for at its start and would report as missing.
 FIRST_FILES = {STYLE: b"", "comfy.templates.json": b"[]"}
 FIRST_FOLDERS = ("workflows", "subgraphs")
@@ -82,9 +84,7 @@ def list_files(
     if not os.path.isdir(root):
         raise UsoflowError("file_not_found", f"There is no folder {dir!r}.")
     found = root.rglob("*") if recurse == "true" else root.glob("*")
-    paths = sorted(
-        path for path in found if is_text(path.relative_to(root).as_posix()) and os.path.isfile(path)
-    )
+    paths = sorted(path for path in found if _is_listed(path, root))
     if full_info == "true":
         return JSONResponse(list(_infos(paths, root)))
     names = [path.relative_to(root).as_posix() for path in paths]
@@ -150,6 +150,12 @@ def delete(server: ServerOf, file: str) -> None:
     path = _existing(server, file)
     with writing(repr(file)):
         path.unlink()
+
+
+def _is_listed(path: Path, root: Path) -> bool:
+    """Whether it is a file whose name can be told, and not what a save that was interrupted has left."""
+    name = path.relative_to(root).as_posix()
+    return is_text(name) and not PARTIAL.fullmatch(path.name) and os.path.isfile(path)
 
 
 def _existing(server: Server, name: str) -> Path:
