@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from usoflow.models.flux import Flux, patchify, unpatchify
+from usoflow.models.embeddings import patchify, unpatchify
+from usoflow.models.flux import Flux
 from usoflow.models.references import position_ids
 
 EMBEDDERS = {

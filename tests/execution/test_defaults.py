@@ -14,7 +14,7 @@ from torch import Tensor
 import small
 from usoflow.execution.executor import Executor
 from usoflow.models import fp8, int8
-from usoflow.models.flux import rotary_table
+from usoflow.models.embeddings import rotary_table
 from usoflow.models.library import ModelLibrary
 from usoflow.models.placement import Placement
 from usoflow.models.references import position_ids

@@ -21,7 +21,8 @@ from usoflow.errors import UsoflowError
 from usoflow.models import pages, vae
 from usoflow.models.checkpoint import CONFIG_KEY, Component, TensorFile
 from usoflow.models.flux import Flux, FluxConfig
-from usoflow.models.library import LoraUse, ModelLibrary, load_clip, load_flux, load_vae
+from usoflow.models.library import LoraUse, ModelLibrary
+from usoflow.models.loading import load_clip, load_flux, load_vae
 from usoflow.models.placement import Placement, is_out_of_memory, widen_fp8
 from usoflow.models.residence import stored_bytes
 from usoflow.models.text import TextEncoding

@@ -13,7 +13,8 @@ from torch import Tensor
 from usoflow.errors import UsoflowError
 from usoflow.models.checkpoint import Component, TensorFile
 from usoflow.models.flux import Flux
-from usoflow.models.library import LoraUse, ModelLibrary, load_flux
+from usoflow.models.library import LoraUse, ModelLibrary
+from usoflow.models.loading import load_flux
 from usoflow.models.lora import attach
 from usoflow.models.placement import Placement
 from usoflow.models.weights import Linear

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from networks import lora_of, transformer_of
-from usoflow.models.library import LoraUse, ModelLibrary, load_flux
+from usoflow.models.library import LoraUse, ModelLibrary
+from usoflow.models.loading import load_flux
 from usoflow.models.passage import MOST_PINNED_AT_ONCE, Buffer, Passage, pinned_together
 from usoflow.models.placement import Placement
 

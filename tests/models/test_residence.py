@@ -20,7 +20,8 @@ from networks import relative, transformer_of, velocity
 from usoflow.models import pages, placement, residence
 from usoflow.models.checkpoint import TensorFile
 from usoflow.models.flux import Flux
-from usoflow.models.library import ModelLibrary, load_flux, load_t5
+from usoflow.models.library import ModelLibrary
+from usoflow.models.loading import load_flux, load_t5
 from usoflow.models.pages import bring, mapped, read_ahead
 from usoflow.models.placement import Placement, _free_in_container
 from usoflow.models.residence import Sizes, passing_once, settle_on_cpu, settle_on_gpu

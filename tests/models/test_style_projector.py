@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from usoflow.models.checkpoint import TensorFile
-from usoflow.models.library import load_projector
+from usoflow.models.loading import load_projector
 from usoflow.models.style_projector import StyleProjector, StyleProjectorConfig
 
 CONFIG = StyleProjectorConfig(patches=9, style_tokens=4, vision_dim=6, hidden=10)

@@ -19,7 +19,7 @@ from networks import relative
 from usoflow.errors import UsoflowError
 from usoflow.models import text as text_module
 from usoflow.models.checkpoint import Component, TensorFile
-from usoflow.models.library import tokenizers_of
+from usoflow.models.loading import tokenizers_of
 from usoflow.models.placement import widen_fp8
 from usoflow.models.text import (
     ClipText,

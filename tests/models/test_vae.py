@@ -19,7 +19,7 @@ from golden.compare import Golden
 from networks import relative
 from usoflow.errors import UsoflowError
 from usoflow.models.checkpoint import TensorFile
-from usoflow.models.library import load_vae
+from usoflow.models.loading import load_vae
 from usoflow.models.vae import AutoEncoder, LatentFormat, VaeConfig, centre_crop
 from usoflow.models.weights import build
 from usoflow.settings import POCKET_MODELS

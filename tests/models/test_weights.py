@@ -184,7 +184,7 @@ import sys
 from pathlib import Path
 import torch
 from usoflow.models.checkpoint import TensorFile
-from usoflow.models.library import load_clip, load_flux, load_t5, load_vae
+from usoflow.models.loading import load_clip, load_flux, load_t5, load_vae
 file = TensorFile.open(Path(sys.argv[1]))
 loaders = {"flux": load_flux, "clip_l": load_clip, "t5": load_t5, "vae": load_vae}
 modules = [load(file.component(kind)) for kind, load in loaders.items()]

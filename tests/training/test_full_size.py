@@ -16,7 +16,7 @@ from torch import nn
 from discs import WORLD, paint_sprites
 from usoflow.errors import UsoflowError
 from usoflow.models.checkpoint import TensorFile
-from usoflow.models.library import load_flux, load_projector
+from usoflow.models.loading import load_flux, load_projector
 from usoflow.models.lora import attach
 from usoflow.training.full_size import OUTPUT, StageName, Step, Task, learn, main, run
 from usoflow.training.loop import Recipe

@@ -15,7 +15,7 @@ import torch
 
 from usoflow.errors import UsoflowError
 from usoflow.models.checkpoint import TensorFile
-from usoflow.models.library import load_clip, load_flux, load_t5, load_vae
+from usoflow.models.loading import load_clip, load_flux, load_t5, load_vae
 from usoflow.models.text import encode_prompt
 from usoflow.models.tokens import ClipTokenizer, T5Tokenizer, Tokenizers
 from usoflow.models.vae import LatentFormat

@@ -19,7 +19,7 @@ from torch import Tensor
 from discs import WORLD, paint_sprites
 from usoflow.models.checkpoint import TensorFile
 from usoflow.models.flux import Flux
-from usoflow.models.library import load_flux, load_projector, load_siglip
+from usoflow.models.loading import load_flux, load_projector, load_siglip
 from usoflow.models.lora import attach
 from usoflow.models.style_projector import LEVELS
 from usoflow.models.vision import SiglipVision

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from usoflow.errors import UsoflowError
-from usoflow.models import library
+from usoflow.models import loading
 from usoflow.models.checkpoint import KIND_NAMES, Component, TensorFile, some
 from usoflow.models.inventory import precision, size_in_words
 from usoflow.models.lora_layouts import linear_layers, pairs_for
@@ -17,12 +17,12 @@ from usoflow.models.weights import read_tensors
 
 _LORAS = ("uso_lora", "lora")
 _BUILDERS = {
-    "flux": library.load_flux,
-    "clip_l": library.load_clip,
-    "t5": library.load_t5,
-    "siglip": library.load_siglip,
-    "vae": library.load_vae,
-    "uso_projector": library.load_projector,
+    "flux": loading.load_flux,
+    "clip_l": loading.load_clip,
+    "t5": loading.load_t5,
+    "siglip": loading.load_siglip,
+    "vae": loading.load_vae,
+    "uso_projector": loading.load_projector,
 }
 
 

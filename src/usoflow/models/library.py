@@ -17,23 +17,30 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from usoflow.models import flux, fp8, pages, style_projector, text, vae, vision
+from usoflow.models import fp8, pages, vae
 from usoflow.models.checkpoint import Component
 from usoflow.models.finite import require_finite
-from usoflow.models.flux import OFFICIAL_DEPTH, Flux, FluxConfig
+from usoflow.models.flux import Flux
+from usoflow.models.loading import (
+    load_clip,
+    load_flux,
+    load_projector,
+    load_siglip,
+    load_t5,
+    load_vae,
+    tokenizers_of,
+)
 from usoflow.models.lora import attach
 from usoflow.models.lora_layouts import is_for_text
 from usoflow.models.passage import give_back_pinned
 from usoflow.models.placement import Placement
 from usoflow.models.regions import Regions
 from usoflow.models.residence import stored_bytes
-from usoflow.models.style_projector import LEVELS, StyleProjector, StyleProjectorConfig
-from usoflow.models.text import ClipText, ClipTextConfig, T5Config, T5Encoder, TextEncoding, encode_prompt
+from usoflow.models.style_projector import LEVELS
+from usoflow.models.text import ClipText, T5Encoder, TextEncoding, encode_prompt
 from usoflow.models.tiling import Grid, tiled
-from usoflow.models.tokens import ClipTokenizer, T5Tokenizer, Tokenizers
-from usoflow.models.vae import AutoEncoder, VaeConfig
-from usoflow.models.vision import SiglipConfig, SiglipVision, VisionOutput, preprocess
-from usoflow.models.weights import Linear, build
+from usoflow.models.vision import VisionOutput, preprocess
+from usoflow.models.weights import Linear
 
 logger = logging.getLogger(__name__)
 
@@ -359,55 +366,6 @@ def _view(base: L) -> L:
         if isinstance(ours, Linear) and isinstance(theirs, Linear):
             ours.share_storage(theirs)
     return view.eval()
-
-
-def load_flux(component: Component) -> Flux:
-    """The transformer of a file, on the CPU; says so if it has fewer blocks than FLUX.1."""
-    config = FluxConfig.from_component(component)
-    depth = (config.double_blocks, config.single_blocks)
-    if depth < OFFICIAL_DEPTH and not component.declared:
-        logger.warning(
-            "%s is shallow: %d double and %d single blocks (FLUX.1 has %d and %d).",
-            component.file.path.name, *depth, *OFFICIAL_DEPTH,
-        )  # fmt: skip
-    return build(component, lambda: Flux(config), ignored=flux.IGNORED)
-
-
-def load_clip(component: Component) -> ClipText:
-    """The CLIP-L text encoder of a file."""
-    config = ClipTextConfig.from_component(component)
-    return build(component, lambda: ClipText(config), ignored=text.CLIP_IGNORED)
-
-
-def load_t5(component: Component) -> T5Encoder:
-    """The T5 text encoder of a file."""
-    config = T5Config.from_component(component)
-    return build(component, lambda: T5Encoder(config), ignored=text.T5_IGNORED)
-
-
-def load_siglip(component: Component) -> SiglipVision:
-    """The vision tower of a file."""
-    config = SiglipConfig.from_component(component)
-    return build(component, lambda: SiglipVision(config), ignored=vision.IGNORED)
-
-
-def load_vae(component: Component) -> AutoEncoder:
-    """The VAE of a file."""
-    config = VaeConfig.from_component(component)
-    return build(component, lambda: AutoEncoder(config), ignored=vae.IGNORED)
-
-
-def load_projector(component: Component) -> StyleProjector:
-    """The USO style projector of a file."""
-    config = StyleProjectorConfig.from_component(component)
-    return build(component, lambda: StyleProjector(config), ignored=style_projector.IGNORED)
-
-
-def tokenizers_of(clip: ClipText, t5: T5Encoder) -> Tokenizers:
-    """The tokenizers for two encoders: as long as they can take, as short as they were trained with."""
-    return Tokenizers(
-        ClipTokenizer(length=clip.config.positions), T5Tokenizer(min_length=t5.config.min_length)
-    )
 
 
 def _content(values: Tensor) -> Key:

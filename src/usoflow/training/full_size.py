@@ -39,7 +39,8 @@ from torch.utils.checkpoint import checkpoint
 from usoflow.errors import UsoflowError
 from usoflow.models.checkpoint import Component
 from usoflow.models.flux import Flux, FluxInputs
-from usoflow.models.library import ModelLibrary, load_clip, load_siglip, load_t5, load_vae
+from usoflow.models.library import ModelLibrary
+from usoflow.models.loading import load_clip, load_siglip, load_t5, load_vae
 from usoflow.models.placement import Placement
 from usoflow.models.style_projector import StyleProjector
 from usoflow.models.text import ClipText, T5Encoder
