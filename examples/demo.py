@@ -49,6 +49,8 @@ VARIATIONS: dict[str, tuple[dict[str, Path], str]] = {
 
 
 def main() -> None:
+    # Before torch is imported: beside another program its threads would mostly wait (docs/performance.md).
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     pocket()
     variations()
     print(f"\nThe pictures are in {OUT.resolve()}. Each carries its workflow: drag one into ComfyUI.")
