@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import uuid
 from pathlib import Path
 
 from usoflow.errors import UsoflowError
 from usoflow.settings import expanded
+
+_PARTIAL = re.compile(r"\.[0-9a-f]{32}\.part")  # a UUID, as below
 
 
 def save(file: str | Path, data: bytes) -> None:
@@ -26,6 +29,11 @@ def save(file: str | Path, data: bytes) -> None:
     except OSError as reason:
         what = f"{file} cannot be written: {reason.strerror}."
         raise UsoflowError("output_unwritable", what) from None
+
+
+def is_partial(path: Path) -> bool:
+    """Whether this is what a `write_whole` that was interrupted has left."""
+    return _PARTIAL.fullmatch(path.name) is not None
 
 
 def write_whole(path: Path, data: bytes) -> None:

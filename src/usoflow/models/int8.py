@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from usoflow.models.fp8 import STORED, WIDE
-from usoflow.models.kernels import Scratch, widen
+from usoflow.models.kernels import SIZE, Scratch, widen
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,6 @@ NARROWED_AT_ONCE = 1 << 20  # values of a weight: what lies between stays in the
 SCALED_AT_ONCE = 32  # rows of the result: what lies between stays in the cache
 TRIED = 64  # rows and columns of the product that is tried
 _LEAST = 1e-12  # rows that are smaller are zeros
-_SIZE = 0x7F  # of e4m3's bits, those without the sign; they are ordered as the numbers are
 
 
 @functools.cache
@@ -77,7 +76,7 @@ def narrowed(weight: Tensor, scale: Tensor | None, scratch: Scratch) -> tuple[Te
         at_once = len(weight)
     parts = (part.split(at_once) for part in (weight, whole, units))
     for stored, out, unit in zip(*parts, strict=True):
-        largest = stored.view(torch.int8).bitwise_and(_SIZE).amax(-1, keepdim=True).view(STORED).float()
+        largest = stored.view(torch.int8).bitwise_and(SIZE).amax(-1, keepdim=True).view(STORED).float()
         unit.copy_(torch.exp2(torch.frexp(largest).exponent - float(BITS)))
         unit.add_(0 * largest)  # which is NaN where that is
         out.copy_(widen(stored, torch.float32, scratch).mul_(unit.reciprocal()).round_())  # bf16 takes longer

@@ -88,9 +88,7 @@ class Placement:
             )
         if chosen.type not in _devices():
             raise UsoflowError("device_unavailable", f"There is no {device} device here.")
-        if (
-            chosen.type == "cuda"
-        ):  # by itself it would be another one for a thread with another current device
+        if chosen.type == "cuda":  # without a number each thread would take its own current one
             chosen = torch.device("cuda", torch.cuda.current_device())
         if dtype not in ("auto", *DTYPES):
             raise UsoflowError("device_unavailable", f"{dtype!r} is none of auto, {', '.join(DTYPES)}.")

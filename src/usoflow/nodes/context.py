@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol, Self
 
 from usoflow.settings import Folders
 
@@ -67,6 +67,13 @@ class SavedImage:
     filename: str
     subfolder: str
     type: str
+
+    @classmethod
+    def of(cls, image: Any) -> Self | None:
+        """What an entry of `ui`'s images names; None for one that is no file: custom nodes list anything."""
+        if not (isinstance(image, dict) and isinstance(image.get("filename"), str)):
+            return None
+        return cls(image["filename"], str(image.get("subfolder") or ""), str(image.get("type") or "output"))
 
     def path(self, folders: Folders) -> Path | None:
         """Where it is; None for what a custom node shows from elsewhere."""

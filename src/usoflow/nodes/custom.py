@@ -246,19 +246,11 @@ def _shown(ui: Mapping[str, Any], outputs: tuple[Any, ...]) -> Shown:
     """
     record = _as_json(ui)
     listed = record.get("images")
-    images = tuple(_saved(image) for image in listed if _is_file(image)) if isinstance(listed, list) else ()
+    entries = listed if isinstance(listed, list) else []
+    images = tuple(saved for image in entries if (saved := SavedImage.of(image)))
     if listed == [asdict(image) for image in images]:
         del record["images"]
     return Shown(images, record, outputs)
-
-
-def _is_file(image: Any) -> bool:
-    return isinstance(image, dict) and isinstance(image.get("filename"), str)
-
-
-def _saved(image: Mapping[str, Any]) -> SavedImage:
-    folder, kind = image.get("subfolder") or "", image.get("type") or "output"
-    return SavedImage(image["filename"], str(folder), str(kind))
 
 
 def _changed(is_changed: Callable[..., Any], name: str) -> Callable[[Mapping[str, Any]], str]:

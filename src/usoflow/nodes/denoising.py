@@ -22,6 +22,7 @@ from usoflow.models.references import DEFAULT_METHOD
 from usoflow.models.vae import LatentFormat
 from usoflow.nodes.context import Report
 from usoflow.nodes.handles import NoiseHandle
+from usoflow.nodes.image import in_turn
 from usoflow.nodes.sockets import Conditioning, Guider, Latent, Model
 from usoflow.sampling.denoise import StepReport, sample
 from usoflow.sampling.guidance import Guidance
@@ -133,7 +134,7 @@ def _mask(mask: Tensor | None, samples: Tensor, device: torch.device) -> Tensor 
         return None
     planes, batch = mask.reshape(-1, 1, *mask.shape[-2:]), len(samples)
     if len(planes) > 1:
-        planes = planes.repeat(-(-batch // len(planes)), 1, 1, 1)[:batch]
+        planes = in_turn(planes, batch)
     scaled = F.interpolate(planes.float(), size=samples.shape[-2:], mode="bilinear")
     return scaled.to(device)
 

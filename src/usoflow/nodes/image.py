@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from usoflow.nodes.context import PREVIEW_PREFIX, NodeContext, SavedImage, Shown
 from usoflow.nodes.sockets import Image, Mask
 from usoflow.schema.node import node
 from usoflow.schema.specs import InputImage, Int, Text, Tip
 from usoflow.schema.values import image_location
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _PADDING = Int(min=0, max=16384, step=8)
 _HIDDEN = ("prompt", "extra_pnginfo")
@@ -126,6 +129,11 @@ def with_channels(image: Image, channels: int) -> Image:
     from torch.nn import functional as F
 
     return F.pad(image, (0, channels - image.shape[3]), value=1.0)
+
+
+def in_turn(batch: Tensor, count: int) -> Tensor:
+    """So many of a batch, from its first again where they are too few: [count, ...]."""
+    return batch.repeat(-(-count // len(batch)), *[1] * (batch.ndim - 1))[:count]
 
 
 def _write(

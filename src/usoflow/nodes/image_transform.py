@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated
 
-from usoflow.nodes.image import with_channels
+from usoflow.nodes.image import in_turn, with_channels
 from usoflow.nodes.sockets import Image, Mask
 from usoflow.schema.node import node
 from usoflow.schema.specs import Choice, Float, Int
@@ -104,7 +104,7 @@ def composite(
     count, height, width, channels = destination.shape
     if resize_source:
         source = resize.resize(source, width, height, "bilinear")
-    source = _in_turn(with_channels(source, channels), count)
+    source = in_turn(with_channels(source, channels), count)
     weight = _weight(mask, source)[:, : max(0, height - y), : max(0, width - x)]
     source = source[:, : weight.shape[_ROWS], : weight.shape[_COLUMNS]]
     result = destination.clone()
@@ -121,12 +121,7 @@ def _weight(mask: Tensor | None, source: Tensor) -> Tensor:
     if mask is None:
         return source.new_ones(count, height, width, 1)
     single = mask.reshape(-1, mask.shape[-2], mask.shape[-1], 1)
-    return _in_turn(resize.resize(single, width, height, "bilinear"), count)
-
-
-def _in_turn(images: Tensor, count: int) -> Tensor:
-    """So many of a batch, from its first again where they are too few."""
-    return images.repeat(-(-count // len(images)), 1, 1, 1)[:count]
+    return in_turn(resize.resize(single, width, height, "bilinear"), count)
 
 
 @node("ImageBlend", category="image/postprocessing")

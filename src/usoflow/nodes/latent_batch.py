@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
+from usoflow.nodes.image import in_turn
 from usoflow.nodes.sockets import Latent, Mask
 from usoflow.schema.node import node
 from usoflow.schema.specs import Choice, Float, Int
@@ -105,4 +106,4 @@ def _resized(planes: Tensor, width: int, height: int, method: str) -> Tensor:
 
 def _repeated(mask: Tensor, count: int) -> Tensor:
     """The masks in turn, `count` of them: [count, H, W]."""
-    return mask.reshape(-1, *mask.shape[-2:]).repeat(-(-count // len(mask)), 1, 1)[:count]
+    return in_turn(mask.reshape(-1, *mask.shape[-2:]), count)

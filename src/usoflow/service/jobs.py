@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+from usoflow.nodes.context import SavedImage
 
 
 class State(StrEnum):
@@ -79,9 +81,8 @@ def pictures(shown: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """The files among the images that a node has shown: custom ones may list anything there."""
     listed = shown.get("images")
     for image in listed if isinstance(listed, list) else ():
-        if isinstance(image, dict) and isinstance(image.get("filename"), str):
-            folder, kind = image.get("subfolder") or "", image.get("type") or "output"
-            yield {**image, "subfolder": str(folder), "type": str(kind)}
+        if saved := SavedImage.of(image):
+            yield {**image, **asdict(saved)}
 
 
 def reported(files: Sequence[Path], outputs: Mapping[str, Any]) -> set[Path]:

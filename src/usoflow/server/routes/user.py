@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +13,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
 
-from usoflow.api.saving import write_whole
+from usoflow.api.saving import is_partial, write_whole
 from usoflow.errors import UsoflowError
 from usoflow.server.context import Json, Server, ServerOf
 from usoflow.server.files import within, writing
@@ -26,7 +25,6 @@ router = APIRouter(tags=["user"])
 
 HARMLESS = {"Content-Security-Policy": "default-src 'none'; sandbox"}
 STYLE = "user.css"
-PARTIAL = re.compile(r"\.[0-9a-f]{32}\.part")  # what `write_whole` calls a file that it has not finished
 # What the editor asks for at its start and would report as missing.
 FIRST_FILES = {STYLE: b"", "comfy.templates.json": b"[]"}
 FIRST_FOLDERS = ("workflows", "subgraphs")
@@ -155,7 +153,7 @@ def delete(server: ServerOf, file: str) -> None:
 def _is_listed(path: Path, root: Path) -> bool:
     """Whether it is a file whose name can be told, and not what a save that was interrupted has left."""
     name = path.relative_to(root).as_posix()
-    return is_text(name) and not PARTIAL.fullmatch(path.name) and os.path.isfile(path)
+    return is_text(name) and not is_partial(path) and os.path.isfile(path)
 
 
 def _existing(server: Server, name: str) -> Path:
