@@ -5,6 +5,7 @@ Every CPU computes them, so that all but the speed is tested anywhere.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from usoflow.models.residence import Sizes, settle_on_cpu
 from usoflow.models.weights import Linear
 
 CPU = torch.device("cpu")
+LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")
 # Whole numbers up to 126, of normal numbers whose largest is four deviations: half a unit is a 64th of one,
 # root mean square that makes 0.9%; the weight's rounding comes to it.
 ROUNDED = 0.02
@@ -209,3 +211,18 @@ def test_who_asks_for_a_dtype_gets_it() -> None:
 def test_without_eight_bits_fp8_is_widened(everywhere: None, small_models: Path) -> None:
     flux = ModelLibrary(Placement(CPU, torch.bfloat16)).flux(transformer_of(small_models), (), "fp8_e4m3fn")
     assert not any(layer.in_int8 for layer in flux.modules() if isinstance(layer, Linear))
+
+
+@pytest.mark.skipif(not LARGE_PAGES.exists(), reason="this system has no large pages")
+@torch.inference_mode()
+def test_whole_numbers_lie_in_large_pages() -> None:
+    """As the system lists the memory that is to be so."""
+    whole, _ = int8.narrowed(torch.zeros(2048, 4096).to(int8.STORED), None, Scratch())
+    inside, flags = False, ""
+    for line in Path("/proc/self/smaps").read_bytes().split(b"\n"):
+        if bounds := re.match(rb"([0-9a-f]+)-([0-9a-f]+) ", line):
+            first, last = (int(bound, 16) for bound in bounds.groups())
+            inside = first <= whole.data_ptr() + whole.nbytes // 2 < last
+        elif inside and line.startswith(b"VmFlags:"):
+            flags = line.decode()
+    assert " hg" in flags

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from usoflow.models.fp8 import STORED, WIDE
 from usoflow.models.kernels import SIZE, Scratch, widen
+from usoflow.models.pages import in_large_pages
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +75,8 @@ def narrowed(weight: Tensor, scale: Tensor | None, scratch: Scratch) -> tuple[Te
     at_once = max(1, NARROWED_AT_ONCE // weight.shape[1])
     if torch.compiler.is_compiling():  # a loop would be unrolled
         at_once = len(weight)
+    else:
+        in_large_pages(whole)
     parts = (part.split(at_once) for part in (weight, whole, units))
     for stored, out, unit in zip(*parts, strict=True):
         largest = stored.view(torch.int8).bitwise_and(SIZE).amax(-1, keepdim=True).view(STORED).float()
