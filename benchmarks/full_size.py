@@ -61,15 +61,13 @@ def _cell(value: Any) -> str:
     return value if isinstance(value, str) else f"{value:.2f}"
 
 
-def read_seconds(path: Path, names: dict[str, tuple[int, int]], *, kept: bool = False) -> float:
-    """Time to read byte ranges of a file, into memory that is used again, or that is new and `kept`."""
+def read_seconds(path: Path, ranges: Sequence[tuple[int, int]], *, kept: bool = False) -> float:
+    """Time to read parts of a file, by first byte and end, into memory used again, or new and `kept`."""
     start = time.perf_counter()
     handle = os.open(path, os.O_RDONLY)
     try:
         pieces = [
-            (begin, min(PIECE, end - begin))
-            for first, end in names.values()
-            for begin in range(first, end, PIECE)
+            (begin, min(PIECE, end - begin)) for first, end in ranges for begin in range(first, end, PIECE)
         ]
         own = threading.local()
 
@@ -92,11 +90,11 @@ def read_seconds(path: Path, names: dict[str, tuple[int, int]], *, kept: bool = 
     return seconds
 
 
-def read_and_keep_seconds(path: Path, names: dict[str, tuple[int, int]]) -> float:
+def read_and_keep_seconds(path: Path, ranges: Sequence[tuple[int, int]]) -> float:
     """The same into new memory, in a process of its own, so that none of it is left for this one."""
     forget(path)
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as other:
-        return other.submit(read_seconds, path, names, kept=True).result()
+        return other.submit(read_seconds, path, ranges, kept=True).result()
 
 
 def forget(path: Path) -> None:
@@ -105,19 +103,6 @@ def forget(path: Path) -> None:
     os.fsync(handle)
     os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
     os.close(handle)
-
-
-def ranges(path: Path, prefix: str) -> dict[str, tuple[int, int]]:
-    """Where in the file the tensors of a prefix lie."""
-    with path.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
-    start = 8 + length
-    return {
-        name: (start + entry["data_offsets"][0], start + entry["data_offsets"][1])
-        for name, entry in header.items()
-        if name.startswith(prefix)
-    }
 
 
 def measure(models: Path, budget: str | None) -> dict[str, Any]:
@@ -159,13 +144,13 @@ def _loading(path: Path, budget: str | None) -> dict[str, Any]:
     from usoflow.models.placement import Placement
     from usoflow.settings import bytes_of
 
-    tensors = ranges(path, "model.diffusion_model.")
-    keeping = read_and_keep_seconds(path, tensors)
+    component = TensorFile.open(path).components()["flux"]
+    ranges = [(tensor.start, tensor.start + tensor.bytes) for tensor in component.tensors.values()]
+    keeping = read_and_keep_seconds(path, ranges)
     forget(path)
-    reading = read_seconds(path, tensors)
+    reading = read_seconds(path, ranges)
     forget(path)
     library = ModelLibrary(Placement.choose("cpu", budget=bytes_of(budget) if budget else None))
-    component = TensorFile.open(path).components()["flux"]
     start = time.perf_counter()
     with kept_memory(), torch.inference_mode():  # as in a run
         flux = library.flux(component, (), "default")

@@ -161,10 +161,7 @@ def _workflow(prompt: str, seed: int, steps: int, easycache: float | None) -> Wo
         node = {"class_type": "EasyCache", "inputs": inputs | {"model": sampler["inputs"]["model"]}}
         sampler["inputs"]["model"] = ["easycache", 0]
         graph["easycache"] = node
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        json.dump(graph, file)
-        file.flush()
-        return Workflow.load(file.name)
+    return Workflow.load(graph)
 
 
 def _sampling(result: Result) -> float:

@@ -30,7 +30,6 @@ class Table:
     Attributes:
         title, columns, rows: as printed.
         how: what was measured, and how.
-        notes: what else there is to say of it.
         raw: every figure, for the JSON.
         plots: drawn beside it.
     """
@@ -39,7 +38,6 @@ class Table:
     how: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
-    notes: Sequence[str] = ()
     raw: Any = None
     plots: dict[str, Plot] = field(default_factory=dict)
 
@@ -54,7 +52,7 @@ class Table:
             _line("---" for _ in self.columns),
         ]
         lines += [_line(row) for row in self.rows]
-        return "\n".join([*lines, "", *self.notes]).rstrip() + "\n"
+        return "\n".join(lines) + "\n"
 
 
 def machine() -> dict[str, Any]:

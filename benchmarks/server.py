@@ -2,8 +2,8 @@
 
     python benchmarks/server.py --models DIR
 
-DIR holds the tutorial's models or some that take their places; `usoflow.pocket.untrained.write_untrained`
-makes small ones in a second.
+DIR holds the tutorial's models or some that take their places; `write_untrained` of tests/untrained.py makes
+small ones in a second.
 Prints one Markdown table row a measure.
 """
 

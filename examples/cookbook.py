@@ -23,10 +23,9 @@ import usoflow
 from usoflow.api.official import Request, build
 from usoflow.api.sheet import contact_sheet
 from usoflow.models.inventory import found_files
-from usoflow.settings import find_folders
+from usoflow.settings import POCKET_MODELS, find_folders
 
 HERE = Path(__file__).parent
-POCKET = Path(usoflow.__file__).parent / "pocket" / "models"
 PAGES = HERE.parent / "docs" / "cookbook"
 PROMPTS = (
     "a red apple on a chessboard, flat style",
@@ -171,7 +170,7 @@ PICTURES: tuple[tuple[str, str, Callable[[Studio], Labelled], bool], ...] = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw the pictures of the cookbook.")
-    parser.add_argument("--models", type=Path, default=POCKET)
+    parser.add_argument("--models", type=Path, default=POCKET_MODELS)
     parser.add_argument("--pages", type=Path, default=PAGES, help="the folder of the cookbook")
     parser.add_argument("--size", type=int, default=128, help="side of the pictures, in pixels")
     parser.add_argument("--steps", type=int, default=20)

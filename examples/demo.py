@@ -18,11 +18,11 @@ from PIL import Image
 
 import usoflow
 from usoflow.api.sheet import contact_sheet
+from usoflow.settings import POCKET_MODELS
 
 HERE = Path(os.path.relpath(Path(__file__).parent))  # so that the printed commands are short
 OUT = Path("out") / "demo"
 SIZE = 256
-POCKET = Path(usoflow.__file__).parent / "pocket" / "models"
 PROMPTS = (
     "a light bulb on a pink background, flat style",
     "a watermelon on a chessboard, flat style",
@@ -64,7 +64,7 @@ def pocket() -> None:
     )
     print("what it can and cannot do):")
     pictures = []
-    with usoflow.Engine(models=POCKET, output=OUT) as engine:
+    with usoflow.Engine(models=POCKET_MODELS, output=OUT) as engine:
         for prompt in PROMPTS:
             result = engine.run(workflow.set("text.text", prompt))
             print(f"  {result.paths[0]}  {result.seconds:.1f} s  {prompt}")
@@ -79,7 +79,12 @@ def variations() -> None:
     shown = [("subject", Image.open(SUBJECT)), *(("style", Image.open(style)) for style in STYLES)]
     for name, (pictures, prompt) in VARIATIONS.items():
         graph = "style" if name == "two-styles" else name
-        arguments = ["run", str(HERE / "pocket" / f"{graph}.json"), "--models", os.path.relpath(POCKET)]
+        arguments = [
+            "run",
+            str(HERE / "pocket" / f"{graph}.json"),
+            "--models",
+            os.path.relpath(POCKET_MODELS),
+        ]
         arguments += [
             "--output",
             str(OUT),

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from golden import synth
 from golden.compare import Golden
+from untrained import write_untrained
 from usoflow.file_lock import taken
-from usoflow.pocket.untrained import write_untrained
 
 GOLDEN = Path(__file__).parent / "golden"
 SHARED = Path(__file__).parents[2] / "shared"

@@ -6,9 +6,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from usoflow.api.at_hand import at_hand
 from usoflow.catalogue import KNOWN_FILES, KnownFile, known_file, missing, missing_file_remedy
+from usoflow.models.checkpoint import TensorFile
+from usoflow.models.inspection import inspect
 from usoflow.settings import MODEL_FOLDERS, POCKET_MODELS, find_folders
 
 # facts of https://docs.comfy.org/tutorials/flux/flux-1-uso, written down a second time
@@ -112,6 +115,17 @@ def test_other_kinds_and_damaged_files_are_no_twins(models: Path, small_models: 
     (models / "loras/half.safetensors").write_bytes(lora[: len(lora) // 2])
     (models / "loras/empty.safetensors").touch()
     assert "You have" not in remedy(models, "loras", "uso-flux1-dit-lora-v1.safetensors")
+
+
+def test_a_lora_of_xlabs_is_no_twin(models: Path, small_models: Path) -> None:
+    """Its names are USO's, in the double blocks alone; it may be applied all the same."""
+    (models / "loras").mkdir(parents=True)
+    uso = load_file(small_models / "loras/uso-flux1-dit-lora-v1.safetensors")
+    path = models / "loras/anime.safetensors"
+    save_file({name: tensor for name, tensor in uso.items() if "double_blocks" in name}, path)
+    assert "You have" not in remedy(models, "loras", "uso-flux1-dit-lora-v1.safetensors")
+    transformer = TensorFile.open(small_models / "checkpoints/flux1-dev-fp8.safetensors").component("flux")
+    assert any("  fits" in line for line in inspect(path, transformer))
 
 
 def test_only_part_of_a_checkpoint_is_no_twin(models: Path, small_models: Path) -> None:

@@ -111,6 +111,16 @@ class TestModelFolders:
         (tmp_path / "vae" / "folder.safetensors").mkdir()
         assert find_folders(models=tmp_path).list("vae") == ["b.SAFETENSORS"]
 
+    @pytest.mark.skipif(os.name == "nt", reason="there it parts folders, on the disk too")
+    def test_a_name_with_a_backslash_is_not_offered(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Out of an archive made on Windows: in a workflow it would be a file in a folder."""
+        touch(tmp_path / "loras" / "styles\\a.safetensors")
+        touch(tmp_path / "loras" / "b.safetensors")
+        assert find_folders(models=tmp_path).list("loras") == ["b.safetensors"]
+        assert "is not offered" in caplog.text
+
     def test_links_are_followed_also_in_circles(self, tmp_path: Path) -> None:
         touch(tmp_path / "disk/a.safetensors")
         (tmp_path / "models/loras").mkdir(parents=True)

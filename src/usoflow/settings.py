@@ -164,7 +164,7 @@ def find_folders(
         models=_model_directories(roots),
         inputs=tuple(named_inputs or default_inputs),
         output=expanded(output or Path(os.environ.get(OUTPUT_VARIABLE) or "output")),
-        temp=platformdirs.user_cache_path("usoflow") / "temp",
+        temp=temp_folder(),
         given_images=given_images or {},
     )
 
@@ -209,6 +209,11 @@ def check_writable(folder: Path) -> None:
             f"{folder} is no folder that can be written to.",
             remedy="Let it be one, or name another with --output or USOFLOW_OUTPUT.",
         )
+
+
+def temp_folder() -> Path:
+    """Where `PreviewImage` writes."""
+    return platformdirs.user_cache_path("usoflow") / "temp"
 
 
 def compiled_folder() -> Path:
@@ -292,19 +297,22 @@ def _names(root: Path, suffixes: tuple[str, ...], *, deep: bool = True) -> Itera
             path = Path(folder, name)
             if path.suffix.lower() in suffixes and os.path.isfile(path):
                 found = path.relative_to(root).as_posix()
-                if is_text(found):
+                if can_be_told(found):
                     yield found
                 else:
                     _warn_of_name(root, found)
 
 
-def is_text(name: str) -> bool:
-    """Whether the name of a file can be told: on Linux it may be bytes in another encoding."""
+def can_be_told(name: str) -> bool:
+    r"""Whether the name of a file can be told.
+
+    On Linux it may be bytes in another encoding, or have a `\`, which parts folders wherever it is told.
+    """
     try:
         name.encode()
     except UnicodeEncodeError:
         return False
-    return True
+    return "\\" not in name
 
 
 def _tell(error: OSError) -> None:
@@ -320,7 +328,7 @@ def _warn_of_folder(folder: str, reason: str) -> None:
 
 @functools.cache  # once for each file
 def _warn_of_name(root: Path, name: str) -> None:
-    logger.warning("%r in %s is not offered: its name is not UTF-8. Rename it.", name, root)
+    logger.warning("%r in %s is not offered: its name is not UTF-8 or has a \\. Rename it.", name, root)
 
 
 def inside(name: str) -> PurePosixPath:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -280,3 +281,15 @@ def test_strengths_of_loras(engine: Engine, loras: Any, expected: Any) -> None:
 
 def test_a_seed_of_zero_is_a_seed(engine: Engine) -> None:
     assert engine.workflow("a fox", seed=0).seeds == (0,)
+
+
+def test_an_engine_that_starts_removes_old_previews(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no server ever runs nobody else would."""
+    monkeypatch.setattr("platformdirs.user_cache_path", lambda name: tmp_path)
+    old = tmp_path / "temp" / "preview_a_00001_.png"
+    old.parent.mkdir()
+    old.touch()
+    os.utime(old, (0, 0))
+    with Engine(device="cpu") as engine:
+        engine.start()
+    assert not old.exists()

@@ -8,13 +8,13 @@ import re
 import shutil
 import subprocess
 import sys
-from importlib import resources
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from shell import usoflow
+from usoflow.settings import POCKET_MODELS
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -129,8 +129,7 @@ def test_the_model_card_measured_the_files_that_are_shipped() -> None:
 
 
 def shipped_files() -> list[Path]:
-    models = Path(str(resources.files("usoflow.pocket"))) / "models"
-    return [path for path in models.rglob("*.safetensors") if path.is_file()]
+    return [path for path in POCKET_MODELS.rglob("*.safetensors") if path.is_file()]
 
 
 def test_the_first_figures_are_those_of_the_model_card() -> None:

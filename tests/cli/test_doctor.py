@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -44,6 +45,13 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     assert "! models" in done.out
     assert "uso-flux1-dit-lora-v1.safetensors" in done.out
     assert "usoflow models pull" in done.out
+
+
+@pytest.mark.parametrize(("built", "told"), [("12.8", "driver is missing or too old"), (None, "no CUDA")])
+def test_a_card_that_torch_cannot_use(monkeypatch: pytest.MonkeyPatch, built: str | None, told: str) -> None:
+    monkeypatch.setattr(torch.version, "cuda", built)
+    monkeypatch.setattr(shutil, "which", lambda _: "/usr/bin/nvidia-smi")
+    assert told in doctor._device(torch.device("cpu")).advice
 
 
 def test_a_port_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:

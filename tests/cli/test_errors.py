@@ -177,7 +177,7 @@ class TestWorkflow:
     @pytest.mark.parametrize("name", ["model", "seed", "positive"])
     def test_missing_input(self, desk: Desk, name: str) -> None:
         done = desk.run(small.without(small.text_to_image(), "sampler", name))
-        check(done, 3, "KSampler (node sampler)", "Required input is missing", name)
+        check(done, 3, "KSampler (node sampler)", "Required input is missing", name, "muted (Ctrl+M)")
 
     def test_every_mistake_is_named_at_once(self, desk: Desk) -> None:
         prompt = small.with_inputs(small.text_to_image(), "sampler", steps=0, cfg=-1)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import httpx2 as httpx
 import pytest
+from fastapi import FastAPI
 
 from e2e.real_server import RealServer
+from usoflow.cli.serve import STATE_VARIABLE, serve
 
 
-@pytest.mark.parametrize(("given", "link"), [("", "/?token="), ("a+b&c", "/?token=a%2Bb%26c")])
+@pytest.mark.parametrize(("given", "added"), [("", ""), ("a+b&c", "?token=a%2Bb%26c")])
 def test_beyond_this_machine_a_token_is_needed(
-    small_models: Path, tmp_path: Path, given: str, link: str
+    small_models: Path, tmp_path: Path, given: str, added: str
 ) -> None:
+    """One that was made up is told; one that was given is not, for the log may be read by others."""
     (tmp_path / "input").mkdir()
     options = ("--no-ui", "--listen", "0.0.0.0", "--token", given)
     server = RealServer(small_models, tmp_path, options=options)
@@ -21,8 +25,8 @@ def test_beyond_this_machine_a_token_is_needed(
         server.start()
         assert httpx.get(f"{server.url}/queue").status_code == 401
         address = (tmp_path / "log").read_text().split()[1]
-        assert link in address
-        assert httpx.get(address, follow_redirects=False).status_code == 303
+        assert ("?token=" in address) == (not given)
+        assert httpx.get(address + added, follow_redirects=False).status_code == 303
     finally:
         server.kill()
 
@@ -37,3 +41,21 @@ def test_what_the_server_could_not_keep_is_told_at_its_start(small_models: Path,
     log = (tmp_path / "log").read_text()
     assert "can be written to" in log
     assert "Traceback" not in log
+
+
+def test_a_script_may_connect_as_soon_as_the_address_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before the server's own start, after which requests are answered."""
+
+    def connect(app: FastAPI, bound: socket.socket) -> None:
+        assert "http://127.0.0.1:" in capsys.readouterr().out
+        with bound, socket.create_connection(bound.getsockname(), timeout=5):
+            pass
+        app.state.server.opened.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    monkeypatch.setenv(STATE_VARIABLE, str(tmp_path / "state"))
+    monkeypatch.setattr("usoflow.server.serving.serve", connect)
+    serve(output=tmp_path / "output", port=port, ui=False)

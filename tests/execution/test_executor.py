@@ -271,11 +271,17 @@ class TestCache:
         assert plain.events[0] == NodesCached(("source", "left", "right", "top"), {})
         assert result.cached == ["source", "left", "right", "top"]
 
-    def test_a_picture_that_was_removed_is_written_again(self, bench: Bench) -> None:
+    @pytest.mark.parametrize("way", ["removed", "changed", "another's"])
+    def test_a_picture_that_is_not_there_as_it_was_is_written_again(self, bench: Bench, way: str) -> None:
         bench.run(small.text_to_image())
         before = bench.output()
         for path in (bench.root / "output").glob("*.png"):
+            if way == "changed":
+                path.write_bytes(path.read_bytes() + b"\0")
+                continue
             path.unlink()
+            if way == "another's":
+                Image.new("RGB", (8, 8)).save(path)
         bench.run(small.text_to_image())
         assert bench.ran == ["save"]
         assert torch.equal(bench.output(), before)

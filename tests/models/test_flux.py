@@ -125,11 +125,8 @@ def test_fp16_holds_what_leaves_its_range() -> None:
         block.linear2.bias.data.fill_(3e6)
     torch.manual_seed(3)
     latent, text, pooled = torch.randn(1, 16, 4, 4), torch.randn(1, 5, 24), torch.randn(1, 20)
-    found = {
-        dtype: model(latent, torch.tensor(0.4), model.prepare(text, pooled, (4, 4), dtype=dtype))
-        for dtype in (torch.float32, torch.float16)
-    }
-    assert bool(torch.isfinite(found[torch.float16]).all())
+    found = model(latent, torch.tensor(0.4), model.prepare(text, pooled, (4, 4), dtype=torch.float16))
+    assert bool(torch.isfinite(found).all())
 
 
 def test_more_references_change_the_picture() -> None:

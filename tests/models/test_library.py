@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from networks import lora_of, relative, transformer_of, velocity
+from untrained import FLUX, write_untrained
 from usoflow.errors import UsoflowError
 from usoflow.models import pages, vae
 from usoflow.models.checkpoint import CONFIG_KEY, Component, TensorFile
@@ -28,7 +29,6 @@ from usoflow.models.residence import stored_bytes
 from usoflow.models.text import TextEncoding
 from usoflow.models.tiling import Grid
 from usoflow.models.vae import AutoEncoder
-from usoflow.pocket.untrained import FLUX, write_untrained
 
 CPU32 = Placement(torch.device("cpu"), torch.float32)
 CHECKPOINT = "checkpoints/flux1-dev-fp8.safetensors"
@@ -610,11 +610,13 @@ def test_a_loras_strength_can_be_changed(small_models: Path) -> None:
     assert (strengths(1.0), strengths(0.5), strengths(0.0)) == ([1.0], [0.5], [])
 
 
+@pytest.mark.parametrize("following", ["default", "fp8_e4m3fn"])
 @torch.inference_mode()
-def test_a_transformer_with_loras_is_not_held_beside_the_next(small_models: Path) -> None:
+def test_a_transformer_with_loras_is_not_held_beside_the_next(small_models: Path, following: str) -> None:
+    """Neither beside another one, nor where the same one follows without LoRAs."""
     library, use = ModelLibrary(CPU32), LoraUse(lora_of(small_models), 1.0)
     first = weakref.ref(library.flux(transformer_of(small_models), (use,), "default"))
-    library.flux(transformer_of(small_models), (), "fp8_e4m3fn")
+    library.flux(transformer_of(small_models), (), following)
     gc.collect()
     assert first() is None
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from untrained import FLUX, write_untrained
 from usoflow.errors import UsoflowError
 from usoflow.models.checkpoint import Component, TensorFile
 from usoflow.models.flux import Flux
@@ -18,7 +19,6 @@ from usoflow.models.loading import load_flux
 from usoflow.models.lora import attach
 from usoflow.models.placement import Placement
 from usoflow.models.weights import Linear
-from usoflow.pocket.untrained import FLUX, write_untrained
 
 CPU32 = Placement(torch.device("cpu"), torch.float32)
 

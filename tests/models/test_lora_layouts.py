@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from untrained import FLUX
 from usoflow.errors import UsoflowError
 from usoflow.models.checkpoint import Component, TensorFile
 from usoflow.models.flux import Flux
@@ -24,7 +25,6 @@ from usoflow.models.lora import attach
 from usoflow.models.lora_layouts import pairs_for, refuse_other_methods
 from usoflow.models.placement import Placement
 from usoflow.models.weights import Linear
-from usoflow.pocket.untrained import FLUX
 
 W, M, RANK = FLUX.hidden, FLUX.mlp_dim, 3
 CPU32 = Placement(torch.device("cpu"), torch.float32)

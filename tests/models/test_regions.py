@@ -29,6 +29,7 @@ from usoflow.models.residence import multiply_in_fp8
 from usoflow.models.weights import LowRank
 
 CPU = torch.device("cpu")
+TESTS = Path(__file__).parents[1]  # where a process of its own finds `untrained`
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, at its imports
 
 
@@ -306,7 +307,7 @@ PICTURES = """
 import sys, torch, logging
 from usoflow.models.flux import Flux
 from usoflow.models.regions import Regions
-from usoflow.pocket.untrained import FLUX
+from untrained import FLUX
 from dataclasses import replace
 
 torch.manual_seed(0)
@@ -333,7 +334,9 @@ def drawn(cache: Path, **variables: str) -> tuple[float, int, int, str]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("TORCHINDUCTOR", "TRITON"))}
     done = subprocess.run(
         [sys.executable, "-c", PICTURES],
-        env=environment | {"XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1"} | variables,
+        env=environment
+        | {"XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
+        | variables,
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -17,16 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from networks import relative, transformer_of, velocity
+from untrained import FLUX
 from usoflow.models import pages, placement, residence
 from usoflow.models.checkpoint import TensorFile
 from usoflow.models.flux import Flux
+from usoflow.models.kernels import fast
 from usoflow.models.library import ModelLibrary
 from usoflow.models.loading import load_flux, load_t5
 from usoflow.models.pages import bring, mapped, read_ahead
 from usoflow.models.placement import Placement, _free_in_container
 from usoflow.models.residence import Sizes, passing_once, settle_on_cpu, settle_on_gpu
 from usoflow.models.weights import Linear, LowRank
-from usoflow.pocket.untrained import FLUX
 
 CPU = torch.device("cpu")
 
@@ -55,10 +56,13 @@ def test_every_plan_gives_the_same_numbers(small_models: Path, dtype: torch.dtyp
 
 
 def test_plans_are_what_they_say(small_models: Path) -> None:
-    """Ready: all wide, in the order in which they are multiplied; else as the file has them."""
+    """Ready: all wide, and packed where that is faster; else as the file has them."""
     ready, passing = (flux_of(small_models, budget, torch.bfloat16) for budget in (10**9, 1))
     stored = load_flux(transformer_of(small_models))
-    assert all(layer.weight.dtype == torch.bfloat16 for layer in linear_layers(ready))
+    with torch.inference_mode():
+        packed = fast(torch.empty(0, dtype=torch.bfloat16))
+    for layer in linear_layers(ready):
+        assert (layer.weight.dtype, layer.weight.is_mkldnn) == (torch.bfloat16, packed)
     for one, other in zip(linear_layers(passing), linear_layers(stored), strict=True):
         assert one.weight.dtype == other.weight.dtype
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,3 +81,12 @@ def test_colour_of_an_empty_image() -> None:
 def test_inverting_twice() -> None:
     assert torch.allclose(image.invert(image.invert(PICTURE)), PICTURE)
     assert torch.allclose(image.invert(PICTURE) + PICTURE, torch.ones(1))
+
+
+def test_old_previews_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    for name, age in (("preview_a_00001_.png", 90_000), ("preview_b_00001_.png", 10), ("mine.png", 90_000)):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    image.clear_previews(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.png", "preview_b_00001_.png"]
+    image.clear_previews(tmp_path / "absent")

@@ -381,6 +381,16 @@ class TestFromMemory:
         write_upright(Image.new("I", (2, 2), 32768), tmp_path / "copy.png")
         assert Image.open(tmp_path / "copy.png").getpixel((0, 0)) == 32768
 
+    @pytest.mark.parametrize("order", ["I;16", "I;16L", "I;16B"])
+    def test_sixteen_bits_stay_in_either_order(self, tmp_path: Path, order: str) -> None:
+        levels = np.array([[0, 257, 32896, 65535]], dtype=">u2" if order == "I;16B" else "<u2")
+        given = Image.frombytes(order, (4, 1), levels.tobytes())
+        given.info["transparency"] = 257
+        write_upright(given, tmp_path / "copy.png")
+        with Image.open(tmp_path / "copy.png") as copy:
+            assert np.asarray(copy).tolist() == levels.tolist()
+        assert read_picture(tmp_path / "copy.png")[1].tolist() == [[[0, 1, 0, 0]]]
+
     def test_what_cannot_be_read_is_refused(self, tmp_path: Path) -> None:
         whole = saved(tmp_path, picture(40, 40)).read_bytes()
         with pytest.raises(UsoflowError) as caught:

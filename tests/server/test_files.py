@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 from PIL import Image, features
@@ -304,6 +305,36 @@ def test_a_name_that_no_file_can_have_is_a_clear_error(client: TestClient, name:
     assert client.get("/userdata/a.json").content == b"{}"
 
 
+def deep_grey(transparent: int) -> bytes:
+    """A picture of 16 bits a pixel: greys that are 1, 2 and 128 in 8 bits."""
+    buffer = io.BytesIO()
+    levels = np.array([[257, 514, 32896]], dtype=np.uint16)
+    Image.fromarray(levels).save(buffer, "PNG", transparency=transparent)
+    return buffer.getvalue()
+
+
+def test_16_bit_grey_is_shown_as_load_image_reads_it(client: TestClient, place: Path) -> None:
+    (place / "output" / "deep.png").write_bytes(deep_grey(transparent=514))
+    for more in ("preview=webp;100", "preview=jpeg;100", "channel=rgb"):
+        answer = client.get(f"/view?filename=deep.png&{more}")
+        with Image.open(io.BytesIO(answer.content)) as shown:
+            greys = np.asarray(shown.convert("RGB"))[0, [0, 2], 0].astype(int)
+        assert np.abs(greys - [1, 128]).max() < 12, more
+    answer = client.get("/view?filename=deep.png&channel=a")
+    with Image.open(io.BytesIO(answer.content)) as shown:
+        assert np.asarray(shown.getchannel("A")).tolist() == [[255, 0, 255]]
+
+
+def test_a_mask_on_16_bit_grey_keeps_its_greys(client: TestClient, place: Path) -> None:
+    (place / "input" / "deep.png").write_bytes(deep_grey(transparent=514))
+    mask = {"image": ("masked.png", picture((3, 1), "RGBA", colour=(0, 0, 0, 99)), "image/png")}
+    reference = json.dumps({"filename": "deep.png", "type": "input"})
+    assert client.post("/upload/mask", files=mask, data={"original_ref": reference}).status_code == 200
+    with Image.open(place / "input" / "masked.png") as masked:
+        pixels = np.asarray(masked).tolist()
+    assert pixels == [[[1, 1, 1, 99], [2, 2, 2, 99], [128, 128, 128, 99]]]
+
+
 def test_a_picture_that_is_cut_short_is_no_crash(client: TestClient, place: Path) -> None:
     whole = picture((64, 64), colour=(1, 2, 3))
     (place / "output" / "cut.png").write_bytes(whole[: len(whole) // 2])
@@ -314,9 +345,10 @@ def test_a_picture_that_is_cut_short_is_no_crash(client: TestClient, place: Path
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names of files are text")
 def test_a_name_that_is_no_text_hides_nothing_but_itself(client: TestClient, place: Path) -> None:
-    """A picture called in Latin-1, out of an old archive, and the same in a folder of models."""
+    """A picture called in Latin-1, out of an old archive, or with a path of Windows for a name."""
     Image.new("RGB", (4, 4)).save(place / "input" / "good.png")
-    Path(os.fsdecode(os.fsencode(place / "input") + b"/M\xfcller.png")).write_bytes(b"")
+    for name in (b"M\xfcller.png", b"M\\ller.png"):
+        Path(os.fsdecode(os.fsencode(place / "input") + b"/" + name)).write_bytes(b"")
     assert client.get("/internal/files/input").json() == ["good.png"]
     offered = client.get("/object_info").json()["LoadImage"]["input"]["required"]["image"][0]
     assert "good.png" in offered
@@ -330,7 +362,8 @@ def test_a_workflow_whose_name_is_no_text_hides_nothing_but_itself(
 ) -> None:
     folder = place / "state" / "user" / "workflows"
     (folder / "good.json").write_text("{}")
-    Path(os.fsdecode(os.fsencode(folder) + b"/M\xfcller.json")).write_bytes(b"{}")
+    for name in (b"M\xfcller.json", b"M\\ller.json"):
+        Path(os.fsdecode(os.fsencode(folder) + b"/" + name)).write_bytes(b"{}")
     answer = client.get(f"/userdata?dir=workflows&recurse=true{more}")
     assert answer.status_code == 200
     assert len(answer.json()) == 1

@@ -460,3 +460,23 @@ def test_what_failed_tells_its_values(client: TestClient) -> None:
     inputs = ended(client, submit(client, "bad"))["execution_error"]["current_inputs"]
     sent = prompt()["sampler"]["inputs"]
     assert inputs == {name: [value] for name, value in sent.items() if not isinstance(value, list)}
+
+
+@pytest.mark.parametrize("path", ["/prompt", "/userdata/workflows%2Fa.json", "/upload/image"])
+def test_a_client_that_leaves_while_it_sends_is_no_defect(place: Path, small_models: Path, path: str) -> None:
+    app = application(settings_of(small_models, place), Actor())
+    messages = [{"type": "http.request", "body": b'{"pro', "more_body": True}, {"type": "http.disconnect"}]
+    sent: list[Mapping[str, Any]] = []
+
+    async def send(message: Mapping[str, Any]) -> None:
+        sent.append(message)
+
+    async def receive() -> Mapping[str, Any]:
+        return messages.pop(0)
+
+    form = "multipart/form-data; boundary=x" if path == "/upload/image" else "application/json"
+    headers = [(b"host", b"localhost"), (b"content-type", form.encode())]
+    scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": headers}
+    asyncio.run(app(scope, receive, send))  # type: ignore[arg-type]
+    app.state.server.store.close()
+    assert sent[0]["status"] == 400

@@ -169,3 +169,18 @@ def test_who_waits_for_the_device_keeps_nobody_else_waiting(place: Path, small_m
         names = {answer.result().json()["devices"][0]["name"] for answer in waiting}
     assert names == {"cuda:0"}
     assert took < system.PATIENCE / 2
+
+
+def test_without_room_for_the_example_the_worker_starts_all_the_same(
+    place: Path, small_models: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(folder: Path) -> None:
+        raise OSError(28, "No space left on device", str(folder))
+
+    monkeypatch.setattr(serving, "provide", full)
+    engine = Late()
+    server = application(settings_of(small_models, place), engine).state.server
+    serving._Server(uvicorn.Config(FastAPI()), server)._prepare()
+    server.store.close()
+    assert engine.started
+    assert "No space left on device" in caplog.text

@@ -77,6 +77,20 @@ def test_the_picture_is_drawn_once(tmp_path: Path) -> None:
     assert (tmp_path / picture.NAME).read_bytes() == b"the user's own"
 
 
+def test_the_picture_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk is full, or the server is ended, while it is written."""
+
+    def half(self: Path, data: bytes) -> int:
+        with self.open("wb") as file:
+            file.write(data[:100])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", half)
+    with pytest.raises(OSError, match="No space"):
+        picture.provide(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_editor(serve: Serve) -> None:
     pytest.importorskip(ui.EDITOR)
     app = FastAPI()

@@ -317,6 +317,22 @@ def test_the_worker_ends_with_its_server(engine: WorkerProcess, place: Path) -> 
     worker.stop()
 
 
+def test_the_worker_ends_with_a_server_that_was_killed_while_it_wrote(place: Path) -> None:
+    """What has come of the command is no command."""
+    settings = WorkerSettings(find_folders(output=place / "output"), place / "jobs.sqlite", device="cpu")
+    worker = WorkerProcess(settings)
+    worker.start()
+    try:
+        until(worker.system)
+        child = worker._child
+        assert child is not None
+        child._stdin.write(b'{"message": "Ru')
+        child._stdin.close()
+        assert child.process.wait(20) == 0
+    finally:
+        worker.stop()
+
+
 def kill_worker(engine: WorkerProcess) -> None:
     """Kill -9."""
     assert engine.pid
@@ -341,6 +357,27 @@ def test_names_that_a_killed_worker_had_taken_are_free_again(tmp_path: Path) -> 
     clear_abandoned(tmp_path / "absent", before=time.time())
 
 
+def test_a_folder_that_vanishes_keeps_no_name_taken_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from usoflow.service.worker import clear_abandoned
+
+    for folder in ("a", "gone", "z"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x_00001_.part").touch()
+    listed = os.scandir
+
+    def vanished(path: os.PathLike[str] | str) -> Iterator[os.DirEntry[str]]:
+        if Path(path).name == "gone":
+            raise FileNotFoundError(path)
+        return listed(path)
+
+    monkeypatch.setattr("os.scandir", vanished)
+    clear_abandoned(tmp_path, before=time.time() + 60)
+    monkeypatch.undo()
+    assert [path.parent.name for path in tmp_path.rglob("*.part")] == ["gone"]
+
+
 def test_a_worker_does_not_wait_for_a_large_folder(place: Path) -> None:
     """One of a million pictures, on a disk in another room."""
     code = (
@@ -356,16 +393,6 @@ def test_a_worker_does_not_wait_for_a_large_folder(place: Path) -> None:
         until(engine.system)
     finally:
         engine.stop()
-
-
-def test_old_previews_are_removed_and_nothing_else(tmp_path: Path) -> None:
-    from usoflow.service.worker import clear_previews
-
-    for name, age in (("preview_a_00001_.png", 90_000), ("preview_b_00001_.png", 10), ("mine.png", 90_000)):
-        (tmp_path / name).touch()
-        os.utime(tmp_path / name, (time.time() - age,) * 2)
-    clear_previews(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.png", "preview_b_00001_.png"]
 
 
 @pytest.mark.parametrize(

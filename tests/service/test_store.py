@@ -404,3 +404,23 @@ def test_a_job_ends_whatever_its_nodes_have_shown(store: JobStore, tmp_path: Pat
     store.note_output("a", "9", {"images": [{"filename": "shown.png", "subfolder": None, "format": "x"}]})
     assert store.finish("a", State.CANCELLED)
     assert (begun.exists(), shown.exists()) == (False, True)
+
+
+def test_a_job_that_is_deleted_while_a_crash_is_mended_is_no_defect(
+    store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody clears the history at that moment."""
+    for name in ("deadly", "other"):
+        add(store, name)
+        store.start_next()
+    for _ in range(store_module.MAX_ATTEMPTS):
+        store.note_begun("deadly")
+    finish = store.finish
+
+    def finished(*values: Any) -> bool:
+        done = finish(*values)
+        store.forget()
+        return done
+
+    monkeypatch.setattr(store, "finish", finished)
+    assert [job.id for job in store.recover(failure)] == ["other"]

@@ -491,3 +491,55 @@ def test_a_stop_before_the_engine_has_the_job_is_told_to_it_again(
     store.add(Request(id="job", prompt={}, targets=(), extra={}), limit=10)
     supervisor.wake()
     assert ended(store, "job").state == State.CANCELLED
+
+
+@pytest.mark.parametrize(("part", "state"), [(good, State.COMPLETED), (bad, State.FAILED)])
+def test_a_job_that_is_deleted_as_it_ends_has_ended_so(
+    store: JobStore, monkeypatch: pytest.MonkeyPatch, part: Play, state: State
+) -> None:
+    """Its client is told what has become of it, not that it is in progress."""
+    finish, told = store.finish, []
+
+    def finished(*values: Any) -> bool:
+        done = finish(*values)
+        store.forget()
+        return done
+
+    def listen(running: Running, event: Event) -> None:
+        if event == state:
+            told.append(running.job)
+
+    monkeypatch.setattr(store, "finish", finished)
+    store.add(Request(id="job", prompt={}, targets=(), extra={}), limit=10)
+    supervisor = Supervisor(store, Scripted(job=part), listen)
+    supervisor.start()
+    until(lambda: told)
+    supervisor.stop()
+    assert (told[0].state, told[0].ended is not None) == (state, True)
+    assert (told[0].error is not None) == (state == State.FAILED)
+
+
+@pytest.mark.parametrize("broken", ["recover", "start_next", "finish"])
+def test_a_defect_of_our_own_does_not_end_the_queue(
+    store: JobStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, broken: str
+) -> None:
+    method, calls = getattr(store, broken), []
+
+    def once(*values: Any) -> Any:
+        calls.append(values)
+        if len(calls) == 1:
+            raise IndexError("nobody foresaw this")
+        return method(*values)
+
+    monkeypatch.setattr("usoflow.service.supervisor.RETRY", 0.05)
+    monkeypatch.setattr(store, broken, once)
+    for name in ("first", "second"):
+        store.add(Request(id=name, prompt={}, targets=(), extra={}), limit=10)
+    supervisor = Supervisor(store, Scripted(first=good, second=good), lambda *_: None)
+    supervisor.start()
+    try:
+        assert ended(store, "second").state == State.COMPLETED
+        assert supervisor.alive
+        assert "nobody foresaw this" in caplog.text
+    finally:
+        supervisor.stop()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from importlib import resources
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +13,9 @@ from usoflow.models.text import encode_prompt
 from usoflow.models.tokens import ClipTokenizer, T5Tokenizer, Tokenizers
 from usoflow.models.vae import LatentFormat
 from usoflow.sampling.schedule import FluxSchedule, sigmas
+from usoflow.settings import POCKET_MODELS
 
-PATH = Path(str(resources.files("usoflow.pocket"))) / "models" / "checkpoints" / "usoflow-pocket.safetensors"
+PATH = POCKET_MODELS / "checkpoints" / "usoflow-pocket.safetensors"
 FAMILY_BYTES = 32_000_000  # with LoRA, projector and vision tower
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,9 @@ from PIL import Image
 
 import usoflow
 from usoflow.models.checkpoint import TensorFile
-from usoflow.settings import MODEL_SUFFIXES
+from usoflow.settings import MODEL_SUFFIXES, POCKET_MODELS
 from usoflow.training.package import USO_FILES
 
-MODELS = Path(str(resources.files("usoflow.pocket"))) / "models"
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FAMILY_BYTES = 32_000_000
 KINDS = {"clip_vision": "siglip", "model_patches": "uso_projector", "loras": "uso_lora"}
@@ -25,10 +23,10 @@ GRAPHS = ("text", "subject", "style", "both")
 
 
 def test_the_family_is_small_and_holds_what_it_should() -> None:
-    files = [path for path in MODELS.rglob("*") if path.suffix in MODEL_SUFFIXES]
+    files = [path for path in POCKET_MODELS.rglob("*") if path.suffix in MODEL_SUFFIXES]
     assert sum(path.stat().st_size for path in files) < FAMILY_BYTES
     for folder, kind in KINDS.items():
-        assert set(TensorFile.open(MODELS / folder / USO_FILES[folder]).components()) == {kind}
+        assert set(TensorFile.open(POCKET_MODELS / folder / USO_FILES[folder]).components()) == {kind}
 
 
 @pytest.mark.parametrize("name", GRAPHS)
@@ -60,7 +58,7 @@ def differences(one: Any, two: Any, path: tuple[Any, ...] = ()) -> Iterator[tupl
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[usoflow.Engine]:
-    with usoflow.Engine(models=MODELS, output=tmp_path_factory.mktemp("out"), dtype="fp32") as engine:
+    with usoflow.Engine(models=POCKET_MODELS, output=tmp_path_factory.mktemp("out"), dtype="fp32") as engine:
         yield engine
 
 

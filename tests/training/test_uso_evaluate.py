@@ -74,6 +74,25 @@ def test_a_transformer_that_cannot_be_run_is_passed_over(tmp_path: Path, small_m
         usual.unlink(missing_ok=True)
 
 
+@pytest.mark.parametrize("folder", ["loras", "model_patches"])
+def test_of_two_files_of_uso_none_is_chosen_by_its_name(
+    tmp_path: Path, small_models: Path, folder: str
+) -> None:
+    shutil.copytree(small_models, tmp_path / "models")
+    (usual,) = (tmp_path / "models" / folder).iterdir()
+    again = usual.with_name("a-link.safetensors")
+    again.symlink_to(usual)
+    assert len(contender(tmp_path / "models").files) == 4  # a file may have two names
+    again.unlink()
+    shutil.copy(usual, again)
+    with pytest.raises(UsoflowError, match="two files") as caught:
+        contender(tmp_path / "models")
+    assert str(usual) in caught.value.detail
+    assert str(again) in caught.value.detail
+    assert caught.value.remedy == "Keep one of them in the folder."
+    components_of(find_folders(models=tmp_path / "models"), ["flux"])  # which needs neither
+
+
 @pytest.mark.parametrize("name", CELLS)
 def test_questions_are_of_held_out_subjects_and_styles(name: CellName) -> None:
     cell = CELLS[name]
@@ -148,8 +167,9 @@ def test_what_is_left_out_changes_the_pictures(small_models: Path, sprites: Spri
         assert not torch.allclose(whole, model.answer(sprites, asked, less), atol=1e-2)
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError(), RuntimeError("can't allocate memory")])
 def test_what_does_not_fit_is_drawn_in_parts(
-    small_models: Path, sprites: Sprites, monkeypatch: pytest.MonkeyPatch
+    small_models: Path, sprites: Sprites, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     asked, model = questions(WORLD, CELLS["both"], 5), contender(small_models)
     wanted, at_once = model.answer(sprites, asked, Given()), []
@@ -158,7 +178,7 @@ def test_what_does_not_fit_is_drawn_in_parts(
     def only_two(self: Contender, sprites: Sprites, asked: list[Triplet], *rest: object) -> Tensor:
         at_once.append(len(asked))
         if len(asked) > 2:
-            raise torch.OutOfMemoryError
+            raise error
         return batch(self, sprites, asked, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Contender, "_batch", only_two)

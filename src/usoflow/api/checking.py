@@ -157,6 +157,8 @@ def _remedies(checked: ValidationResult) -> Iterator[str]:
                 yield from remedy.splitlines()
             elif error["type"] == "value_not_in_list":
                 yield f"Another value is set with --set {node_id}.{error['extra_info']['input_name']}=VALUE."
+            elif error["type"] == "required_input_missing":
+                yield "Where the node before it is muted (Ctrl+M) in the editor, bypass it (Ctrl+B) instead."
             elif error["type"] == "custom_validation_failed" and entry["class_type"] in LOADS:
                 yield f"Give the picture with --image {node_id}=PATH, or its folder with --input DIR."
     if checked.error and checked.error["type"] == "prompt_no_outputs":

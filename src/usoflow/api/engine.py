@@ -24,7 +24,7 @@ from usoflow.api.checking import Job, check
 from usoflow.api.official import RANDOM_SEEDS, TEMPLATE, Request, adapted, build
 from usoflow.api.workflow import Workflow, check_picture, plain
 from usoflow.errors import UsoflowError
-from usoflow.settings import Folders, bytes_of, expanded, find_folders
+from usoflow.settings import Folders, bytes_of, expanded, find_folders, temp_folder
 from usoflow.workflow.loading import TEMPLATE as TEMPLATE_PREFIX
 
 if TYPE_CHECKING:
@@ -221,7 +221,9 @@ class Engine:
             from usoflow.execution.executor import Executor
             from usoflow.models.library import ModelLibrary
             from usoflow.models.placement import Placement
+            from usoflow.nodes.image import clear_previews
 
+            clear_previews(temp_folder())
             placement = Placement.choose(self._device, self._dtype, self._budget, compiled=self._compiled)
             self._executor = Executor(self.nodes, ModelLibrary(placement))
 

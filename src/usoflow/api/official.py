@@ -104,6 +104,7 @@ _STYLE: Final = _Half(
 _IDS: Final = "9d781ff22b5e"
 _TEMPLATES: Final = "comfyui-workflow-templates-json"
 _KNOWN_TEMPLATES: Final = f"{_TEMPLATES}==0.1.123"
+_ON_ITS_SIDE: Final = range(5, 9)  # of EXIF's orientations
 _FIRST_NAME: Final = 4  # of a model file, among the values that a subgraph's node shows
 _CLIP, _VAE = 1, 2  # outputs of the checkpoint's loader
 _COLUMN, _ROW = NODE_SIZE[0] + 50, 400  # a LoadImage that shows its picture is higher than others
@@ -330,10 +331,11 @@ def _loaded(data: dict[str, Any], pictures: dict[str, Path], notes: tuple[str, .
 
 
 def _picture_size(path: Path) -> tuple[int, int]:
-    """Width and height as shown, turned as EXIF says."""
-    from PIL import ImageOps
+    """Width and height as shown, turned as EXIF says; no pixel is decoded."""
+    from PIL.ExifTags import Base
 
     from usoflow.nodes.pictures import opened
 
     with opened(path) as picture:
-        return ImageOps.exif_transpose(picture).size
+        width, height = picture.size
+        return (height, width) if picture.getexif().get(Base.Orientation) in _ON_ITS_SIDE else (width, height)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,20 +19,20 @@ _GAP = 8
 SEPARATOR = " · "  # of the parts of a label, where it may be broken
 
 
-def contact_sheet(pictures: Sequence[tuple[str, Image]], *, columns: int | None = None) -> Image:
+def contact_sheet(pictures: Iterable[tuple[str, Image]], *, columns: int | None = None) -> Image:
     """One picture of many.
 
     Args:
-        pictures: label and picture, in reading order.
+        pictures: label and picture, in reading order; none is held longer than it is looked at.
         columns: default makes it about as high as wide.
     """
     from PIL import Image, ImageDraw, ImageFont
 
-    columns = columns or math.ceil(math.sqrt(len(pictures)))
     font = ImageFont.load_default(size=_TEXT)
-    shown = [_fitted(picture) for _, picture in pictures]
+    texts, shown = zip(*((label, _fitted(picture)) for label, picture in pictures), strict=True)
+    columns = columns or math.ceil(math.sqrt(len(shown)))
     wide = max(picture.width for picture in shown) + _GAP
-    labels = [_wrapped(label, wide - _GAP, font) for label, _ in pictures]
+    labels = [_wrapped(label, wide - _GAP, font) for label in texts]
     text = max(len(lines) for lines in labels) * _LINE + _GAP
     high = max(picture.height for picture in shown) + text
     rows = math.ceil(len(shown) / columns)

@@ -287,14 +287,16 @@ def _record(
 
 
 def _write_sheet(wanted: Sequence[_Wanted], results: Sequence[Result], columns: int | None) -> Path:
+    from PIL import Image
+
     from usoflow.api.saving import save
     from usoflow.api.sheet import contact_sheet
 
-    labelled = [
-        (item.label(result), picture)
+    labelled = (
+        (item.label(result), Image.open(path))
         for item, result in zip(wanted, results, strict=True)
-        for picture in result.images
-    ]
+        for path in result.paths
+    )
     path, buffer = _sheet_path(results[0].paths[0]), io.BytesIO()
     contact_sheet(labelled, columns=columns).save(buffer, "PNG")
     try:

@@ -95,7 +95,7 @@ def pull(
 @app.command()
 def check(
     context: typer.Context,
-    file: Annotated[Path, typer.Argument(parser=path, help="A safetensors file.")],
+    file: Annotated[Path, typer.Argument(parser=path, help="A model file, safetensors or GGUF.")],
     transformer: Annotated[
         Path | None, typer.Option("--with", parser=path, help="The transformer that a LoRA is to fit.")
     ] = None,

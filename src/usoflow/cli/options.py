@@ -13,6 +13,7 @@ import typer
 
 from usoflow.errors import UsoflowError
 from usoflow.settings import expanded
+from usoflow.training import LIBRARIES
 
 if TYPE_CHECKING:
     from usoflow.schema.node import NodeRegistry
@@ -114,8 +115,7 @@ def need_training() -> None:
     Raises:
         UsoflowError: `extra_missing`.
     """
-    needed = ("cv2", "resvg_py", "matplotlib", "accelerate", "pydantic")
-    lacking = [name for name in needed if importlib.util.find_spec(name) is None]
+    lacking = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
     if lacking:
         raise UsoflowError(
             "extra_missing", f"Not installed: {', '.join(lacking)}.", remedy='pip install "usoflow[train]"'

@@ -66,8 +66,9 @@ def serve(
         raise UsoflowError("address_unusable", "--listen is empty.")
     budget = None if vram is None else bytes_of(vram)
     token = token or None  # of an empty variable, say
+    made_up = None
     if listen not in LOOPBACK and token is None:
-        token = secrets.token_urlsafe(16)
+        token = made_up = secrets.token_urlsafe(16)
     state = os.environ.get(STATE_VARIABLE) or platformdirs.user_data_path("usoflow") / "server"
     folders = find_folders(models=models, inputs=inputs, output=output)
     check_writable(folders.output)
@@ -82,15 +83,19 @@ def serve(
     )
     bound = _bound(listen, port)
     app = create_app(settings, device=device.value, dtype=dtype.value, budget=budget, compiled=compiled)
-    rest = f":{port}/" + (f"?token={quote(token, safe='')}" if token else "")
-    addresses = [f"http://{host}{rest}" for host in _hosts(listen)]
-    print(f"usoflow: {' or '.join(addresses)}")
+    addresses = [f"http://{host}:{port}/" for host in _hosts(listen)]
+    # A token that somebody has set is known, and is not for a log.
+    print(f"usoflow: {' or '.join(address + _query(made_up) for address in addresses)}")
     print(
         f"Pictures go to {folders.output.absolute()}, uploads to {folders.inputs[0].absolute()}.", flush=True
     )
     if ui:
-        _open_browser(addresses[0])
+        _open_browser(addresses[0] + _query(token))
     serve_app(app, bound)
+
+
+def _query(token: str | None) -> str:
+    return f"?token={quote(token, safe='')}" if token else ""
 
 
 def _bound(listen: str, port: int) -> socket.socket:
@@ -103,6 +108,7 @@ def _bound(listen: str, port: int) -> socket.socket:
         if listen == "::":  # IPv4 too, as the addresses say that are printed; Windows' default is not to
             found.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         found.bind((listen, port))
+        found.listen()  # whoever reads the address may connect; what serves it later listens once more
     except OSError as error:
         found.close()
         raise UsoflowError("address_unusable", f"{listen}:{port} cannot be used: {error.strerror}.") from None

@@ -32,7 +32,10 @@ def train(
         bool, typer.Option("--full-precision", help="Compute in fp32 instead of bf16.")
     ] = False,
 ) -> None:
-    """Run a stage of training, or all of them; run again, one goes on from its last saved state."""
+    """Train the pocket models: a stage, or all; run again, one goes on from its last saved state.
+
+    They learn from emoji drawings. FLUX.1 itself is taught by `python -m usoflow.training.full_size`.
+    """
     need_training()
     import torch
 
@@ -51,4 +54,5 @@ def train(
     dtype = torch.float32 if full_precision else torch.bfloat16
     workshop = Workshop(work, Plan.read(config), dtype, compiled, Placement.choose(device.value).device)
     for name in STAGES if stage == "all" else (stage,):
+        typer.echo(f"{name}: in {work}")
         STAGES[name](workshop)

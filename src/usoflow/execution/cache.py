@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from usoflow.errors import UsoflowError
@@ -28,20 +29,33 @@ class OutputCache:
     """Outputs of the last run by key. A node that the run did not use is forgotten."""
 
     def __init__(self) -> None:
-        self._outputs: dict[str, Outputs] = {}
+        self._kept: dict[str, tuple[Outputs, Mapping[Path, object]]] = {}
 
     def get(self, key: str) -> Outputs | None:
-        return self._outputs.get(key)
+        """None, too, if a file that the node wrote was removed or changed meanwhile, or is another's now."""
+        outputs, written = self._kept.get(key, (None, {}))
+        unchanged = all(_state_of(path) == state is not None for path, state in written.items())
+        return outputs if unchanged else None
 
-    def put(self, key: str, outputs: Outputs) -> None:
-        self._outputs[key] = outputs
+    def put(self, key: str, outputs: Outputs, written: Iterable[Path]) -> None:
+        """Keep the outputs of a node that has written these files."""
+        self._kept[key] = outputs, {path: _state_of(path) for path in written}
 
     def keep_only(self, keys: set[str]) -> None:
         """Forget every other output."""
-        self._outputs = {key: outputs for key, outputs in self._outputs.items() if key in keys}
+        self._kept = {key: kept for key, kept in self._kept.items() if key in keys}
 
     def clear(self) -> None:
-        self._outputs = {}
+        self._kept = {}
+
+
+def _state_of(path: Path) -> tuple[int, int] | None:
+    """What changes when a file does; None if there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns
 
 
 def keys(

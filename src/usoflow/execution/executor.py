@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -156,8 +156,7 @@ class _Run:
         reachable = list(in_order(self.prompt, targets))
         self._ask_nodes(reachable)
         key_of = keys(self.prompt, reachable, self.executor.registry, self.folders, self._told)
-        kept = {key: outputs for key in key_of.values() if (outputs := cache.get(key)) is not None}
-        known = {key: outputs for key, outputs in kept.items() if self._is_there(outputs)}
+        known = {key: outputs for key in key_of.values() if (outputs := cache.get(key)) is not None}
         needed = list(in_order(self.prompt, targets, stop_at={n for n in reachable if key_of[n] in known}))
         first = {key_of[n]: n for n in reversed(needed) if key_of[n] not in known}  # of equal nodes
         to_run = set(first.values())
@@ -169,7 +168,7 @@ class _Run:
                 key = key_of[node_id]
                 if key not in known:
                     known[key] = self._run_node(node_id)
-                    cache.put(key, known[key])
+                    cache.put(key, known[key], self._written(known[key]))
                 self.outputs[node_id] = known[key]
         finally:
             cache.keep_only(set(key_of.values()))
@@ -183,11 +182,12 @@ class _Run:
         for gone in self.executor.instances.keys() - present:
             del self.executor.instances[gone]
 
-    def _is_there(self, outputs: Outputs) -> bool:
-        """Whether no picture that a node has written was removed meanwhile; other outputs are in memory."""
+    def _written(self, outputs: Outputs) -> Iterator[Path]:
+        """The pictures that a node has written; its other outputs are in memory."""
         shown = _shown(outputs)
-        written = [image.path(self.folders) for image in shown.images] if shown else []
-        return all(path is None or os.path.exists(path) for path in written)
+        for image in shown.images if shown else ():
+            if path := image.path(self.folders):
+                yield path
 
     def _ask_nodes(self, node_ids: Sequence[str]) -> None:
         """Whether custom nodes take their values; before any is run."""

@@ -1,1 +1,1 @@
-"""The networks and the files they come from. Importing the package imports no torch; its modules do."""
+"""The networks and the files they come from. The package and what only reads headers import no torch."""

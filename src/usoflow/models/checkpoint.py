@@ -68,9 +68,11 @@ SIGNATURES: Mapping[str, re.Pattern[str]] = MappingProxyType(
         "vae": re.compile(r"^(.*?)decoder\.conv_in\.weight$"),
         "siglip": re.compile(r"^(.*?vision_model\.)embeddings\.patch_embedding\.weight$"),
         "uso_projector": re.compile(r"^(.*?)feature_embedder\.low_projection\.weight$"),
-        "uso_lora": re.compile(r"^(.*?)(?:double|single)_blocks\.\d+\.processor\.\w+_lora\d?\.up\.weight$"),
+        # XLabs' LoRAs have the same names, in the double blocks alone: they are but LoRAs.
+        "uso_lora": re.compile(r"^(.*?)single_blocks\.\d+\.processor\.\w+_lora\d?\.up\.weight$"),
         "lora": re.compile(
-            r"^().+\.(?:(?:lora_down|lora_A|lora\.down)(?:\.default)?\.weight|hada_w1_a|lokr_w[12](?:_a)?|oft_\w+)$"
+            r"^().+\.(?:(?:lora_down|lora_A|lora\.down)(?:\.default)?\.weight|processor\.\w+_lora\d?\.up\.weight"
+            r"|hada_w1_a|lokr_w[12](?:_a)?|oft_\w+)$"
         ),  # LoHa, LoKr and OFT too: they are not applied, but told from other files
     }
 )

@@ -49,7 +49,10 @@ def rotary_table(ids: Tensor, axes: Sequence[int], theta: int) -> Rope:
 
 
 def timestep_embedding(t: Tensor) -> Tensor:
-    """Sinusoidal features of t in 0..1, scaled by 1000: [B] -> float32 [B, 256], cosines first."""
+    """Sinusoidal features of times in 0..1 or of guidances, scaled by 1000.
+
+    [B] -> float32 [B, 256], cosines first.
+    """
     half = TIME_DIM // 2
     frequencies = torch.exp(
         -math.log(10_000) * torch.arange(half, dtype=torch.float32, device=t.device) / half

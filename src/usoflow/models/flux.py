@@ -33,10 +33,8 @@ from usoflow.models.weights import LayerNorm, Linear, RMSNorm
 
 NORM_EPS = 1e-6
 FP16_MAX = torch.finfo(torch.float16).max
-TOKENS = 64  # of a batch, whose queries and keys are turned at once: 1.5 MB in fp32 at full width
+TOKENS_AT_ONCE = 64  # of a batch, whose queries and keys are turned at once: 1.5 MB in fp32 at full width
 OFFICIAL_DEPTH = (19, 38)  # double, single blocks of FLUX.1
-
-IGNORED: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -271,7 +269,7 @@ class QKNorm(nn.Module):
         """
         scales = torch.stack([scale.float() for scale in self.parameters()])[:, None]  # [2, 1, D]
         batch, length, _, heads, dim = x.shape
-        at_once = length if torch.is_grad_enabled() else max(1, TOKENS // batch)
+        at_once = length if torch.is_grad_enabled() else max(1, TOKENS_AT_ONCE // batch)
         out = x.new_empty(2, batch, heads, length, dim, dtype=dtype)
         for first in range(0, length, at_once):
             some = slice(first, first + at_once)

@@ -30,7 +30,7 @@ def inspect(path: Path, transformer: Component | None) -> Iterator[str]:
     """What a file is and whether it can be used, a line at a time.
 
     Args:
-        path: any safetensors file.
+        path: any model file, safetensors or GGUF.
         transformer: what a LoRA is matched with; None leaves that out.
 
     Raises:

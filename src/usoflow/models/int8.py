@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from usoflow.models.fp8 import STORED, WIDE
-from usoflow.models.kernels import SIZE, Scratch, widen
+from usoflow.models.kernels import MAGNITUDE, Scratch, widen
 from usoflow.models.pages import in_large_pages
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ def narrowed(weight: Tensor, scale: Tensor | None, scratch: Scratch) -> tuple[Te
         in_large_pages(whole)
     parts = (part.split(at_once) for part in (weight, whole, units))
     for stored, out, unit in zip(*parts, strict=True):
-        largest = stored.view(torch.int8).bitwise_and(SIZE).amax(-1, keepdim=True).view(STORED).float()
+        largest = stored.view(torch.int8).bitwise_and(MAGNITUDE).amax(-1, keepdim=True).view(STORED).float()
         unit.copy_(torch.exp2(torch.frexp(largest).exponent - float(BITS)))
         unit.add_(0 * largest)  # which is NaN where that is
         out.copy_(widen(stored, torch.float32, scratch).mul_(unit.reciprocal()).round_())  # bf16 takes longer

@@ -187,7 +187,8 @@ class ModelLibrary:
         Args:
             component: its tensors.
             loras: applied together.
-            weight_dtype: "default" as stored, or "fp8_e4m3fn".
+            weight_dtype: "default" is laid as `Placement.settle` does it; "fp8_e4m3fn" is narrowed, where
+                there is memory for that, and never widened for good.
 
         Raises:
             UsoflowError: what is wrong with the file, or `lora_mismatch`.
@@ -341,10 +342,11 @@ class ModelLibrary:
         """The network with the branches of these LoRAs, around the same weights."""
         loras = tuple(use for use in loras if use.strength != 0)
         if not loras:
+            self._views.pop(role, None)  # the branches of before take memory
             return base
         key = (base, *((_key(use.lora), use.strength) for use in loras))
         if role not in self._views or self._views[role][0] != key:
-            self._views.pop(role, None)  # the branches of before take memory, too
+            self._views.pop(role, None)
             view = _view(base)
             for use in loras:
                 # Those of text encoders come and go with them.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from usoflow.models import flux, style_projector, text, vae, vision
+from usoflow.models import text, vision
 from usoflow.models.checkpoint import Component
 from usoflow.models.flux import OFFICIAL_DEPTH, Flux, FluxConfig
 from usoflow.models.style_projector import StyleProjector, StyleProjectorConfig
@@ -26,7 +26,7 @@ def load_flux(component: Component) -> Flux:
             "%s is shallow: %d double and %d single blocks (FLUX.1 has %d and %d).",
             component.file.path.name, *depth, *OFFICIAL_DEPTH,
         )  # fmt: skip
-    return build(component, lambda: Flux(config), ignored=flux.IGNORED)
+    return build(component, lambda: Flux(config))
 
 
 def load_clip(component: Component) -> ClipText:
@@ -50,13 +50,13 @@ def load_siglip(component: Component) -> SiglipVision:
 def load_vae(component: Component) -> AutoEncoder:
     """The VAE of a file."""
     config = VaeConfig.from_component(component)
-    return build(component, lambda: AutoEncoder(config), ignored=vae.IGNORED)
+    return build(component, lambda: AutoEncoder(config))
 
 
 def load_projector(component: Component) -> StyleProjector:
     """The USO style projector of a file."""
     config = StyleProjectorConfig.from_component(component)
-    return build(component, lambda: StyleProjector(config), ignored=style_projector.IGNORED)
+    return build(component, lambda: StyleProjector(config))
 
 
 def tokenizers_of(clip: ClipText, t5: T5Encoder) -> Tokenizers:

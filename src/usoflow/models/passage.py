@@ -143,24 +143,24 @@ class Passage:
         self._homes = [Home(block) for block in blocks]
         with self._there(), torch.inference_mode(False):  # else only inference may write it again
             self._copies = self._streams.Stream()
-            self._buffers = self._made(device, max(home.size for home in self._homes))
-            self._pin(device, pinned)
+            self._buffers = self._made(max(home.size for home in self._homes))
+            self._pin(pinned)
         self._turn = 0
         for number, block in enumerate(blocks):
             block.register_forward_pre_hook(lambda _module, _inputs, number=number: self._enter(number))
             block.register_forward_hook(lambda _module, _inputs, _out, number=number: self._leave(number))
 
-    def _made(self, device: torch.device, size: int) -> list[Buffer]:
+    def _made(self, size: int) -> list[Buffer]:
         made = []
         for _ in range(min(2, len(self._homes))):
-            memory = torch.empty(size, dtype=torch.uint8, device=device)
-            if device.type == "cuda":
+            memory = torch.empty(size, dtype=torch.uint8, device=self._device)
+            if self._device.type == "cuda":
                 memory.record_stream(self._copies)  # freed, it is not used again before the last copy is done
             made.append(Buffer(memory, self._streams.Event(), self._streams.Event()))
         self._copies.wait_stream(self._streams.current_stream())  # what used this memory before is done
         return made
 
-    def _pin(self, device: torch.device, room: int) -> None:
+    def _pin(self, room: int) -> None:
         sizes = [home.size for home in self._homes]
         counts, done, reason = pinned_together(sizes, room), 0, "the host's memory is used up"
         homes = pages.brought(self._homes[: sum(counts)], lambda home: home.stored)
@@ -168,7 +168,7 @@ class Passage:
             shares = sizes[done : done + count]
             try:
                 memory = torch.empty(
-                    sum(shares), dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda"
+                    sum(shares), dtype=torch.uint8, device="cpu", pin_memory=self._device.type == "cuda"
                 )
             except RuntimeError as error:  # the system has no such memory
                 reason = str(error)

@@ -175,7 +175,7 @@ class Placement:
         return replace(self, device=cpu, dtype=_best_dtype(cpu), budget=None)
 
     @contextmanager
-    def borrow(self, module: M, blocks: Sequence[nn.Module] = ()) -> Iterator[M]:
+    def borrow(self, module: nn.Module, blocks: Sequence[nn.Module] = ()) -> Iterator[None]:
         """The module on the device for a while; then its memory-mapped parameters are put back.
 
         Args:
@@ -184,12 +184,12 @@ class Placement:
         """
         if self.device.type == "cpu":
             with residence.passing_once(module, blocks, self.t5_dtype) if blocks else nullcontext():
-                yield module
+                yield
             return
         home = {name: parameter.data for name, parameter in module.named_parameters()}
         try:
             _move(module, self.device)
-            yield module
+            yield
         finally:
             for name, parameter in module.named_parameters():
                 parameter.data = home[name]

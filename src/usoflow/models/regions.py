@@ -12,7 +12,6 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -25,7 +24,7 @@ from usoflow.settings import compiled_folder
 
 logger = logging.getLogger(__name__)
 
-CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"  # Inductor's own
+CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"  # Inductor's own: where it keeps what it made
 NEVER = sys.maxsize
 VARIANTS = 64  # of a block: sizes of pictures, ranks of LoRAs; torch's own limit is 8
 TOO_MANY = ("FailOnRecompileLimitHit", "RecompileLimitExceeded")  # torch's errors; of 2.6 the second
@@ -39,14 +38,9 @@ Shapes = tuple[Any, ...]
 
 
 class Regions:
-    """Decides for each step whether its blocks are computed eagerly or compiled, and compiles them.
+    """Decides for each step whether its blocks are computed eagerly or compiled, and compiles them."""
 
-    Attributes:
-        folder: where the compiler keeps what it made, unless `CACHE_VARIABLE` names another place.
-    """
-
-    def __init__(self, folder: Path | None = None) -> None:
-        self.folder = folder or compiled_folder()
+    def __init__(self) -> None:
         self._run = 0
         self._kinds: WeakKeyDictionary[nn.Module, Kinds] = WeakKeyDictionary()
         self._first: dict[tuple[Kinds, Shapes], int] = {}  # run of each
@@ -101,7 +95,7 @@ class Regions:
 
     def _of(self, kind: type[Block]) -> Callable[..., Any]:
         if kind not in self._compiled:
-            os.environ.setdefault(CACHE_VARIABLE, str(self.folder))
+            os.environ.setdefault(CACHE_VARIABLE, str(compiled_folder()))
             torch._dynamo.config.cache_size_limit = VARIANTS
             logger.info("%s: compiled now, which takes a while once.", kind.__name__)
             self._compiled[kind] = torch.compile(kind.compute, dynamic=False, fullgraph=True, options=OPTIONS)

@@ -23,8 +23,6 @@ from usoflow.models.weights import LayerNorm, Linear
 LEVELS: Mapping[str, int] = MappingProxyType({"high": -2, "mid": -11, "low": -20})
 NORM_EPS = 1e-5
 
-IGNORED: tuple[str, ...] = ()
-
 
 @dataclass(frozen=True, slots=True)
 class StyleProjectorConfig:

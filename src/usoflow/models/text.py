@@ -109,7 +109,7 @@ def _pooled(sequence: TokenSequence, clip: ClipText) -> Tensor:
     end = sequence.ids.index(CLIP_END)
     device = clip.text_model.embeddings.token_embedding.weight.device
     ids = torch.tensor([sequence.ids[: end + 1]], device=device)  # no token sees what comes after it
-    return clip(ids, torch.tensor([end], device=device))[1]
+    return clip(ids, torch.tensor([end], device=device))
 
 
 # --- CLIP-L -------------------------------------------------------------------------------------------
@@ -156,7 +156,7 @@ class ClipText(nn.Module):
         self.config = config
         self.text_model = _ClipTransformer(config)
 
-    def forward(self, ids: Tensor, end_positions: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, ids: Tensor, end_positions: Tensor) -> Tensor:
         """Encode token ids.
 
         Args:
@@ -164,10 +164,10 @@ class ClipText(nn.Module):
             end_positions: int64 [B], where the first end token of each row is.
 
         Returns:
-            float32 states [B, T, dim] after the final norm, and of these the one at the end token [B, dim].
+            float32 [B, dim], the state at the end token after the final norm.
         """
-        states = self.text_model(ids)
-        return states, states[torch.arange(len(ids), device=ids.device), end_positions]
+        states: Tensor = self.text_model(ids)
+        return states[torch.arange(len(ids), device=ids.device), end_positions]
 
 
 class _ClipTransformer(nn.Module):

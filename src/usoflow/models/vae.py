@@ -23,8 +23,6 @@ from usoflow.models.weights import Conv2d, GroupNorm
 
 logger = logging.getLogger(__name__)
 
-IGNORED: tuple[str, ...] = ()
-
 OFFICIAL_GROUPS = 32
 OFFICIAL_EPS = 1e-6
 OFFICIAL_SCALE = 0.3611

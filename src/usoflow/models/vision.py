@@ -28,8 +28,8 @@ HEADS: Mapping[int, int] = MappingProxyType({1152: 16})  # official, by width
 EPS = 1e-5
 OFFICIAL_GRID, OFFICIAL_PATCH, OFFICIAL_SIZE = 27, 14, 384  # 378 of 384 pixels are seen
 
-# What comes after the last layer: USO reads the layers themselves.
 LONGEST = 8  # sides of a picture's middle; what is farther away no filter reaches
+# What comes after the last layer: USO reads the layers themselves.
 IGNORED: tuple[str, ...] = ("post_layernorm.*", "head.*")
 
 

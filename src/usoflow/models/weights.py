@@ -45,11 +45,6 @@ def _parameter(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(*shape))
 
 
-def widened(weight: Tensor, like: Tensor) -> Tensor:
-    """`weight` in the dtype of `like` (no copy if it already is)."""
-    return weight.to(like.dtype)
-
-
 class LowRank(nn.Module):
     """A low-rank branch beside a linear layer: adds strength * up @ down @ x to some of its output rows.
 
@@ -74,8 +69,8 @@ class LowRank(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Add the branch's part for x [..., in] to the layer's output y [..., out], in place."""
-        inner = widened(F.linear(x, widened(self.down, x)) * self.strength, x)  # [..., rank]
-        y[..., self.rows].add_(F.linear(inner, widened(self.up, x)))
+        inner = (F.linear(x, self.down.to(x.dtype)) * self.strength).to(x.dtype)  # [..., rank]
+        y[..., self.rows].add_(F.linear(inner, self.up.to(x.dtype)))
         return y
 
 
@@ -115,12 +110,13 @@ class Linear(nn.Module):
         return self._multiplied(x.to(narrow), gelu=gelu).to(x.dtype)
 
     def _multiplied(self, x: Tensor, *, gelu: bool) -> Tensor:
-        bias = None if self.bias is None else widened(self.bias, x)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
         may_be_rounded = x.dtype == fp8.WIDE and not torch.is_grad_enabled()
         if may_be_rounded and self.row_scales is not None:
             y = fp8.product(x, self.weight, self.row_scales, bias)
         elif may_be_rounded and self.in_int8:
-            y = int8.product(x, *self._whole_numbers(), bias, self.scratch or Scratch())
+            assert self.scratch is not None
+            y = int8.product(x, *self._whole_numbers(self.scratch), bias, self.scratch)
         elif len(self.branches) > 0:  # torch 2.6 compiles a mere `self.branches` without a guard
             y = linear(x, self._weight(x), bias)
         else:
@@ -142,13 +138,14 @@ class Linear(nn.Module):
     def hold_in_int8(self) -> None:
         """Hold the weight in whole numbers, if it is multiplied so; they take as many bytes."""
         if self.in_int8:
-            weight, self.scale_weight = self._whole_numbers()
+            assert self.scratch is not None
+            weight, self.scale_weight = self._whole_numbers(self.scratch)
             self.weight = nn.Parameter(weight, requires_grad=False)
 
-    def _whole_numbers(self) -> tuple[Tensor, Tensor]:
+    def _whole_numbers(self, scratch: Scratch) -> tuple[Tensor, Tensor]:
         if self.weight.dtype == torch.int8 and self.scale_weight is not None:
             return self.weight, self.scale_weight
-        return int8.narrowed(self.weight, self.scale_weight, self.scratch or Scratch())
+        return int8.narrowed(self.weight, self.scale_weight, scratch)
 
     def plain_weight(self, dtype: torch.dtype) -> Tensor:
         """The weight [out, in] in a dtype, its scale applied; the stored one if that is the same."""
@@ -162,19 +159,19 @@ class Linear(nn.Module):
             return weight
         scale = self.scale_weight.to(x.device)
         # By a mere number a CPU multiplies before it rounds.
-        factor = scale.reshape(()) if scale.numel() == 1 else widened(scale.reshape(-1, 1), x)
+        factor = scale.reshape(()) if scale.numel() == 1 else scale.reshape(-1, 1).to(x.dtype)
         ours = weight.dtype != self.weight.dtype and not torch.is_grad_enabled()
         return weight.mul_(factor) if ours else weight * factor
 
     def _widened(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu" or torch.compiler.is_compiling():
-            return widened(self.weight, x)
+            return self.weight.to(x.dtype)
         if self.weight.is_mkldnn:  # packed for the usual dtype, where no gradient is asked for
             as_packed = x.dtype == self.weight.dtype and fast(x)
-            return self.weight if as_packed else widened(self.weight.to_dense(), x)
+            return self.weight if as_packed else self.weight.to_dense().to(x.dtype)
         if self.regular is None:
             self.regular = self.weight.dtype != torch.float8_e4m3fn or not has_nan(self.weight)
-        return widen(self.weight, x.dtype, self.scratch) if self.regular else widened(self.weight, x)
+        return widen(self.weight, x.dtype, self.scratch) if self.regular else self.weight.to(x.dtype)
 
 
 class Conv2d(nn.Module):
@@ -190,7 +187,7 @@ class Conv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, C, H, W]."""
-        return F.conv2d(x, widened(self.weight, x), widened(self.bias, x), self.stride, self.padding)
+        return F.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype), self.stride, self.padding)
 
 
 class LayerNorm(nn.Module):
@@ -205,7 +202,7 @@ class LayerNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.weight is None or self.bias is None:
             return F.layer_norm(x, self.dim, eps=self.eps)
-        return F.layer_norm(x, self.dim, widened(self.weight, x), widened(self.bias, x), self.eps)
+        return F.layer_norm(x, self.dim, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 class RMSNorm(nn.Module):
@@ -217,7 +214,7 @@ class RMSNorm(nn.Module):
         self.register_parameter(name, _parameter(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.dim, widened(self.get_parameter(self.name), x), self.eps)
+        return F.rms_norm(x, self.dim, self.get_parameter(self.name).to(x.dtype), self.eps)
 
 
 class GroupNorm(nn.Module):
@@ -230,7 +227,7 @@ class GroupNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, C, ...]."""
-        return F.group_norm(x, self.groups, widened(self.weight, x), widened(self.bias, x), self.eps)
+        return F.group_norm(x, self.groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 class Embedding(nn.Module):

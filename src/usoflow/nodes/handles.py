@@ -32,7 +32,7 @@ class ModelHandle:
 
     Attributes:
         flux: the transformer's tensors.
-        weight_dtype: "default" holds weights as the file does; "fp8_e4m3fn" narrows them.
+        weight_dtype: how its weights are held, "default" or "fp8_e4m3fn" (`ModelLibrary.flux`).
         loras: applied together.
         styles: in the order of the chain.
         easy_cache: skips steps, if set.

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +17,8 @@ from usoflow.schema.values import image_location
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+PREVIEWS_KEPT = 24 * 3600.0  # seconds
 
 _PADDING = Int(min=0, max=16384, step=8)
 _HIDDEN = ("prompt", "extra_pnginfo")
@@ -51,6 +56,15 @@ def preview_image(images: Image, *, context: NodeContext) -> Shown:
     digest = hashlib.sha256(images.cpu().numpy().tobytes()).hexdigest()[:16]
     prefix = f"{PREVIEW_PREFIX}{digest}"
     return _write(images, context.folders.temp, "temp", prefix, context, compression=_PREVIEW_COMPRESSION)
+
+
+def clear_previews(temp: Path, *, age: float = PREVIEWS_KEPT) -> None:
+    """Remove PreviewImage's pictures older than `age` seconds: another process may show newer ones."""
+    for name in glob.glob(f"{PREVIEW_PREFIX}*.png", root_dir=temp):
+        picture = temp / name
+        with suppress(OSError):
+            if time.time() - picture.stat().st_mtime > age:
+                picture.unlink()
 
 
 @node("ImageInvert", category="image", display_name="Invert Image")

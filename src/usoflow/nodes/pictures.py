@@ -106,20 +106,25 @@ def _too_large(path: Path, pixels: str) -> UsoflowError:
 
 def _frame(frame: Image.Image) -> tuple[Array, Array | None]:
     """RGB and, if there is transparency, the mask."""
-    turned = ImageOps.exif_transpose(frame)
-    if turned.mode.startswith("I"):
-        return _deep_grey(turned)
+    turned = of_8_bits(ImageOps.exif_transpose(frame))
     image = _unit(turned.convert("RGB"))
     if _clear(turned):
         return image, np.float32(1) - _unit(turned.convert("RGBA").getchannel("A"))
     return image, None
 
 
-def _deep_grey(picture: Image.Image) -> tuple[Array, Array | None]:
-    """The same for 16 bits a pixel, which Pillow's RGB conversion would clip; one grey may be transparent."""
+def of_8_bits(picture: Image.Image) -> Image.Image:
+    """A picture, or its 8 bits of grey where it has 16, which Pillow's conversions would clip to white.
+
+    That one grey may be transparent shows in an alpha channel: in 8 bits its neighbours are the same.
+    """
+    if not picture.mode.startswith("I"):
+        return picture
     levels, clear = np.asarray(picture), picture.info.get("transparency")
     grey = Image.fromarray((levels / 257).round().clip(0, 255).astype(np.uint8))
-    return _unit(grey.convert("RGB")), None if clear is None else (levels == clear).astype(np.float32)
+    if clear is not None:
+        grey.putalpha(Image.fromarray(np.where(levels == clear, 0, 255).astype(np.uint8)))
+    return grey
 
 
 def _unit(picture: Image.Image) -> Array:
@@ -133,18 +138,18 @@ def write_upright(picture: Image.Image, path: Path) -> None:
         UsoflowError: `image_invalid`.
     """
     try:
-        turned = ImageOps.exif_transpose(picture)
-        turned = turned if turned.mode in PNG_MODES else turned.convert(_png_mode(turned))
-        turned.save(path)
+        _as_png_has_it(ImageOps.exif_transpose(picture)).save(path)
     except Exception as error:  # Pillow reads lazily, see `opened`
         raise UsoflowError("image_invalid", f"{picture!r} cannot be read: {error}.") from None
 
 
-def _png_mode(picture: Image.Image) -> str:
-    """That keeps most of a picture in a mode that PNG does not have."""
-    if picture.mode == "I":
-        return "I;16"
-    return "RGBA" if _clear(picture) else "RGB"
+def _as_png_has_it(picture: Image.Image) -> Image.Image:
+    """A picture in the mode of PNG that keeps most of it."""
+    if picture.mode in PNG_MODES:
+        return picture
+    if picture.mode.startswith("I"):
+        return picture.convert("I").convert("I;16")  # Pillow has no way from one order of bytes to the other
+    return picture.convert("RGBA" if _clear(picture) else "RGB")
 
 
 def _clear(picture: Image.Image) -> bool:

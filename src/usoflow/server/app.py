@@ -8,9 +8,10 @@ from contextlib import ExitStack, asynccontextmanager
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from usoflow.errors import UsoflowError
 from usoflow.nodes import registry
@@ -74,6 +75,7 @@ def assemble(settings: ServerSettings, store: JobStore, engine: Engine) -> FastA
     app.add_exception_handler(UsoflowError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
     app.add_exception_handler(HTTPException, _answer_http)
+    app.add_exception_handler(ClientDisconnect, _answer_nobody)
     if settings.ui:
         ui.mount_editor(app)
     else:
@@ -144,3 +146,8 @@ def _answer_http(request: Request, error: Exception) -> JSONResponse:
     code = "file_not_found" if error.status_code == 404 else "body_invalid"
     body = error_body(UsoflowError(code, detail, remedy="See /docs of the server."))
     return JSONResponse(body, error.status_code, error.headers)
+
+
+def _answer_nobody(request: Request, error: Exception) -> Response:
+    """Whoever has left while sending a body is no defect, which would be logged."""
+    return Response(status_code=400)

@@ -106,10 +106,12 @@ def read(data: bytes, pixels: int) -> Image.Image:
 
 
 def upright(data: bytes, pixels: int) -> Image.Image:
-    """The same as `LoadImage` reads it: turned as its EXIF says."""
+    """The same as `LoadImage` reads it: turned as its EXIF says, of 8 bits."""
+    from usoflow.nodes.pictures import of_8_bits
+
     picture = read(data, pixels)
     with _decoding():
-        return ImageOps.exif_transpose(picture)
+        return of_8_bits(ImageOps.exif_transpose(picture))
 
 
 @contextmanager

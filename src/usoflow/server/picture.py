@@ -9,6 +9,8 @@ from typing import Final
 
 from PIL import Image, ImageDraw
 
+from usoflow.api.saving import write_whole
+
 NAME: Final = "flux1_dev_uso_reference_image_gen_input_image.png"
 SIZE: Final = 768
 _SCALE: Final = 2  # drawn larger, for smooth edges
@@ -25,7 +27,9 @@ def provide(folder: Path) -> None:
     path = folder / NAME
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        draw().save(path)
+        buffer = io.BytesIO()
+        draw().save(buffer, "PNG")
+        write_whole(path, buffer.getvalue())
 
 
 def thumbnail(name: str) -> bytes:

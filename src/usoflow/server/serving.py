@@ -6,6 +6,7 @@ is pending again. A second signal does not wait for it.
 
 from __future__ import annotations
 
+import logging
 import socket
 import threading
 from types import FrameType
@@ -16,6 +17,8 @@ from fastapi import FastAPI
 
 from usoflow.server.context import Server
 from usoflow.server.picture import provide
+
+logger = logging.getLogger(__name__)
 
 SOCKET_MESSAGE: Final = 2**16  # bytes that a client may send at once on /ws
 KEEP_ALIVE: Final = 75  # seconds; who polls less often than a connection is kept would meet its end
@@ -49,7 +52,10 @@ class _Server(uvicorn.Server):
 
     def _prepare(self) -> None:
         """Draw the example once; start the worker, whose libraries take a core and seconds to load."""
-        provide(self._server.settings.examples)
+        try:
+            provide(self._server.settings.examples)
+        except OSError as error:  # a full disk, say
+            logger.warning("The example picture cannot be written: %s.", error)
         self._server.engine.start()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

@@ -284,7 +284,8 @@ class JobStore:
                 self.finish(job.id, State.FAILED, failure(job))
             else:
                 self.requeue(job.id, crashed=True)
-        return [self._get(job.id) for job in found]
+        now_there = (self.get(job.id) for job in found)  # but for what has been deleted meanwhile
+        return [job for job in now_there if job is not None]
 
     def _has_had_its_chances(self, job_id: str) -> bool:
         query = "SELECT 1 FROM jobs WHERE id = ? AND attempts >= ? AND NOT stop"

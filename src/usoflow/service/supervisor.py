@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from usoflow.errors import UsoflowError
@@ -26,7 +26,7 @@ from usoflow.service.engine import (
     Run,
     Started,
 )
-from usoflow.service.jobs import FINAL, Job, State
+from usoflow.service.jobs import FINAL, Job, State, now
 from usoflow.service.store import MAX_ATTEMPTS, JobStore
 from usoflow.workflow.prompt import link_of
 
@@ -136,16 +136,27 @@ class Supervisor:
             self._thread.join()
 
     def _work(self) -> None:
-        self._insist(self._recover)
+        self._survive(lambda: self._insist(self._recover))
         while True:
             self._wake.clear()
             if self.stopping:  # looked at after `clear`, so that no wake of `refuse` is missed
                 return
-            running = self._insist(self._take)
-            if running is None:
-                self._wait()
-            else:
-                self._execute(running)
+            self._survive(self._round)
+
+    def _round(self) -> None:
+        running = self._insist(self._take)
+        if running is None:
+            self._wait()
+        else:
+            self._execute(running)
+
+    def _survive(self, step: Callable[[], None]) -> None:
+        """A defect of our own does not end the queue either; but what follows may meet it again at once."""
+        try:
+            step()
+        except Exception:
+            logger.exception("The queue has met a defect. It goes on in %.0f s.", RETRY)
+            self._wake.wait(RETRY)
 
     def _recover(self) -> None:
         """What was in progress at a crash."""
@@ -181,7 +192,8 @@ class Supervisor:
         if self._insist(lambda: self._store.finish(job.id, state, error)) is None:
             return  # the server stops; the next one runs the job again
         ended = self._insist(lambda: self._store.get(job.id))
-        running.job = ended or job
+        # None: it has been deleted meanwhile.
+        running.job = ended or replace(job, state=state, ended=now(), error=error)
         reason = f": {outcome.detail}" if isinstance(outcome, Failed) else "."
         logger.info("Job %s %s after %.1f s%s", job.id, state, _seconds(running.job), reason)
         self._insist(lambda: self._listen(running, state))

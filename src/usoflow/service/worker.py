@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
 from usoflow.errors import UsoflowError
-from usoflow.nodes.context import PARTIAL_SUFFIX, PREVIEW_PREFIX, TAKEN_NAME
+from usoflow.nodes.context import TAKEN_NAME
 from usoflow.nodes.custom_folder import with_custom
+from usoflow.nodes.image import clear_previews
 from usoflow.schema.node import NodeRegistry
 from usoflow.schema.wire import to_json
 from usoflow.service import engine
@@ -30,7 +31,7 @@ from usoflow.service.engine import Message, Run
 from usoflow.service.store import JobStore
 from usoflow.settings import Folders
 
-PREVIEWS_KEPT = 24 * 3600.0  # seconds
+PREVIEWS_CLEARED = 3600.0  # seconds: how often
 
 if TYPE_CHECKING:
     from usoflow.execution.executor import Executor
@@ -111,15 +112,17 @@ class Pipe:
     def _read(self) -> None:
         from usoflow.execution.progress import Cancellation
 
-        for line in self._incoming:
-            command = engine.decode(line)
-            if isinstance(command, Run):
-                self.cancellations[command.job] = Cancellation()
-            if isinstance(command, Run | engine.Free):
-                self.commands.put(command)
-            elif isinstance(command, engine.Cancel) and command.job in self.cancellations:
-                self.cancellations[command.job].set()
-        os._exit(0)  # the server is gone: nothing may be written any more
+        try:
+            for line in self._incoming:
+                command = engine.decode(line)
+                if isinstance(command, Run):
+                    self.cancellations[command.job] = Cancellation()
+                if isinstance(command, Run | engine.Free):
+                    self.commands.put(command)
+                elif isinstance(command, engine.Cancel) and command.job in self.cancellations:
+                    self.cancellations[command.job].set()
+        finally:  # also after half a command
+            os._exit(0)  # the server is gone: nothing may be written any more
 
 
 @dataclass
@@ -193,25 +196,20 @@ def clear_abandoned(output: Path, *, before: float) -> None:
     What it had reserved is the store's to remove. Another program that has taken a name loses nothing: it
     opens its file anew to write it.
     """
-    for partial in output.rglob(f"*_{PARTIAL_SUFFIX}"):
-        with suppress(OSError):
-            state = partial.stat()
-            if TAKEN_NAME.search(partial.name) and state.st_size == 0 and state.st_mtime < before:
-                partial.unlink()
-
-
-def clear_previews(temp: Path, *, age: float = PREVIEWS_KEPT) -> None:
-    """Remove PreviewImage's pictures older than `age` seconds: another server may show newer ones."""
-    for picture in temp.glob(f"{PREVIEW_PREFIX}*.png"):
-        with suppress(OSError):
-            if time.time() - picture.stat().st_mtime > age:
-                picture.unlink()
+    for folder, _, names in os.walk(output):  # which a folder that vanishes does not end
+        for partial in (Path(folder, name) for name in names if TAKEN_NAME.search(name)):
+            with suppress(OSError):
+                state = partial.stat()
+                if state.st_size == 0 and state.st_mtime < before:
+                    partial.unlink()
 
 
 def _clear(folders: Folders, before: float) -> None:
-    """In a thread: to walk through large folders takes its time."""
-    clear_previews(folders.temp)
+    """In a thread: to walk through large folders takes its time. Previews again and again."""
     clear_abandoned(folders.output, before=before)
+    while True:
+        clear_previews(folders.temp)
+        time.sleep(PREVIEWS_CLEARED)
 
 
 def serve(registry: NodeRegistry, argument: str) -> None:

@@ -205,7 +205,7 @@ class Pocket(nn.Module, Base):
         device = self.t5.shared.weight.device
         context = self.t5(self.t5_words.compact(t5_ids).to(device))
         ends = end_positions(clip_ids).to(device)
-        return context, self.clip(self.clip_words.compact(clip_ids).to(device), ends)[1]
+        return context, self.clip(self.clip_words.compact(clip_ids).to(device), ends)
 
     def encode_texts(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Captions -> what `encode` gives."""

@@ -25,6 +25,7 @@ from usoflow.training.painting import Pictures, painted, softened
 from usoflow.training.reward import RewardStage
 from usoflow.training.scenes import Placed, Scene, draw_scene, generator
 from usoflow.training.triplets import LOOKED, RENDERED, Use, draw_triplet, lesson_cast, seen_styles
+from usoflow.training.trunk import Trunk
 from usoflow.training.world import World
 
 CONTENT_SEED = 43  # of its scenes
@@ -38,25 +39,18 @@ MISPLACED, MISSIZED = 0.06, 0.12  # deviations in sides, and of the logarithm of
 REWARD_MISPLACED, REWARD_MISSIZED = 0.04, 0.08  # the same, of what is made
 
 
-class ContentEncoder(nn.Module):
-    """Strided convolutions with a residual layer at each size; the vectors of the subjects name them."""
+class ContentEncoder(Trunk):
+    """After the trunk, a linear layer to features; the vectors of the subjects name them."""
 
     def __init__(self, subjects: int) -> None:
-        super().__init__()
-        pairs = zip((3, *WIDTHS[:-1]), WIDTHS, strict=True)
-        self.down = nn.ModuleList(nn.Conv2d(a, b, 5 if a == 3 else 3, 2, 1 + (a == 3)) for a, b in pairs)
-        self.same = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for width in WIDTHS)
-        self.norms = nn.ModuleList(nn.GroupNorm(8, width) for width in (*WIDTHS, *WIDTHS))
+        super().__init__(WIDTHS)
         self.project = nn.Linear(WIDTHS[-1] * (SEEN_SIDE >> len(WIDTHS)) ** 2, FEATURES)
         self.subjects = nn.Parameter(torch.randn(subjects, FEATURES))
 
     def forward(self, pictures: Tensor, places: Tensor) -> Tensor:
         """Logits of the subjects [B, subjects], for pictures [B, S, S, 3] in 0..1 and `places_of` them."""
-        x = cut_out(pictures, places) * 2 - 1
-        for number, (down, same) in enumerate(zip(self.down, self.same, strict=True)):
-            x = F.silu(self.norms[number](down(x)))
-            x = x + F.silu(self.norms[len(WIDTHS) + number](same(x)))
-        features = F.normalize(self.project(x.flatten(1)), dim=-1)
+        seen = self.at_each_size(cut_out(pictures, places) * 2 - 1)[-1]
+        features = F.normalize(self.project(seen.flatten(1)), dim=-1)
         return features @ F.normalize(self.subjects, dim=-1).T / TEMPERATURE
 
 

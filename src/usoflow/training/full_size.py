@@ -24,9 +24,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__" and not all(  # before they are imported
-    map(importlib.util.find_spec, ("accelerate", "cv2", "matplotlib", "pydantic", "resvg_py"))
-):
+from usoflow.training import LIBRARIES
+
+if __name__ == "__main__" and not all(map(importlib.util.find_spec, LIBRARIES)):  # before they are imported
     sys.exit('error: Not all libraries of the extra are installed.\npip install "usoflow[train]"')
 
 import torch
@@ -49,8 +49,10 @@ from usoflow.training.base import Base, BaseStage
 from usoflow.training.captions import Ids, end_positions
 from usoflow.training.kept import write_tensors
 from usoflow.training.loop import (
+    AGAIN,
     LossFunction,
     Recipe,
+    adam_groups,
     read_state,
     require_finite,
     require_settings,
@@ -107,7 +109,7 @@ class FullBase(Base):
     def encode(self, t5_ids: Ids, clip_ids: Ids) -> tuple[Tensor, Tensor]:
         device = self.t5.shared.weight.device
         ends = end_positions(clip_ids).to(device)
-        pooled = self.clip(torch.from_numpy(clip_ids).to(device), ends)[1]
+        pooled = self.clip(torch.from_numpy(clip_ids).to(device), ends)
         return self.t5(torch.from_numpy(t5_ids).to(device)), pooled
 
     def step(self, x: Tensor, sigma: Tensor, inputs: FluxInputs) -> Tensor:
@@ -156,11 +158,7 @@ def learn(
             this run.
     """
     parameters = list(step.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": recipe.decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    optimiser = torch.optim.AdamW(groups, lr=recipe.rate)
+    optimiser = torch.optim.AdamW(adam_groups(parameters, recipe), lr=recipe.rate)
     begun = _continue(state, step, optimiser, settings) if state.exists() else 0
     save = functools.partial(_save, state, step, optimiser, settings)
     step, optimiser = accelerator.prepare(step, optimiser)
@@ -195,11 +193,7 @@ def _save(
 
 
 def _again(state: Path) -> str:
-    """What to do where losses or weights are no numbers."""
-    return (
-        "Run it again: it goes on from its last saved state. If that does not help, move"
-        f" {state} away and begin anew with a lower --rate."
-    )
+    return AGAIN.format(state, "--rate")
 
 
 def _continue(state: Path, step: Step, optimiser: torch.optim.Optimizer, settings: Mapping[str, Any]) -> int:

@@ -7,11 +7,12 @@ that number alone (see `scenes`), so an interrupted run continues as if nothing 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import pickle
 import textwrap
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from torch import Tensor, nn
 from usoflow.errors import UsoflowError
 from usoflow.training.kept import whole
 
+logger = logging.getLogger(__name__)
+
 CPU = torch.device("cpu")
 READ_EVERY = 16  # steps
 LossFunction = Callable[[int], Tensor]  # number of samples before this batch -> scalar loss
@@ -31,12 +34,12 @@ LossFunction = Callable[[int], Tensor]  # number of samples before this batch ->
 # (`text_model`, which has "mod" in it): with these the shipped weights were trained.
 AT_EDGE = ("embed", "shared", "bias", "conv_in", "conv_out", "img_in", "txt_in", "final_layer", "mod")
 
-
 # What to do where losses or weights are no numbers.
 AGAIN = (
-    "Run the stage again: it goes on from its last saved state. If that does not help, move its folder away"
-    " and begin anew with a lower rate, or with --full-precision."
+    "Run the stage again: it goes on from its last saved state. If that does not help, move {} away and begin"
+    " anew with a lower {}."
 )
+AGAIN_HERE = AGAIN.format("its folder", "rate, or with --full-precision")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,13 +100,9 @@ class Optimisers:
     def __init__(self, parameters: Mapping[str, nn.Parameter], recipe: Recipe) -> None:
         hidden = {n: p for n, p in parameters.items() if p.ndim > 1 and not _at_edge(n)}
         rest = [p for n, p in parameters.items() if n not in hidden]
-        groups = [
-            {"params": [p for p in rest if p.ndim > 1], "weight_decay": recipe.decay},
-            {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
-        ]
         self.pairs = [(p, p.detach().view(len(p), -1)) for p in hidden.values()]
         self.all: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(groups, lr=recipe.rate, betas=(0.9, 0.99), fused=True)
+            torch.optim.AdamW(adam_groups(rest, recipe), lr=recipe.rate, betas=(0.9, 0.99), fused=True)
         ]
         if self.pairs:
             matrices = [matrix for _, matrix in self.pairs]
@@ -133,6 +132,14 @@ class Optimisers:
             optimiser.load_state_dict(state)
             for group, decay in zip(optimiser.param_groups, decays, strict=True):
                 group["weight_decay"] = decay
+
+
+def adam_groups(parameters: Sequence[nn.Parameter], recipe: Recipe) -> list[dict[str, Any]]:
+    """For AdamW: weight decay for matrices only."""
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": recipe.decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
 
 
 def _at_edge(name: str) -> bool:
@@ -198,7 +205,7 @@ class Training:
             self.log.append((done, float(loss)))
             if not math.isfinite(self.log[-1][1]):
                 raise UsoflowError(
-                    "non_finite", f"The loss is {float(loss)} after {done} samples.", remedy=AGAIN
+                    "non_finite", f"The loss is {float(loss)} after {done} samples.", remedy=AGAIN_HERE
                 )
         self._new.clear()
 
@@ -211,13 +218,13 @@ class Training:
         torch._foreach_lerp_(list(self.average.values()), values, weight)
 
     def save(self) -> None:
-        """Write the state and the log; the old state is replaced only by a complete new one.
+        """Write state and log, and tell how far it is; an old state is replaced only by a complete new one.
 
         Raises:
             UsoflowError: "non_finite" if a loss or a weight is no number.
         """
         self._read()
-        require_finite([*self.parameters.values(), *self.average.values()], self.done, AGAIN)
+        require_finite([*self.parameters.values(), *self.average.values()], self.done, AGAIN_HERE)
         self.folder.mkdir(parents=True, exist_ok=True)
         state: dict[str, Any] = {
             "done": self.done,
@@ -232,8 +239,10 @@ class Training:
         speed = self.done / max(self.seconds, 1e-9)
         recent = [loss for _, loss in self.log[-200:]]
         line = {"done": self.done, "seconds": round(self.seconds), "per_second": round(speed, 1)}
+        loss = round(sum(recent) / len(recent), 5)
         with (self.folder / "log.jsonl").open("a") as log:
-            log.write(json.dumps(line | {"loss": round(sum(recent) / len(recent), 5)}) + "\n")
+            log.write(json.dumps(line | {"loss": loss}) + "\n")
+        logger.info("%s: %d samples, %.0f a second, loss %s", self.folder.name, self.done, speed, loss)
 
     def resume(self) -> bool:
         """Continue from the folder's state, if there is one; the recipe may be another.

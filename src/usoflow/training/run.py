@@ -26,7 +26,7 @@ from types import MappingProxyType
 from usoflow.training import uso_stages
 from usoflow.training.stages import Workshop
 
-STAGES: Mapping[str, Callable[[Workshop], None]] = MappingProxyType(
+STAGES: Mapping[str, Callable[[Workshop], object]] = MappingProxyType(
     {
         "render": Workshop.render,
         "vae": Workshop.vae,

@@ -1,7 +1,7 @@
 """Pictures from captions with the modules under training: sample sheets and evaluation.
 
-The same schedule, sampler and guidance as a workflow's (20 steps, euler, simple, cfg 1), batched over
-captions. Called by `stages` while training runs, and by `evaluate`.
+The same schedule, sampler and guidance as a workflow's (20 steps, euler, simple), batched over captions.
+Called by `stages` while training runs, and by `evaluate`.
 """
 
 from __future__ import annotations
@@ -59,7 +59,6 @@ def sample(
     dtype: torch.dtype,
     side: int,
     seed: int = 0,
-    guidance: float = GUIDANCE,
     cfg: float = 1.0,
     steps: int = STEPS,
 ) -> Tensor:
@@ -72,10 +71,10 @@ def sample(
     text, blank = pocket.encode_texts(list(prompts)), pocket.encode_texts([""])
 
     def velocity(x: Tensor, sigma: Tensor) -> Tensor:
-        v = pocket.velocity(x, sigma, text, guidance=guidance, dtype=dtype).float()
+        v = pocket.velocity(x, sigma, text, guidance=GUIDANCE, dtype=dtype).float()
         if cfg == 1.0:
             return v
-        u = pocket.velocity(x, sigma, blank, guidance=guidance, dtype=dtype).float()
+        u = pocket.velocity(x, sigma, blank, guidance=GUIDANCE, dtype=dtype).float()
         return u + cfg * (v - u)
 
     x = euler(x, levels_of(steps), velocity)

@@ -111,11 +111,11 @@ def seen_styles(world: World, rendered: float, looked: float = 0.0) -> Styles:
     return Styles(world.seen_sets, world.seen_renderings, rendered, looked)
 
 
-def lesson_cast(world: World, use: Use, *, looked: float = LOOKED) -> Cast:
+def lesson_cast(world: World, use: Use) -> Cast:
     """Of the lessons: seen subjects and styles. What the base must know by name is of the core."""
     subjects = world.core if use in ("style", "text") else world.lesson_subjects
     content = seen_styles(world, CONTENT_RENDERED, CONTENT_LOOKED)
-    return Cast(subjects, world.lesson_subjects, content, seen_styles(world, RENDERED, looked), ALIKE)
+    return Cast(subjects, world.lesson_subjects, content, seen_styles(world, RENDERED, LOOKED), ALIKE)
 
 
 @dataclass(frozen=True, slots=True)

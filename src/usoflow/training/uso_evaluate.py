@@ -23,6 +23,7 @@ from usoflow.models.checkpoint import KIND_NAMES, Component, TensorFile
 from usoflow.models.flux import Flux, FluxConfig, FluxInputs
 from usoflow.models.inventory import found_files
 from usoflow.models.library import LoraUse, ModelLibrary
+from usoflow.models.placement import is_out_of_memory
 from usoflow.models.vae import LatentFormat
 from usoflow.settings import Folders
 from usoflow.training.backgrounds import BACKGROUNDS
@@ -51,6 +52,7 @@ MOVED = 0.08  # fraction of the side by which place or size must differ
 HELD_OUT_RENDERED = 0.75  # of held-out styles: one drawing set and three renderings, each a quarter
 # In the order of `Contender`'s attributes.
 NEEDED = ("flux", "clip_l", "t5", "vae", "siglip", "uso_projector", "uso_lora")
+ALONE = ("uso_projector", "uso_lora")  # what is measured: of two files the name must not decide
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +77,8 @@ def questions(world: World, cell: Cell, count: int) -> list[Triplet]:
     """Lessons that no training saw.
 
     Subjects of content pictures, and those of style pictures, are held out; the subjects that a style-driven
-    prompt names are of the core, since the base must know them by name. Where subjects are kept, only lessons
-    count that ask for another place or size.
+    prompt names are of the core, since the base must know them by name. Where the content is given alone,
+    only lessons count that ask for another place or size.
     """
     held_out = Styles(
         tuple(name for name in world.sets if name in world.held_out),
@@ -116,7 +118,8 @@ def components_of(folders: Folders, needed: Sequence[str]) -> list[Component]:
     Of transformers the first that can be run: FLUX.1's tools, which cannot, may lie beside it.
 
     Raises:
-        UsoflowError: `model_missing` naming the kinds of which there is none.
+        UsoflowError: `model_missing` naming the kinds of which there is none, `request_invalid` naming two
+            files of a kind that must be `ALONE`.
     """
     found: dict[str, Component] = {}
     for file in found_files(folders):
@@ -124,10 +127,22 @@ def components_of(folders: Folders, needed: Sequence[str]) -> list[Component]:
             for kind, component in TensorFile.open(file.path).components().items():
                 if kind not in found or (kind == "flux" and not _runs(found[kind])):
                     found[kind] = component
+                elif kind in ALONE and kind in needed:
+                    _refuse_another(found[kind], component)
     missing = [KIND_NAMES[kind] for kind in needed if kind not in found]
     if missing:
         raise UsoflowError("model_missing", f"The model folders hold no {', no '.join(missing)}.")
     return [found[kind] for kind in needed]
+
+
+def _refuse_another(first: Component, second: Component) -> None:
+    one, other = first.file.path, second.file.path
+    if not one.samefile(other):  # a folder or a file may be found twice
+        raise UsoflowError(
+            "request_invalid",
+            f"There are two files with a {KIND_NAMES[first.kind]}: {one} and {other}.",
+            remedy="Keep one of them in the folder.",
+        )
 
 
 def _runs(flux: Component) -> bool:
@@ -163,7 +178,7 @@ class Contender:
         """The first component of each kind among the files of the model folders.
 
         Raises:
-            UsoflowError: `model_missing`.
+            UsoflowError: `model_missing`, `request_invalid`: see `components_of`.
         """
         return cls(library, side, *components_of(folders, NEEDED))
 
@@ -189,8 +204,8 @@ class Contender:
         """The same pictures in as many parts as memory asks for."""
         try:
             return self._batch(sprites, asked, given, noise)
-        except torch.OutOfMemoryError:
-            if len(asked) == 1:
+        except Exception as error:
+            if len(asked) == 1 or not is_out_of_memory(error):
                 raise
         half = len(asked) // 2  # beyond the `except`, whose error would keep what did not fit
         first = self._fitting(sprites, asked[:half], given, noise[:half])
@@ -199,8 +214,8 @@ class Contender:
     @torch.inference_mode()
     def _batch(self, sprites: Sprites, asked: Sequence[Triplet], given: Given, noise: Tensor) -> Tensor:
         placement = self.library.placement
+        inputs = self._inputs(sprites, asked, given)  # first: encoders may come in the transformer's place
         flux = self._flux(given)
-        inputs = self._inputs(sprites, asked, given)
         levels = levels_of(STEPS).to(placement.device)
         x = euler(noise.to(placement.device), levels, lambda x, sigma: flux(x, sigma, inputs))
         return self.library.vae_decode(self.vae, LatentFormat.from_component(self.flux).from_model(x)).cpu()

@@ -24,6 +24,7 @@ from usoflow.training.loop import LossFunction, Recipe, Training, swap
 from usoflow.training.package import stored
 from usoflow.training.painting import softened
 from usoflow.training.scenes import Scene, alone, generator, pictures_of
+from usoflow.training.trunk import Trunk
 from usoflow.training.world import World
 
 FILE = "uso-judge.safetensors"
@@ -66,16 +67,12 @@ class Verdict:
     layout: Tensor
 
 
-class UsoJudge(nn.Module):
-    """Strided convolutions with a residual layer at each size, and four linear readings."""
+class UsoJudge(Trunk):
+    """After the trunk, four linear readings."""
 
     def __init__(self, world: World) -> None:
-        super().__init__()
+        super().__init__(WIDTHS)
         sizes = (len(known_subjects(world)), len(styles_of(world)), len(BACKGROUNDS), 3)
-        pairs = zip((3, *WIDTHS[:-1]), WIDTHS, strict=True)
-        self.down = nn.ModuleList(nn.Conv2d(a, b, 5 if a == 3 else 3, 2, 1 + (a == 3)) for a, b in pairs)
-        self.same = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for width in WIDTHS)
-        self.norms = nn.ModuleList(nn.GroupNorm(8, width) for width in (*WIDTHS, *WIDTHS))
         total = 2 * WIDTHS[-1] + 2 * WIDTHS[1] + 16 * (SEEN_SIDE // 16) ** 2
         self.place = nn.Conv2d(WIDTHS[-1], 16, 1)
         self.readings = nn.ModuleList(nn.Linear(total, size) for size in sizes)
@@ -83,14 +80,11 @@ class UsoJudge(nn.Module):
     def forward(self, pictures: Tensor) -> Verdict:
         """[B, S, S, 3] in 0..1; larger pictures are shrunk."""
         x = F.interpolate(pictures.permute(0, 3, 1, 2), size=SEEN_SIDE, mode="area") * 2 - 1
-        found = []
-        for number, (down, same) in enumerate(zip(self.down, self.same, strict=True)):
-            x = F.silu(self.norms[number](down(x)))
-            x = x + F.silu(self.norms[len(WIDTHS) + number](same(x)))
-            if number in (1, len(WIDTHS) - 1):  # texture, and content
-                found += [x.mean(dim=(2, 3)), x.amax(dim=(2, 3))]
-        seen = torch.cat([*found, self.place(x).flatten(1)], dim=1)
-        return Verdict(*(reading(seen) for reading in self.readings))
+        seen = self.at_each_size(x)
+        # Texture, and content.
+        found = [y for x in (seen[1], seen[-1]) for y in (x.mean(dim=(2, 3)), x.amax(dim=(2, 3)))]
+        told = torch.cat([*found, self.place(seen[-1]).flatten(1)], dim=1)
+        return Verdict(*(reading(told) for reading in self.readings))
 
 
 def judge_scene(world: World, index: int) -> Scene:

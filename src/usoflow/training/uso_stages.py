@@ -46,9 +46,9 @@ from usoflow.training.uso_judge import train_uso_judge, write_uso_judge
 SHOWN = 12  # lessons on a sheet
 
 
-def tower(workshop: Workshop) -> None:
+def tower(workshop: Workshop) -> SiglipVision:
     """Train the vision tower."""
-    _tower(workshop)
+    return train_tower(workshop.sprites, workshop.plan.tower, workshop.folder / "tower", workshop.device)
 
 
 def redraw(workshop: Workshop) -> None:
@@ -69,9 +69,13 @@ def redraw(workshop: Workshop) -> None:
     workshop.train(dict(expert.named_parameters()), stage.recipe, redrawing.loss, "redraw", show, [plain])
 
 
-def reward(workshop: Workshop) -> None:
+def reward(workshop: Workshop) -> StyleEncoder:
     """Train the style encoder of style reward learning."""
-    _reward(workshop)
+    side = workshop.plan.base.large_side
+    encoder = train_style_encoder(
+        workshop.sprites, workshop.plan.reward, workshop.folder / "reward", side=side
+    )
+    return encoder.to(workshop.device)
 
 
 def style(workshop: Workshop) -> None:
@@ -93,9 +97,11 @@ def subject(workshop: Workshop) -> None:
     _run(workshop, teaching, lora_parameters(pairs), "subject")
 
 
-def content(workshop: Workshop) -> None:
+def content(workshop: Workshop) -> ContentEncoder:
     """Train the encoder of content reward."""
-    _content(workshop)
+    stage, side = workshop.plan.content, workshop.plan.base.large_side
+    encoder = train_content_encoder(workshop.sprites, stage, workshop.folder / "content", side=side)
+    return encoder.to(workshop.device)
 
 
 def rewarded(workshop: Workshop) -> None:
@@ -113,9 +119,9 @@ def rewarded(workshop: Workshop) -> None:
         use: Subjects.of_lessons(world, use, LESSON_SEED, len(teaching.lessons.sets[use].prompts))
         for use, _ in stage.mix
     }
-    style, content = _style_reward(workshop), ContentReward(_content(workshop), shown)
-    loss_of = teaching.rewarded_loss(stage, style, content)
-    frozen = [style.encoder, content.encoder, plain, before, teaching.projector]
+    styles, contents = _style_reward(workshop), ContentReward(content(workshop), shown)
+    loss_of = teaching.rewarded_loss(stage, styles, contents)
+    frozen = [styles.encoder, contents.encoder, plain, before, teaching.projector]
     show = _show(workshop, teaching, teaching.lessons.sets)
     workshop.train(pairs, stage.recipe, loss_of, "rewarded", show, frozen)
 
@@ -124,8 +130,8 @@ def package_all(workshop: Workshop) -> None:
     """Write the checkpoint and, once they are trained, the files of USO."""
     workshop.package()
     if (workshop.folder / "subject" / "state.pt").exists():
-        projector, lora = trained(workshop, workshop.finished())
-        package.write_uso(workshop.folder, _tower(workshop), projector, lora)
+        projector, lora = _trained(workshop, workshop.finished())
+        package.write_uso(workshop.folder, tower(workshop), projector, lora)
 
 
 def uso_judge(workshop: Workshop) -> None:
@@ -135,7 +141,7 @@ def uso_judge(workshop: Workshop) -> None:
     write_uso_judge(judge, workshop.folder)
 
 
-def trained(workshop: Workshop, pocket: Pocket) -> tuple[StyleProjector, dict[str, nn.Parameter]]:
+def _trained(workshop: Workshop, pocket: Pocket) -> tuple[StyleProjector, dict[str, nn.Parameter]]:
     """The trained projector, and the trained LoRA, attached to `pocket`, by its names in a file."""
     projector = _projector(workshop)
     _load_projector(workshop, projector)
@@ -180,12 +186,12 @@ def _show(workshop: Workshop, teaching: Teaching, uses: Iterable[Use]) -> Callab
 
     def show(stem: str) -> None:
         for use in uses:
-            write_sheet(Path(f"{stem}-{use}.png"), teaching, workshop, use)
+            _write_sheet(Path(f"{stem}-{use}.png"), teaching, workshop, use)
 
     return show
 
 
-def write_sheet(path: Path, teaching: Teaching, workshop: Workshop, use: Use) -> None:
+def _write_sheet(path: Path, teaching: Teaching, workshop: Workshop, use: Use) -> None:
     """Four pictures for each of the first lessons of a use: content, style, target, and what is made."""
     made = teaching.sample(teaching.lessons.first(use, SHOWN), seed=0)
     _write_lessons(path, workshop, made, use, np.arange(SHOWN))
@@ -203,12 +209,8 @@ def _write_lessons(
 def _encoders(workshop: Workshop) -> Encoders:
     side = workshop.plan.base.large_side
     return Encoders(
-        workshop.trained_vae, _tower(workshop), workshop.sprites, side, workshop.dtype, workshop.device
+        workshop.trained_vae, tower(workshop), workshop.sprites, side, workshop.dtype, workshop.device
     )
-
-
-def _tower(workshop: Workshop) -> SiglipVision:
-    return train_tower(workshop.sprites, workshop.plan.tower, workshop.folder / "tower", workshop.device)
 
 
 def _lora(workshop: Workshop, base: Base) -> list[LoraPair]:
@@ -223,18 +225,4 @@ def _projector(workshop: Workshop) -> StyleProjector:
 
 def _style_reward(workshop: Workshop) -> StyleReward:
     vae = workshop.trained_vae.requires_grad_(False)
-    return StyleReward(_reward(workshop), vae, workshop.dtype, workshop.plan.base.large_side)
-
-
-def _content(workshop: Workshop) -> ContentEncoder:
-    stage, side = workshop.plan.content, workshop.plan.base.large_side
-    encoder = train_content_encoder(workshop.sprites, stage, workshop.folder / "content", side=side)
-    return encoder.to(workshop.device)
-
-
-def _reward(workshop: Workshop) -> StyleEncoder:
-    side = workshop.plan.base.large_side
-    encoder = train_style_encoder(
-        workshop.sprites, workshop.plan.reward, workshop.folder / "reward", side=side
-    )
-    return encoder.to(workshop.device)
+    return StyleReward(reward(workshop), vae, workshop.dtype, workshop.plan.base.large_side)

@@ -21,7 +21,7 @@ from usoflow.schema.values import image_location
 from usoflow.server import files
 from usoflow.server.context import Json, Server, ServerOf
 from usoflow.server.sending import file_answer
-from usoflow.settings import IMAGE_SUFFIXES, inside, is_text
+from usoflow.settings import IMAGE_SUFFIXES, can_be_told, inside
 
 router = APIRouter(tags=["pictures"])
 
@@ -111,7 +111,7 @@ def _times(root: Path) -> Iterator[tuple[float, str]]:
     """When each picture of a folder was written; without what cannot be looked at, or has just gone."""
     with suppress(OSError):
         for path in root.iterdir():
-            if path.suffix.lower() in IMAGE_SUFFIXES and is_text(path.name):
+            if path.suffix.lower() in IMAGE_SUFFIXES and can_be_told(path.name):
                 with suppress(OSError):
                     if os.path.isfile(path):
                         yield path.stat().st_mtime, path.name

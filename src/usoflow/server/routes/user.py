@@ -19,7 +19,7 @@ from usoflow.server.context import Json, Server, ServerOf
 from usoflow.server.files import within, writing
 from usoflow.server.routes.body import AnyBody, ObjectBody
 from usoflow.server.sending import file_answer
-from usoflow.settings import is_text
+from usoflow.settings import can_be_told
 
 router = APIRouter(tags=["user"])
 
@@ -153,7 +153,7 @@ def delete(server: ServerOf, file: str) -> None:
 def _is_listed(path: Path, root: Path) -> bool:
     """Whether it is a file whose name can be told, and not what a save that was interrupted has left."""
     name = path.relative_to(root).as_posix()
-    return is_text(name) and not is_partial(path) and os.path.isfile(path)
+    return can_be_told(name) and not is_partial(path) and os.path.isfile(path)
 
 
 def _existing(server: Server, name: str) -> Path:

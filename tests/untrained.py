@@ -1,7 +1,6 @@
 """A folder of small models with random weights, in the layout and under the names of the official files.
 
-Loaded by the ordinary loaders and run by the official workflows; the pictures are noise. Serves the tests
-that need whole runs in a second.
+Loaded by the ordinary loaders and run by the official workflows, in a second; the pictures are noise.
 """
 
 from __future__ import annotations
@@ -36,13 +35,12 @@ PROJECTOR = StyleProjectorConfig(patches=64, style_tokens=8, vision_dim=64, hidd
 LORA_RANK = 4
 
 
-def write_untrained(models: Path, *, seed: int = 0, dtype: torch.dtype = torch.float16) -> None:
-    """Write the four files that the official USO workflows name.
+def write_untrained(models: Path, *, seed: int = 0) -> None:
+    """Write the four files that the official USO workflows name, in fp16.
 
     Args:
         models: a models folder; made if need be.
         seed: of the weights.
-        dtype: of all tensors in the files.
     """
     generator = torch.Generator().manual_seed(seed)
     parts = {
@@ -70,7 +68,7 @@ def write_untrained(models: Path, *, seed: int = 0, dtype: torch.dtype = torch.f
     for file, (tensors, config) in zip(KNOWN_FILES, contents, strict=True):
         path = models / file.folder / file.name
         path.parent.mkdir(parents=True, exist_ok=True)
-        narrow = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+        narrow = {name: tensor.half() for name, tensor in tensors.items()}
         save_file(narrow, path, metadata={CONFIG_KEY: json.dumps(config)} if config else None)
 
 
