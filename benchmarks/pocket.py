@@ -19,7 +19,8 @@ from typing import Any
 from benchmarks.quality import psnr, ssim
 from benchmarks.report import Plot, Table
 from benchmarks.server import server
-from usoflow.api.engine import Engine, Result
+from usoflow.api.engine import Engine
+from usoflow.api.result import Result
 from usoflow.api.workflow import Workflow
 from usoflow.settings import POCKET_MODELS
 

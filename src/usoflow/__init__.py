@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from usoflow.api.engine import Engine as Engine
-    from usoflow.api.engine import Result as Result
     from usoflow.api.generate import generate as generate
+    from usoflow.api.result import Result as Result
     from usoflow.api.workflow import Workflow as Workflow
     from usoflow.errors import UsoflowError as UsoflowError
     from usoflow.execution.progress import Cancellation as Cancellation
@@ -59,7 +59,7 @@ def __getattr__(name: str) -> Any:
             ("Cancellation", "Event", "NodeFinished", "NodeProgress", "NodeStarted", "NodesCached"), progress
         ),
         "Engine": "usoflow.api.engine",
-        "Result": "usoflow.api.engine",
+        "Result": "usoflow.api.result",
         "UsoflowError": "usoflow.errors",
         "Workflow": "usoflow.api.workflow",
         "generate": "usoflow.api.generate",

@@ -31,7 +31,7 @@ class KnownFile:
         url: where to get it.
         size: for a reader; "≈" where it was derived from the architecture.
         licence: for a reader.
-        holds: kinds of component (`checkpoint.SIGNATURES`) that a file in its place must hold.
+        holds: kinds of component (`kinds.SIGNATURES`) that a file in its place must hold.
     """
 
     folder: str

@@ -14,7 +14,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self, TypedDict, Unpack
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypedDict, Unpack
 from usoflow.api.at_hand import ModelFiles, at_hand
 from usoflow.api.checking import Job, check
 from usoflow.api.official import RANDOM_SEEDS, TEMPLATE, Request, adapted, build
+from usoflow.api.result import Result
 from usoflow.api.workflow import Workflow, check_picture, plain
 from usoflow.errors import UsoflowError
 from usoflow.settings import Folders, bytes_of, expanded, find_folders, temp_folder
@@ -31,9 +32,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from usoflow.execution.executor import Executor, RunResult
-    from usoflow.execution.progress import Cancellation, Event, NodeFinished
+    from usoflow.execution.progress import Cancellation, Event
     from usoflow.models.placement import Placement
-    from usoflow.nodes.context import Shown
     from usoflow.schema.node import NodeRegistry
 
     Picture = str | Path | Image
@@ -57,46 +57,6 @@ class Asked(TypedDict, total=False):
     keep_size: bool
     easycache: float | None
     loras: Sequence[Lora] | Lora
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a run gave.
-
-    Attributes:
-        paths: the files that were written, in the order of the output nodes.
-        seeds: of the samplers.
-        seconds: for the whole run.
-        shown: what each output node has to show (`Shown`), by its id.
-        nodes: one record for each node that ran: id, type, seconds, peak memory.
-        cached: ids of the nodes whose outputs were known from an earlier run.
-        warnings: what was odd about the workflow.
-        device: where it was computed ("cpu", "cuda", "mps").
-        dtype: in which number format ("float32", "bfloat16", ...).
-        workflow: what was run. Pictures that were given from memory go with the engine: to run it again
-            afterwards they are given again, by `with_picture`.
-    """
-
-    paths: tuple[Path, ...]
-    seeds: tuple[int, ...]
-    seconds: float
-    shown: Mapping[str, Shown]
-    nodes: Sequence[NodeFinished]
-    cached: Sequence[str]
-    warnings: tuple[str, ...]
-    device: str
-    dtype: str
-    workflow: Workflow
-
-    @cached_property
-    def images(self) -> list[Image]:
-        """The pictures; `info` of each holds `prompt` and `workflow` as JSON texts."""
-        from PIL import Image
-
-        pictures: list[Image.Image] = [Image.open(path) for path in self.paths]
-        for picture in pictures:
-            picture.load()  # all of it, so that the file is closed
-        return pictures
 
 
 class Engine:

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
-from usoflow.api.engine import Asked, Engine, Result
+from usoflow.api.engine import Asked, Engine
+from usoflow.api.result import Result
 
 if TYPE_CHECKING:
     from usoflow.execution.progress import Cancellation, Event

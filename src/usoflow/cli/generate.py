@@ -34,8 +34,9 @@ from usoflow.errors import UsoflowError
 from usoflow.settings import IMAGE_SUFFIXES, MODEL_SUFFIXES
 
 if TYPE_CHECKING:
-    from usoflow.api.engine import Engine, Result
+    from usoflow.api.engine import Engine
     from usoflow.api.official import Request
+    from usoflow.api.result import Result
     from usoflow.api.workflow import Workflow
 
 

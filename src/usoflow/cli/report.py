@@ -15,7 +15,7 @@ import typer
 from usoflow.errors import UsoflowError
 
 if TYPE_CHECKING:
-    from usoflow.api.engine import Result
+    from usoflow.api.result import Result
     from usoflow.execution.progress import Event, Listener
 
 MENTIONED_SECONDS = 0.05  # faster nodes are summed up in one line

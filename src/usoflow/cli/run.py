@@ -31,7 +31,8 @@ from usoflow.errors import UsoflowError
 
 if TYPE_CHECKING:
     from usoflow.api.checking import Job
-    from usoflow.api.engine import Engine, Result
+    from usoflow.api.engine import Engine
+    from usoflow.api.result import Result
     from usoflow.execution.progress import Cancellation
 
 

@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 
 from usoflow.errors import UsoflowError
 from usoflow.models.gguf_file import entries, is_gguf
+from usoflow.models.kinds import IGNORED_ANYWHERE, KIND_NAMES, OF_DIFFUSERS, SIGNATURES, SINGLE_FILES
 
 T = TypeVar("T", int, float, tuple[int, ...])
 
@@ -58,50 +59,6 @@ QUANTISED: Mapping[str, BlockFormat] = MappingProxyType(
         "Q4_K": BlockFormat(256, 144),
     }
 )
-
-# A component is recognised by one tensor that every file of its kind has; what precedes it is the prefix.
-SIGNATURES: Mapping[str, re.Pattern[str]] = MappingProxyType(
-    {
-        "flux": re.compile(r"^(.*?)double_blocks\.\d+\.img_attn\.qkv\.weight$"),
-        "clip_l": re.compile(r"^(.*?)text_model\.embeddings\.token_embedding\.weight$"),
-        "t5": re.compile(r"^(.*?)encoder\.block\.\d+\.layer\.0\.SelfAttention\.q\.weight$"),
-        "vae": re.compile(r"^(.*?)decoder\.conv_in\.weight$"),
-        "siglip": re.compile(r"^(.*?vision_model\.)embeddings\.patch_embedding\.weight$"),
-        "uso_projector": re.compile(r"^(.*?)feature_embedder\.low_projection\.weight$"),
-        # XLabs' LoRAs have the same names, in the double blocks alone: they are but LoRAs.
-        "uso_lora": re.compile(r"^(.*?)single_blocks\.\d+\.processor\.\w+_lora\d?\.up\.weight$"),
-        "lora": re.compile(
-            r"^().+\.(?:(?:lora_down|lora_A|lora\.down)(?:\.default)?\.weight|processor\.\w+_lora\d?\.up\.weight"
-            r"|hada_w1_a|lokr_w[12](?:_a)?|oft_\w+)$"
-        ),  # LoHa, LoKr and OFT too: they are not applied, but told from other files
-    }
-)
-
-KIND_NAMES: Mapping[str, str] = MappingProxyType(
-    {
-        "flux": "FLUX.1 transformer",
-        "clip_l": "CLIP-L text encoder",
-        "t5": "T5 text encoder",
-        "vae": "FLUX VAE",
-        "siglip": "SigLIP vision tower",
-        "uso_projector": "USO style projector",
-        "uso_lora": "USO DiT LoRA",
-        "lora": "LoRA",
-    }
-)
-
-# A part of a folder that diffusers' `from_pretrained` reads: the transformer (or a part of it), or the VAE.
-OF_DIFFUSERS = re.compile(
-    r"^(single_)?transformer_blocks\.\d+\.(attn|norm)|^decoder\.up_blocks\.\d+\.resnets\."
-)
-SINGLE_FILES = (
-    "usoflow reads single files, as ComfyUI does: instead of diffusers' folders transformer and vae,"
-    " flux1-dev.safetensors and ae.safetensors of the same repository."
-)
-
-# Tensors of no model in an all-in-one file: CLIP's training temperature and ComfyUI's "this file is
-# scaled fp8" marker.
-IGNORED_ANYWHERE = ("*logit_scale", "*scaled_fp8")
 
 
 @dataclass(frozen=True, slots=True)

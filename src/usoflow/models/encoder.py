@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from usoflow.errors import UsoflowError
-from usoflow.models.checkpoint import KIND_NAMES, Component
+from usoflow.models.checkpoint import Component
+from usoflow.models.kinds import KIND_NAMES
 from usoflow.models.weights import LayerNorm, Linear
 
 Activation = Callable[[Tensor], Tensor]

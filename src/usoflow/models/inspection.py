@@ -10,8 +10,9 @@ from torch import Tensor
 
 from usoflow.errors import UsoflowError
 from usoflow.models import loading
-from usoflow.models.checkpoint import KIND_NAMES, Component, TensorFile, some
+from usoflow.models.checkpoint import Component, TensorFile, some
 from usoflow.models.inventory import precision, size_in_words
+from usoflow.models.kinds import KIND_NAMES
 from usoflow.models.lora_layouts import linear_layers, pairs_for
 from usoflow.models.weights import read_tensors
 

@@ -24,9 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from usoflow.errors import UsoflowError
-from usoflow.models.checkpoint import KIND_NAMES, Component
+from usoflow.models.checkpoint import Component
 from usoflow.models.encoder import EncoderLayer, LayerStack, head_count, join_heads, split_heads
 from usoflow.models.finite import require_finite
+from usoflow.models.kinds import KIND_NAMES
 from usoflow.models.tokens import (
     CLIP_END,
     CLIP_VOCABULARY,

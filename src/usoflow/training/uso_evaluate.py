@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from usoflow.errors import UsoflowError
-from usoflow.models.checkpoint import KIND_NAMES, Component, TensorFile
+from usoflow.models.checkpoint import Component, TensorFile
 from usoflow.models.flux import Flux, FluxConfig, FluxInputs
 from usoflow.models.inventory import found_files
+from usoflow.models.kinds import KIND_NAMES
 from usoflow.models.library import LoraUse, ModelLibrary
 from usoflow.models.placement import is_out_of_memory
 from usoflow.models.vae import LatentFormat
