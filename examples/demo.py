@@ -53,7 +53,8 @@ def main() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     pocket()
     variations()
-    print(f"\nThe pictures are in {OUT.resolve()}. Each carries its workflow: drag one into ComfyUI.")
+    print(f"\nThe pictures are in {OUT.resolve()}.")
+    print("Each carries its workflow: drag one into the editor of `usoflow serve`.")
 
 
 def pocket() -> None:
