@@ -30,7 +30,10 @@ PORT = 8188  # ComfyUI's, and ours
 STEP_TFLOP = 70  # of FLUX.1 at 1024x1024: 4352 tokens through 6.4e9 weights (56), and their attention (13)
 STEPS = 20  # of a picture, unless one asks for others
 PATIENCE = 60  # seconds a picture may take before we call it slow
-WITH_CUDA = "For the NVIDIA GPU install torch as https://pytorch.org/get-started/locally tells."
+WITH_CUDA = (
+    "This torch has no CUDA. For the NVIDIA GPU install torch as https://pytorch.org/get-started/locally"
+    " tells."
+)
 NO_DRIVER = "torch cannot use the NVIDIA card here: its driver is missing or too old for"
 MATRIX = 2048  # side of the matrices whose product is timed
 EXTRAS = {"ui": ("comfyui_frontend_package", "the editor"), "gguf": ("gguf", "GGUF files")}
@@ -84,10 +87,10 @@ def _device(device: torch.device) -> Finding:
         return Finding("device", fact, PASSING if small else "")
     if device.type == "mps":
         return Finding("device", "Apple GPU")
-    if torch.version.cuda is None and torch.version.hip is None and shutil.which("nvidia-smi"):
-        return Finding("device", "CPU", f"This torch has no CUDA. {WITH_CUDA}")
-    if torch.version.cuda is not None and shutil.which("nvidia-smi"):
-        return Finding("device", "CPU", f"{NO_DRIVER} CUDA {torch.version.cuda}: `nvidia-smi` tells of it.")
+    if torch.version.hip is None and shutil.which("nvidia-smi"):
+        built = torch.version.cuda
+        unused = f"{NO_DRIVER} CUDA {built}: `nvidia-smi` tells of it." if built else WITH_CUDA
+        return Finding("device", "CPU", unused)
     return Finding("device", "CPU", "No CUDA or Apple GPU is here: one would be far faster.")
 
 

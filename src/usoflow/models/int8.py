@@ -17,7 +17,7 @@ from torch import Tensor
 
 from usoflow.models.fp8 import STORED, WIDE
 from usoflow.models.kernels import MAGNITUDE, Scratch, widen
-from usoflow.models.pages import in_large_pages
+from usoflow.models.pages import ask_for_large
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ def narrowed(weight: Tensor, scale: Tensor | None, scratch: Scratch) -> tuple[Te
     if torch.compiler.is_compiling():  # a loop would be unrolled
         at_once = len(weight)
     else:
-        in_large_pages(whole)
+        ask_for_large(whole)
     parts = (part.split(at_once) for part in (weight, whole, units))
     for stored, out, unit in zip(*parts, strict=True):
         largest = stored.view(torch.int8).bitwise_and(MAGNITUDE).amax(-1, keepdim=True).view(STORED).float()

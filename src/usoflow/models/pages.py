@@ -48,14 +48,13 @@ def give_back(ranges: Sequence[Range]) -> None:
     _advise(ranges, _DO_NOT_NEED)
 
 
-def in_large_pages(new: Tensor) -> Tensor:
-    """A tensor to which nothing was written yet, for which the system is asked for pages of 2 MiB, not 4 KiB.
+def ask_for_large(new: Tensor) -> None:
+    """The system is asked for pages of 2 MiB, not 4 KiB, for a tensor to which nothing was written yet.
 
     It clears each page at its first touch; to come to a small one takes longer than to clear it.
     """
     if sys.platform.startswith("linux") and new.device.type == "cpu":
         _advise([_whole_pages(new.data_ptr(), new.nbytes)], _HUGE)
-    return new
 
 
 def read_ahead(ranges: Sequence[Range]) -> None:

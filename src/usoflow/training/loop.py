@@ -238,10 +238,12 @@ class Training:
         write_state(self.folder / "state.pt", state)
         speed = self.done / max(self.seconds, 1e-9)
         recent = [loss for _, loss in self.log[-200:]]
-        line = {"done": self.done, "seconds": round(self.seconds), "per_second": round(speed, 1)}
         loss = round(sum(recent) / len(recent), 5)
+        line = {
+            "done": self.done, "seconds": round(self.seconds), "per_second": round(speed, 1), "loss": loss,
+        }  # fmt: skip
         with (self.folder / "log.jsonl").open("a") as log:
-            log.write(json.dumps(line | {"loss": loss}) + "\n")
+            log.write(json.dumps(line) + "\n")
         logger.info("%s: %d samples, %.0f a second, loss %s", self.folder.name, self.done, speed, loss)
 
     def resume(self) -> bool:
