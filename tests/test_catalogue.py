@@ -6,10 +6,19 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from usoflow.api.at_hand import at_hand
-from usoflow.catalogue import KNOWN_FILES, KnownFile, known_file, missing, missing_file_remedy
+from usoflow.catalogue import (
+    KNOWN_FILES,
+    UNO_RANK,
+    KnownFile,
+    known_file,
+    missing,
+    missing_file_remedy,
+)
+from usoflow.errors import UsoflowError
 from usoflow.models.checkpoint import TensorFile
 from usoflow.models.inspection import inspect
 from usoflow.settings import MODEL_FOLDERS, POCKET_MODELS, find_folders
@@ -170,3 +179,48 @@ def test_unknown_file_in_an_empty_folder(models: Path) -> None:
 @pytest.mark.parametrize("name", ["a.ckpt", "a.pt", "a.bin"])
 def test_pickles(models: Path, name: str) -> None:
     assert "pickle" in remedy(models, "checkpoints", name)
+
+
+def test_a_lora_of_uno_is_not_usos(models: Path, small_models: Path) -> None:
+    """ByteDance gave both one name and layout; the rank tells them apart."""
+    (models / "loras").mkdir(parents=True)
+    uso = load_file(small_models / "loras/uso-flux1-dit-lora-v1.safetensors")
+    wide = {}
+    for name, tensor in uso.items():
+        dimension = 0 if name.endswith("down.weight") else 1
+        rest = [1, 1]
+        rest[dimension] = UNO_RANK // tensor.shape[dimension] + 1
+        wide[name] = tensor.repeat(rest).narrow(dimension, 0, UNO_RANK).contiguous()
+    save_file(wide, models / "loras/dit_lora.safetensors")
+    lora = known_file("loras", "uso-flux1-dit-lora-v1.safetensors")
+    assert lora in missing(find_folders(models=models))
+    save_file(uso, models / "loras/dit_lora.safetensors")
+    assert lora not in missing(find_folders(models=models))
+
+
+def test_models_of_other_families_do_not_take_the_checkpoints_place(models: Path, small_models: Path) -> None:
+    """A VAE of Stable Diffusion and umT5 have what those of FLUX.1 are recognised by."""
+    (models / "vae").mkdir(parents=True)
+    checkpoint = load_file(small_models / "checkpoints/flux1-dev-fp8.safetensors")
+    vae = {
+        name.removeprefix("vae."): tensor for name, tensor in checkpoint.items() if name.startswith("vae.")
+    }
+    save_file(vae, models / "vae/one.safetensors")
+    assert "vae" in TensorFile.open(models / "vae/one.safetensors").components()
+    save_file(vae | {"quant_conv.weight": torch.ones(8, 8, 1, 1)}, models / "vae/one.safetensors")
+    assert TensorFile.open(models / "vae/one.safetensors").components() == {}
+
+
+def test_nans_of_t5s_table_in_fp8_are_no_damage(tmp_path: Path, small_models: Path) -> None:
+    """What fp8 does not have became NaN, and is read as 0 (`models.text`); elsewhere a NaN is damage."""
+    checkpoint = load_file(small_models / "checkpoints/flux1-dev-fp8.safetensors")
+    prefix = "text_encoders.t5xxl.transformer."
+    t5 = {name.removeprefix(prefix): tensor for name, tensor in checkpoint.items() if name.startswith(prefix)}
+    t5["shared.weight"] = t5["shared.weight"].to(torch.float8_e4m3fn)
+    t5["shared.weight"].view(torch.uint8)[0, 0] = 0x7F
+    save_file(t5, tmp_path / "t5.safetensors")
+    assert "  every value is finite" in list(inspect(tmp_path / "t5.safetensors", None))
+    t5["encoder.final_layer_norm.weight"] = t5["encoder.final_layer_norm.weight"].float() * float("nan")
+    save_file(t5, tmp_path / "t5.safetensors")
+    with pytest.raises(UsoflowError, match="not finite"):
+        list(inspect(tmp_path / "t5.safetensors", None))

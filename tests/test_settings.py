@@ -231,6 +231,15 @@ class TestExtraModelPaths:
         assert folders.list("loras") == ["a.safetensors", "b.safetensors"]
         assert folders.list("text_encoders") == ["c.safetensors"]
 
+    def test_a_default_section_comes_before_the_models_folder(self, tmp_path: Path) -> None:
+        """Where both have a file of one name, and where downloads go."""
+        touch(tmp_path / "ComfyUI/models/vae/a.safetensors")
+        touch(tmp_path / "fast/vae/a.safetensors")
+        for value, wanted in (("true", "fast"), ("false", "ComfyUI/models")):
+            text = f"x:\n  base_path: {tmp_path}/fast\n  is_default: {value}\n  vae: vae\n"
+            folders = self.found(tmp_path, text)
+            assert folders.model("vae", "a.safetensors") == tmp_path / wanted / "vae/a.safetensors"
+
     @pytest.mark.parametrize("base", ["base_path: extra", "", "base_path: $EXTRA", "base_path: ~/extra"])
     def test_base_path_may_be_relative_absent_a_variable_or_home(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: str

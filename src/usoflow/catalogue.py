@@ -83,6 +83,9 @@ PULLS: Final = "usoflow models pull"
 
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 
+# ByteDance's LoRA of UNO, the forerunner, has the layout of USO's (whose rank is 128), and the same name.
+UNO_RANK: Final = 512
+
 # ByteDance's own names (bytedance-research/USO, uso_flux_v1.0/), which two steps of the tutorial use.
 ALIASES = {
     ("loras", "dit_lora.safetensors"): "uso-flux1-dit-lora-v1.safetensors",
@@ -184,6 +187,7 @@ def name_of(file: KnownFile, folders: Folders) -> str | None:
     None if it is not, or not as it must be: damaged, or something else.
     """
     names = [name for name in folders.list(file.folder) if known_file(file.folder, name) == file]
+    names = [name for name in names if not _is_of_uno(file, name, folders)]
     names.sort(key=lambda name: name != file.name)  # its own first
     return next((name for name in names if _holds(file, name, folders)), None)
 
@@ -211,6 +215,18 @@ def _one_of(folder: str, kind: str, usual: tuple[str, ...], folders: Folders) ->
 
 def _holds(wanted: KnownFile, name: str, folders: Folders) -> bool:
     return wanted.holds <= _components(wanted.folder, name, folders)
+
+
+def _is_of_uno(file: KnownFile, name: str, folders: Folders) -> bool:
+    """Whether a LoRA by ByteDance's name is UNO's."""
+    if "uso_lora" not in file.holds or PurePosixPath(name).name == file.name:
+        return False
+    try:
+        lora = TensorFile.open(folders.model(file.folder, name)).component("uso_lora")
+    except UsoflowError:
+        return False  # whoever asks what it holds will find that out
+    down = next((info.shape for name, info in lora.tensors.items() if name.endswith(".down.weight")), ())
+    return down[:1] == (UNO_RANK,)
 
 
 def _components(folder: str, name: str, folders: Folders) -> set[str]:

@@ -245,13 +245,16 @@ def _model_directories(roots: Sequence[Path]) -> Mapping[str, tuple[Path, ...]]:
         for kind, names in MODEL_FOLDERS.items():
             found[kind] += [base / name for name in names]
         for place in (root, root.parent):
-            for kind, paths in _extra_paths(place / EXTRA_PATHS_FILE):
-                found[kind] += paths
+            for kind, paths, first in _extra_paths(place / EXTRA_PATHS_FILE):
+                found[kind] = [*paths, *found[kind]] if first else [*found[kind], *paths]
     return {kind: tuple(dict.fromkeys(paths)) for kind, paths in found.items()}
 
 
-def _extra_paths(file: Path) -> Iterator[tuple[str, list[Path]]]:
-    """Directories by kind from ComfyUI's file: sections of `kind: paths`, a path a line under `base_path`."""
+def _extra_paths(file: Path) -> Iterator[tuple[str, list[Path], bool]]:
+    """Directories by kind from ComfyUI's file: sections of `kind: paths`, a path a line under `base_path`.
+
+    And whether they come before the others, where downloads go too: `is_default`.
+    """
     if not os.path.isfile(file):
         return
     try:
@@ -266,7 +269,8 @@ def _extra_paths(file: Path) -> Iterator[tuple[str, list[Path]]]:
         for kind, names in MODEL_FOLDERS.items():
             for key in (kind, *names):
                 lines = _text(entries, key, where).split("\n")
-                yield kind, [base / line.strip() for line in lines if line.strip()]
+                paths = [base / line.strip() for line in lines if line.strip()]
+                yield kind, paths, entries.get("is_default") is True
 
 
 def _entries(value: object, where: str) -> Mapping[Any, Any]:

@@ -17,6 +17,7 @@ from PIL import Image
 import small
 import usoflow
 from usoflow import Engine, UsoflowError, Workflow
+from usoflow.api.engine import _loras
 from usoflow.execution.progress import Cancellation, NodeProgress, NodeStarted
 from usoflow.settings import POCKET_MODELS
 
@@ -50,6 +51,19 @@ def test_models_and_encodings_stay(engine: Engine, file: Path) -> None:
     assert not first.cached
     assert [node.class_type for node in again.nodes] == ["KSampler", "VAEDecode", "SaveImage"]
     assert not np.array_equal(np.asarray(first.images[0]), np.asarray(again.images[0]))
+
+
+def test_another_output_folder_gets_its_pictures(
+    small_models: Path, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was written elsewhere is not taken for it; all else is known."""
+    with Engine(models=small_models, device="cpu") as engine:
+        for name in ("one", "two"):
+            monkeypatch.setenv("USOFLOW_OUTPUT", str(tmp_path / name))
+            result = engine.run(file)
+            assert result.paths == (tmp_path / name / "out_00001_.png",)
+            assert result.images[0].size == (64, 64)
+    assert [node.class_type for node in result.nodes] == ["SaveImage"]
 
 
 def test_threads_wait_for_each_other(small_models: Path, tmp_path: Path) -> None:
@@ -191,6 +205,25 @@ def test_numbers_of_numpy_are_numbers(engine: Engine, file: Path) -> None:
     assert json.loads(result.images[0].info["workflow"])
     workflow = Workflow.load(file).set("KSampler.steps", np.int64(1)).with_seed(torch.tensor(9))
     assert engine.run(workflow).seeds == (9,)
+
+
+@pytest.mark.parametrize(
+    ("loras", "asked"),
+    [
+        (None, ()),
+        ({"x.safetensors": 0.3}, (("x.safetensors", 0.3),)),
+        (["a.safetensors", ("b.safetensors", -1)], (("a.safetensors", 1.0), ("b.safetensors", -1))),
+    ],
+)
+def test_loras_keep_their_strength(loras: Any, asked: tuple[tuple[str, float], ...]) -> None:
+    assert _loras(loras) == asked
+
+
+@pytest.mark.parametrize("loras", [5, [Path("x.safetensors")], [("x.safetensors",)], {"x.safetensors": "1"}])
+def test_what_is_no_lora_is_told(engine: Engine, loras: Any) -> None:
+    with pytest.raises(UsoflowError, match="is no LoRA") as error:
+        engine.workflow("a fox", loras=loras)
+    assert error.value.code == "request_invalid"
 
 
 @pytest.mark.parametrize("loras", ["x.safetensors", ("x.safetensors", 0.5), ["x.safetensors"]])

@@ -22,6 +22,7 @@ from usoflow.models.text import ClipTextConfig, T5Config
 from usoflow.models.vae import VaeConfig
 from usoflow.models.vision import SiglipConfig
 
+BIAS = "relative_attention_bias"
 FLUX_KEY = "model.diffusion_model.double_blocks.0.img_attn.qkv.weight"
 
 
@@ -214,3 +215,52 @@ def test_tensors_of_any_shape_are_sizes_or_an_error(small_models: Path, kind: st
             except UsoflowError as error:
                 codes.add(error.code)
     assert "tensor_shape" in codes
+
+
+@pytest.mark.parametrize(
+    ("kind", "names", "words"),
+    [
+        ("vae", ("decoder.conv_in.weight", "quant_conv.weight"), "VAE of another family"),
+        (
+            "t5",
+            tuple(f"encoder.block.{i}.layer.0.SelfAttention.{n}.weight" for i in (0, 1) for n in ("q", BIAS)),
+            "umT5",
+        ),
+        (
+            "siglip",
+            ("vision_model.embeddings.patch_embedding.weight", "vision_model.embeddings.class_embedding"),
+            "CLIP's vision tower",
+        ),
+    ],
+)
+def test_models_of_other_families_are_told_apart(
+    tmp_path: Path, kind: str, names: tuple[str, ...], words: str
+) -> None:
+    """They have all that a model of FLUX.1 or USO is recognised by."""
+    path = tmp_path / "a.safetensors"
+    save_file({name: torch.ones(1) for name in names[:-1]}, path)
+    assert kind in TensorFile.open(path).components()
+    path = tmp_path / "b.safetensors"
+    save_file({name: torch.ones(1) for name in names}, path)
+    assert kind not in TensorFile.open(path).components()
+    with pytest.raises(UsoflowError, match=words) as caught:
+        TensorFile.open(path).component(kind)
+    assert caught.value.code == "model_kind"
+
+
+def test_a_lora_with_the_names_of_diffusers_is_a_lora(tmp_path: Path) -> None:
+    save_file(
+        {f"single_transformer_blocks.0.attn.to_q.lora_{side}.weight": torch.ones(1) for side in "AB"},
+        tmp_path / "a.safetensors",
+    )
+    assert TensorFile.open(tmp_path / "a.safetensors").component("lora").kind == "lora"
+
+
+def test_one_part_of_several_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "model-00001-of-00002.safetensors"
+    save_file(
+        {f"encoder.block.0.layer.0.SelfAttention.{n}.weight": torch.ones(1, 1) for n in ("q", BIAS)}, path
+    )
+    with pytest.raises(UsoflowError, match=r"lacks the tensor shared\.weight") as caught:
+        T5Config.from_component(TensorFile.open(path).component("t5"))
+    assert "one part of several" in caught.value.remedy

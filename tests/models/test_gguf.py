@@ -19,7 +19,7 @@ from usoflow.models.flux import Flux
 from usoflow.models.library import LoraUse, ModelLibrary
 from usoflow.models.placement import Placement
 from usoflow.models.quantised import dequantise
-from usoflow.models.weights import Linear
+from usoflow.models.weights import Embedding, Linear, assemble
 
 CPU32 = Placement(torch.device("cpu"), torch.float32)
 CHECKPOINT = "checkpoints/flux1-dev-fp8.safetensors"
@@ -161,3 +161,23 @@ def test_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         TensorFile.open(tmp_path / "a.gguf")
     assert caught.value.code == "extra_missing"
     assert "pip install" in caught.value.remedy
+
+
+def test_a_quantised_table_keeps_its_shape(tmp_path: Path) -> None:
+    """Only a linear layer's matrix stays as bytes."""
+    table = torch.randn(4, 32).numpy()
+    data = gguf.quantize(table, gguf.GGMLQuantizationType.Q8_0)
+    writer = gguf.GGUFWriter(tmp_path / "t.gguf", "flux")
+    writer.add_tensor("weight", data, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    for write_part in (
+        writer.write_header_to_file,
+        writer.write_kv_data_to_file,
+        writer.write_tensors_to_file,
+    ):
+        write_part()
+    writer.close()
+    file = TensorFile.open(tmp_path / "t.gguf")
+    embedding = Embedding(4, 32)
+    assemble(Component(file, "t5", "", file.tensors, {}), embedding)
+    wanted = torch.from_numpy(gguf.dequantize(data, gguf.GGMLQuantizationType.Q8_0))
+    assert torch.equal(embedding(torch.tensor([3, 1])), wanted[[3, 1]])

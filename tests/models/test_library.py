@@ -200,9 +200,27 @@ def test_a_gpu_is_the_one_of_the_thread_that_chose(monkeypatch: pytest.MonkeyPat
     """In another thread another one may be current."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr("usoflow.models.placement._compute_on", lambda device: None)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     for asked in ("auto", "cuda"):
         assert Placement.choose(asked).device == torch.device("cuda", 1)
+
+
+def test_a_gpu_that_cannot_be_used_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is busy or full, or this torch has no kernels for it."""
+
+    def refuse(device: torch.device) -> None:
+        raise RuntimeError("CUDA error: no kernel image is available\nCompile with TORCH_USE_CUDA_DSA")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr("usoflow.models.placement._compute_on", refuse)
+    with pytest.raises(
+        UsoflowError, match=r"cannot be used: CUDA error: no kernel image is available$"
+    ) as caught:
+        Placement.choose("cuda")
+    assert caught.value.code == "device_unavailable"
+    assert "--device cpu" in caught.value.remedy
 
 
 @pytest.mark.parametrize(
@@ -624,3 +642,11 @@ def test_a_transformer_with_loras_is_not_held_beside_the_next(small_models: Path
 def test_a_computation_has_no_more_room_than_the_budget() -> None:
     assert Placement(torch.device("cpu"), torch.float32, budget=1000).room == 1000
     assert CPU32.room > 1000
+
+
+def test_no_pages_are_nothing_to_ask_the_system_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows has no library of C that answers to no name."""
+    monkeypatch.setattr("ctypes.CDLL", lambda name: pytest.fail("the system was asked"))
+    pages.give_back([])
+    pages.bring([])
+    pages.read_ahead([])

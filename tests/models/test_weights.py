@@ -121,6 +121,33 @@ def test_a_file_that_became_shorter(tmp_path: Path) -> None:
     assert caught.value.code == "model_truncated"
 
 
+def test_a_file_that_another_took_the_place_of(tmp_path: Path) -> None:
+    """Its header may be of another length, so that other bytes lie where the tensor was."""
+    save_file({"a": torch.ones(100)}, tmp_path / "a.safetensors")
+    component = whole(tmp_path / "a.safetensors")
+    save_file({"a": torch.ones(100)}, tmp_path / "b.safetensors", {"note": "x" * 64})
+    (tmp_path / "b.safetensors").replace(tmp_path / "a.safetensors")
+    with pytest.raises(UsoflowError, match=r"a\.safetensors was replaced") as caught:
+        read_tensors(component, ["a"])
+    assert "Run it again" in caught.value.remedy
+    assert read_tensors(whole(tmp_path / "a.safetensors"), ["a"])["a"].tolist() == [1.0] * 100
+
+
+def test_scales_of_fp8_under_the_newer_name(tmp_path: Path) -> None:
+    """`weight_scale`, beside the scale of activations and what the layer says of its format."""
+    weight = torch.randn(5, 6).to(torch.float8_e4m3fn)
+    told = torch.frombuffer(bytearray(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
+    tensors = {
+        "decoder.conv_in.weight": torch.ones(1), "part.weight": weight, "part.bias": torch.zeros(5),
+        "part.weight_scale": torch.tensor(0.5), "part.input_scale": torch.ones(1), "part.comfy_quant": told,
+    }  # fmt: skip
+    save_file(tensors, tmp_path / "f.safetensors")
+    found = TensorFile.open(tmp_path / "f.safetensors").component("vae")
+    layer = build(found, lambda: Holder(Linear(6, 5)), ignored=("decoder.*",)).part
+    x = torch.randn(2, 6)
+    assert torch.allclose(layer(x), x @ (weight.float() * 0.5).T, atol=1e-6)
+
+
 @pytest.mark.parametrize("scale", [torch.tensor(0.5), torch.rand(5), torch.rand(5, 1)])
 def test_scaled_fp8(tmp_path: Path, scale: Tensor) -> None:
     """Stored value times scale, for the whole weight or by row; the activation scale is not used."""

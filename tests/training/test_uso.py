@@ -17,13 +17,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from discs import WORLD, paint_sprites
-from usoflow.models.checkpoint import TensorFile
+from usoflow.models.checkpoint import SCALE, TensorFile
 from usoflow.models.flux import Flux
 from usoflow.models.loading import load_flux, load_projector, load_siglip
 from usoflow.models.lora import attach
 from usoflow.models.style_projector import LEVELS
 from usoflow.models.vision import SiglipVision
-from usoflow.models.weights import SCALE, Linear
+from usoflow.models.weights import Linear
 from usoflow.training import autoencoder, package
 from usoflow.training.autoencoder import VaeStage
 from usoflow.training.backgrounds import BACKGROUNDS

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     Picture = str | Path | Image
     Lora = str | tuple[str, float]
+    Loras = Mapping[str, float] | Sequence[Lora] | Lora | None
 
 GIVE_AGAIN: Final = "Give it again: workflow.with_picture(NODE, FILE). One from memory went with its engine."
 KEPT_PICTURES: Final = 256  # from memory, as files: a service makes no end of them
@@ -56,7 +57,7 @@ class Asked(TypedDict, total=False):
     subject_size: int | None
     keep_size: bool
     easycache: float | None
-    loras: Sequence[Lora] | Lora
+    loras: Loras
 
 
 class Engine:
@@ -244,13 +245,13 @@ class Engine:
         subject_size: int | None = None,
         keep_size: bool = False,
         easycache: float | None = None,
-        loras: Sequence[Lora] | Lora = (),
+        loras: Loras = (),
     ) -> Workflow:
         """The official USO workflow for a picture; the arguments are those of `Request`.
 
         Subject and style are a picture each, or several (of those from memory, the engine keeps the last
-        256); so are further LoRAs, names in the loras folder,
-        also with a strength: ("name.safetensors", 0.8). Without a seed one is drawn; `seeds` has it.
+        256); so are further LoRAs, names in the loras folder, also with a strength: ("name.safetensors",
+        0.8) or {"name.safetensors": 0.8}. Without a seed one is drawn; `seeds` has it.
         Sizes that are not given are those that the transformer was trained for.
 
         Raises:
@@ -347,13 +348,30 @@ def _result(job: Job, done: RunResult, placement: Placement) -> Result:
     )
 
 
-def _loras(loras: Sequence[Lora] | Lora) -> tuple[tuple[str, float], ...]:
+def _loras(loras: Loras) -> tuple[tuple[str, float], ...]:
     match loras:
+        case None:
+            return ()
+        case Mapping():
+            return tuple(_with_strength(item) for item in loras.items())
+        case str() | (str(), int() | float()):
+            return (_with_strength(loras),)
+        case Sequence():
+            return tuple(_with_strength(item) for item in loras)
+    return (_with_strength(loras),)
+
+
+def _with_strength(lora: object) -> tuple[str, float]:
+    match lora:
         case str():
-            return ((loras, 1.0),)
+            return lora, 1.0
         case (str() as name, int() | float() as strength):
-            return ((name, strength),)
-    return tuple((item, 1.0) if isinstance(item, str) else item for item in loras)
+            return name, strength
+    raise UsoflowError(
+        "request_invalid",
+        f"{lora!r} is no LoRA.",
+        remedy='Name one of the loras folder, also with a strength: ("name.safetensors", 0.8).',
+    )
 
 
 def _path(name: str, value: str | Path | None) -> Path | None:

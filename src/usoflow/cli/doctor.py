@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from usoflow.cli.options import Models
+from usoflow.errors import UsoflowError
 
 if TYPE_CHECKING:
     import torch
@@ -69,7 +70,11 @@ def _torch() -> Iterator[Finding]:
     yield Finding("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     threads = f"{torch.get_num_threads()} threads of {os.cpu_count()} cores"
     yield Finding("torch", f"{torch.__version__}, {threads}")
-    placement = Placement.choose()
+    try:
+        placement = Placement.choose()
+    except UsoflowError as error:
+        yield Finding("device", error.detail, error.remedy)
+        return
     yield _device(placement.device)
     yield Finding("matrix units", ", ".join(_matrix_units(placement.device)) or "none")
     yield _speed(placement.device, placement.dtype)

@@ -172,13 +172,17 @@ def _flux(path: Path) -> Component:
 
 
 def _transformer(folders: Folders) -> Component | None:
-    """The first transformer among the models."""
+    """The first transformer among the models that can be run."""
+    from usoflow.models.flux import FluxConfig
+
     for folder in ("checkpoints", "diffusion_models"):
         for name in folders.list(folder):
             try:
-                return _flux(folders.model(folder, name))
+                found = _flux(folders.model(folder, name))
+                FluxConfig.from_component(found)
             except UsoflowError:  # another model, or a damaged file
                 continue
+            return found
     return None
 
 

@@ -26,11 +26,21 @@ from typing import Any, TypeVar
 
 from usoflow.errors import UsoflowError
 from usoflow.models.gguf_file import entries, is_gguf
-from usoflow.models.kinds import IGNORED_ANYWHERE, KIND_NAMES, OF_DIFFUSERS, SIGNATURES, SINGLE_FILES
+from usoflow.models.kinds import (
+    IGNORED_ANYWHERE,
+    KIND_NAMES,
+    OF_DIFFUSERS,
+    OTHER_FAMILIES,
+    SIGNATURES,
+    SINGLE_FILES,
+)
 
 T = TypeVar("T", int, float, tuple[int, ...])
 
 CONFIG_KEY = "usoflow.config"  # safetensors metadata: JSON object, one section per component
+SCALE = "scale_weight"  # beside a weight in fp8: what its numbers are multiplied by
+_SCALE_TOO = "weight_scale"  # the same, as newer files spell it
+_PART = re.compile(r"-\d{5}-of-\d{5}\.")  # in the name of one file of a model that Hugging Face has split
 MAX_HEADER_BYTES = 100_000_000  # the limit that the safetensors library sets itself
 
 DTYPE_BYTES: Mapping[str, int] = MappingProxyType(
@@ -133,10 +143,22 @@ class TensorFile:
         """What the file holds, in words: 'FLUX.1 transformer, FLUX VAE' or 'nothing usoflow knows'."""
         if self._of_diffusers():
             return "a model in the layout of diffusers"
-        return ", ".join(KIND_NAMES[kind] for kind in self._prefixes()) or "nothing usoflow knows"
+        held = [KIND_NAMES[kind] for kind in self._prefixes()]
+        others = [words for kind, (_, words) in OTHER_FAMILIES.items() if self._other_family(kind)]
+        return ", ".join([*held, *others]) or "nothing usoflow knows"
+
+    @property
+    def one_of_several(self) -> str | None:
+        """What to do where the name tells that this is a part of a model; else None."""
+        if not _PART.search(self.path.name):
+            return None
+        return (
+            "This is one part of several. Use a file that holds all: `usoflow models` names the tutorial's."
+        )
 
     def _of_diffusers(self) -> bool:
-        return any(OF_DIFFUSERS.match(name) for name in self.tensors)
+        """A LoRA may have diffusers' names for the layers that it changes."""
+        return any(OF_DIFFUSERS.match(name) for name in self.tensors) and self._prefix("lora") is None
 
     def _prefixes(self) -> dict[str, str]:
         """The kinds of model in this file, with what precedes the names of their tensors."""
@@ -146,11 +168,17 @@ class TensorFile:
         return found
 
     def _prefix(self, kind: str) -> str | None:
-        pattern = SIGNATURES[kind]
-        for name in self.tensors:
-            if match := pattern.match(name):
-                return match.group(1)
-        return None
+        prefix = self._signed(kind)
+        return None if prefix is None or self._other_family(kind) else prefix
+
+    def _signed(self, kind: str) -> str | None:
+        matches = (SIGNATURES[kind].match(name) for name in self.tensors)
+        return next((match.group(1) for match in matches if match), None)
+
+    def _other_family(self, kind: str) -> bool:
+        """Whether it has a kind's tensors and one that those of FLUX.1 and USO have not."""
+        prefix = self._signed(kind) if kind in OTHER_FAMILIES else None
+        return prefix is not None and prefix + OTHER_FAMILIES[kind][0] in self.tensors
 
     def _refuse_strays(self, found: Mapping[str, str]) -> None:
         if not found:
@@ -170,7 +198,7 @@ class TensorFile:
         own = (n for n in self.tensors if n.startswith(prefix) and not (inner and n.startswith(inner)))
         tensors = {n[len(prefix) :]: self.tensors[n] for n in own}
         tensors = {n: info for n, info in tensors.items() if not matches_any(n, IGNORED_ANYWHERE)}
-        return Component(self, kind, prefix, tensors, self._declared(kind))
+        return Component(self, kind, prefix, _with_usual_scales(tensors), self._declared(kind))
 
     def _declared(self, kind: str) -> Mapping[str, Any]:
         text = self.metadata.get(CONFIG_KEY)
@@ -232,7 +260,9 @@ class Component:
         """
         if name not in self.tensors:
             raise UsoflowError(
-                "tensor_missing", f"{self.file.path.name} lacks the tensor {self.prefix}{name}."
+                "tensor_missing",
+                f"{self.file.path.name} lacks the tensor {self.prefix}{name}.",
+                remedy=self.file.one_of_several,
             )
         shape = self.tensors[name].shape
         if len(shape) != sides or 0 in shape:
@@ -256,6 +286,17 @@ class Component:
             last, first = pattern.format(max(found)), pattern.format(missing)
             raise UsoflowError("block_gap", f"{self.file.path.name} has {last}* but no {first}*.")
         return len(found)
+
+
+def _with_usual_scales(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """Scales of fp8 weights under one name, whichever of the two the file gives them."""
+    found = {}
+    for name, info in tensors.items():
+        stem, _, leaf = name.rpartition(".")
+        weight = tensors.get(f"{stem}.weight")
+        of_fp8 = leaf == _SCALE_TOO and weight is not None and weight.dtype.startswith("F8")
+        found[f"{stem}.{SCALE}" if of_fp8 else name] = info
+    return found
 
 
 def matches_any(name: str, patterns: Iterable[str]) -> bool:

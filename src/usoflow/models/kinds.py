@@ -15,12 +15,21 @@ SIGNATURES: Mapping[str, re.Pattern[str]] = MappingProxyType(
         "vae": re.compile(r"^(.*?)decoder\.conv_in\.weight$"),
         "siglip": re.compile(r"^(.*?vision_model\.)embeddings\.patch_embedding\.weight$"),
         "uso_projector": re.compile(r"^(.*?)feature_embedder\.low_projection\.weight$"),
-        # XLabs' LoRAs have the same names, in the double blocks alone: they are but LoRAs.
+        # XLabs' LoRAs have the same names, many in the double blocks alone: these are but LoRAs.
         "uso_lora": re.compile(r"^(.*?)single_blocks\.\d+\.processor\.\w+_lora\d?\.up\.weight$"),
         "lora": re.compile(
-            r"^().+\.(?:(?:lora_down|lora_A|lora\.down)(?:\.default)?\.weight|processor\.\w+_lora\d?\.up\.weight"
+            r"^().+\.(?:(?:lora_down|lora_A|lora\.down)(?:\.\w+)?\.weight|processor\.\w+_lora\d?\.up\.weight"
             r"|hada_w1_a|lokr_w[12](?:_a)?|oft_\w+)$"
         ),  # LoHa, LoKr and OFT too: they are not applied, but told from other files
+    }
+)
+
+# Tensors, without the prefix, that only a model of another family has beside those; and what that one is.
+OTHER_FAMILIES: Mapping[str, tuple[str, str]] = MappingProxyType(
+    {
+        "vae": ("quant_conv.weight", "a VAE of another family (of Stable Diffusion)"),
+        "t5": ("encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight", "umT5"),
+        "siglip": ("embeddings.class_embedding", "CLIP's vision tower"),
     }
 )
 

@@ -99,7 +99,7 @@ class ModelLibrary:
         """
         loras = tuple(use for use in loras if use.strength != 0 and is_for_text(use.lora))
         used = tuple((_key(use.lora), use.strength) for use in loras)
-        key = ("text", _key(clip_l), _key(t5), prompt, clip_prompt, used)
+        key = ("text", _key(clip_l), _key(t5), prompt, clip_prompt, used, on_cpu)
         found = self._encoded(key, lambda: self._encode_text(clip_l, t5, prompt, clip_prompt, loras, on_cpu))
         return TextEncoding(found.context.clone(), found.pooled.clone())  # custom nodes may change theirs
 

@@ -29,7 +29,7 @@ Rows = tuple[tuple[int, int], ...]  # of a layer: the first and how many, part b
 _SIDE = re.compile(
     r"^(?P<stem>.+?)\."
     r"(?:(?P<down>lora_down|lora_A|lora\.down|down)|(?P<up>lora_up|lora_B|lora\.up|up))"
-    r"(?:\.default)?\.weight$"
+    r"(?:\.\w+)?\.weight$"
 )
 _ALPHA: Final = ".alpha"
 _METHODS: Final = (  # endings of tensor names in LyCORIS' and PEFT's files
@@ -257,7 +257,14 @@ def _stems(lora: Component) -> Mapping[str, tuple[str, str]]:
     for name in lora.tensors:
         match = _SIDE.match(name)
         if match:
-            sides.setdefault(match["stem"], {})["down" if match["down"] else "up"] = name
+            found, side = sides.setdefault(match["stem"], {}), "down" if match["down"] else "up"
+            if side in found:
+                raise UsoflowError(
+                    "lora_mismatch",
+                    f"{lora.file.path.name} holds several adapters: {found[side]} and {name}.",
+                    remedy="Save each of them into a file of its own.",
+                )
+            found[side] = name
         elif not name.endswith(_ALPHA):
             raise UsoflowError("lora_mismatch", f"{lora.file.path.name}: {name} belongs to no known layer.")
     for found in sides.values():

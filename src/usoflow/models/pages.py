@@ -45,7 +45,8 @@ def mapped(tensors: Iterable[Tensor]) -> list[Range]:
 
 def give_back(ranges: Sequence[Range]) -> None:
     """The process holds these pages no longer."""
-    _advise(ranges, _DO_NOT_NEED)
+    if ranges:  # elsewhere than on Linux there are none, and Windows has no such call
+        _advise(ranges, _DO_NOT_NEED)
 
 
 def ask_for_large(new: Tensor) -> None:

@@ -88,8 +88,8 @@ class Placement:
             )
         if chosen.type not in _devices():
             raise UsoflowError("device_unavailable", f"There is no {device} device here.")
-        if chosen.type == "cuda":  # without a number each thread would take its own current one
-            chosen = torch.device("cuda", torch.cuda.current_device())
+        if chosen.type == "cuda":
+            chosen = _current_gpu()
         if dtype not in ("auto", *DTYPES):
             raise UsoflowError("device_unavailable", f"{dtype!r} is none of auto, {', '.join(DTYPES)}.")
         dtype_ = _best_dtype(chosen) if dtype == "auto" else DTYPES[dtype]
@@ -276,6 +276,30 @@ def _devices() -> list[str]:
     """Kinds of device here, the fastest first."""
     found = ["cuda"] if torch.cuda.is_available() else []
     return [*found, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
+
+
+def _current_gpu() -> torch.device:
+    """With its number: without, each thread would take its own current one. It is tried, too.
+
+    Raises:
+        UsoflowError: `device_unavailable` if it is busy or full, or this torch has no kernels for it.
+    """
+    try:
+        found = torch.device("cuda", torch.cuda.current_device())
+        _compute_on(found)
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise UsoflowError(
+            "device_unavailable",
+            f"The GPU is there but cannot be used: {reason}",
+            remedy="End what else uses it, or install a torch that is built for it (https://pytorch.org); "
+            "`--device cpu` works without it.",
+        ) from None
+    return found
+
+
+def _compute_on(device: torch.device) -> None:
+    torch.ones(1, device=device).add(1).item()
 
 
 def _best_device() -> str:

@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 CLIP_HEADS: Mapping[int, int] = MappingProxyType({768: 12})  # official, by width
 CLIP_EPS = 1e-5
+LEAST_POSITIONS = 3  # a start, a token and an end
 # FLUX.1 takes the pooled state without CLIP's projection; older files store the position numbers.
 # Files of all of CLIP have its vision tower, too.
 CLIP_IGNORED: tuple[str, ...] = (
@@ -138,11 +139,16 @@ class ClipTextConfig:
         name = "text_model.embeddings.{}_embedding.weight"
         vocabulary, dim = component.shape(name.format("token"), 2)
         _require_vocabulary(component, vocabulary, CLIP_VOCABULARY)
+        positions = component.shape(name.format("position"), 2)[0]
+        if positions < LEAST_POSITIONS:
+            raise UsoflowError(
+                "model_unsupported", f"{component.file.path.name} is a CLIP-L of {positions} positions."
+            )
         return cls(
             dim=dim,
             mlp_dim=component.shape("text_model.encoder.layers.0.mlp.fc1.weight", 2)[0],
             layers=component.count("text_model.encoder.layers.{}."),
-            positions=component.shape(name.format("position"), 2)[0],
+            positions=positions,
             heads=head_count(component, dim, CLIP_HEADS),
             eps=component.setting("eps", CLIP_EPS),
             vocabulary=vocabulary,

@@ -12,6 +12,7 @@ files, one fp32 scalar or one per row beside each weight).
 from __future__ import annotations
 
 import mmap
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,11 +25,10 @@ from torch import Tensor, nn
 
 from usoflow.errors import UsoflowError
 from usoflow.models import fp8, int8
-from usoflow.models.checkpoint import QUANTISED, Component, TensorInfo, matches_any, some
+from usoflow.models.checkpoint import QUANTISED, SCALE, Component, TensorInfo, matches_any, some
 from usoflow.models.kernels import Scratch, fast, has_nan, linear, widen
 from usoflow.models.quantised import dequantise
 
-SCALE = "scale_weight"
 _NO_RESERVE = 0x4000  # mmap(2): MAP_NORESERVE
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -36,7 +36,9 @@ DTYPES: Mapping[str, torch.dtype] = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
 }  # fmt: skip
-UNUSED_SCALES = ("*.scale_input",)  # activation scales of fp8 matmuls: ours are those of each row
+# Of fp8 matmuls: scales of activations, ours are those of each row; and what the layer is stored as, told as
+# JSON: in another format than fp8 it has further tensors or another dtype.
+UNUSED_SCALES = ("*.scale_input", "*.input_scale", "*.comfy_quant")
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -282,11 +284,12 @@ def assemble(component: Component, module: nn.Module, *, ignored: Sequence[str] 
 
 
 def _hold_quantised(holder: nn.Module, leaf: str, data: Tensor, format_: str) -> None:
-    """Matrices stay as bytes; anything else that is quantised is small."""
+    """Matrices of linear layers stay as bytes; anything else is widened once."""
     if isinstance(holder, Linear) and leaf == "weight":
         holder.weight, holder.quantised = nn.Parameter(data, requires_grad=False), format_
     else:
-        widened_once = dequantise(data.reshape(1, -1), format_, torch.float32).flatten()
+        shape = getattr(holder, leaf).shape
+        widened_once = dequantise(data.reshape(1, -1), format_, torch.float32).view(shape)
         setattr(holder, leaf, nn.Parameter(widened_once, requires_grad=False))
 
 
@@ -296,7 +299,11 @@ def _check_names(
     file = component.file.path.name
     missing = [component.prefix + name for name in wanted if name not in component.tensors]
     if missing:
-        raise UsoflowError("tensor_missing", f"{file} lacks {len(missing)} tensors: {some(missing)}.")
+        raise UsoflowError(
+            "tensor_missing",
+            f"{file} lacks {len(missing)} tensors: {some(missing)}.",
+            remedy=component.file.one_of_several,
+        )
     claimed = {*wanted, *scales}
     unknown = [n for n in component.tensors if n not in claimed and not matches_any(n, ignored)]
     if unknown:
@@ -334,12 +341,24 @@ def read_tensors(component: Component, names: Iterable[str]) -> dict[str, Tensor
     path = component.file.path
     try:
         with path.open("rb") as stream:
+            _require_unchanged(component, os.fstat(stream.fileno()))
             data = _mapped(stream.fileno())
         return {name: _view(data, component.tensors[name]) for name in names}
     except OSError as error:
         raise UsoflowError("model_missing", f"{path} cannot be read: {error.strerror or error}.") from None
-    except ValueError:  # no such part of the file: it was there when the header was read
-        raise UsoflowError("model_truncated", f"{path.name} became shorter while it was used.") from None
+
+
+def _require_unchanged(component: Component, now: os.stat_result) -> None:
+    """Where the tensors lie was read from a header that a file of the same name need not have any more."""
+    file = component.file
+    if now.st_size < file.bytes:
+        raise UsoflowError("model_truncated", f"{file.path.name} became shorter while it was used.")
+    if (now.st_size, now.st_mtime_ns) != file.fingerprint[1:]:
+        raise UsoflowError(
+            "model_missing",
+            f"{file.path.name} was replaced by another file while it was used.",
+            remedy="Run it again: it then takes the new file.",
+        )
 
 
 def _mapped(file: int) -> mmap.mmap:

@@ -34,7 +34,7 @@ def load_checkpoint(
 ) -> tuple[Model, Clip, Vae]:
     """Loads an all-in-one checkpoint: transformer, both text encoders and VAE."""
     file = _open(context, "checkpoints", ckpt_name)
-    model = ModelHandle(file.component("flux"))
+    model = ModelHandle(_transformer(file))
     if not {"clip_l", "t5", "vae"} <= set(file.components()):
         raise UsoflowError(
             "model_kind",
@@ -54,14 +54,14 @@ def load_diffusion_model(
     context: NodeContext,
 ) -> Model:
     """Loads a transformer by itself. fp8_e4m3fn halves the memory of its weights."""
-    component = _open(context, "diffusion_models", unet_name).component("flux")
+    component = _transformer(_open(context, "diffusion_models", unet_name))
     return ModelHandle(component, weight_dtype=weight_dtype.removesuffix("_fast"))
 
 
 @node("UnetLoaderGGUF", category="bootleg", display_name="Unet Loader (GGUF)")
 def load_gguf(unet_name: Annotated[str, ModelFile("diffusion_models")], *, context: NodeContext) -> Model:
     """Loads a quantised transformer, as github.com/city96/ComfyUI-GGUF's node of this name does."""
-    return ModelHandle(_open(context, "diffusion_models", unet_name).component("flux"))
+    return ModelHandle(_transformer(_open(context, "diffusion_models", unet_name)))
 
 
 @node("DualCLIPLoader", category="advanced/loaders")
@@ -149,6 +149,15 @@ def load_lora(
     lora = _lora(context, lora_name)
     with_model = replace(model, loras=(*model.loras, LoraUse(lora, strength_model)))
     return with_model, replace(clip, loras=(*clip.loras, LoraUse(lora, strength_clip)))
+
+
+def _transformer(file: TensorFile) -> Component:
+    """The transformer; one that cannot be run (FLUX.1's tools) is refused here, not after all encoding."""
+    from usoflow.models.flux import FluxConfig
+
+    component = file.component("flux")
+    FluxConfig.from_component(component)
+    return component
 
 
 def _lora(context: NodeContext, name: str) -> Component:

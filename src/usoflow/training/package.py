@@ -17,12 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from usoflow.models import fp8
-from usoflow.models.checkpoint import CONFIG_KEY
+from usoflow.models.checkpoint import CONFIG_KEY, SCALE
 from usoflow.models.style_projector import StyleProjector
 from usoflow.models.tokens import CLIP_VOCABULARY
 from usoflow.models.vae import AutoEncoder
 from usoflow.models.vision import SiglipVision
-from usoflow.models.weights import SCALE
 from usoflow.training.base import PREFIXES, BaseStage, Pocket
 from usoflow.training.kept import write_tensors
 
