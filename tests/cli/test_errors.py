@@ -143,7 +143,9 @@ class TestWorkflow:
 
     def test_a_link_that_leads_nowhere(self, desk: Desk) -> None:
         done = desk.run(small.with_inputs(small.text_to_image(), "save", images=["99", 0]))
-        check(done, 3, "node or an output that is not there: '99'")
+        check(done, 3, "SaveImage (node save): images is linked to node '99', which is not there")
+        done = desk.run(small.with_inputs(small.text_to_image(), "save", images=["decode", 3]))
+        check(done, 3, "images is linked to output 3 of node decode, which has 1")
 
     def test_nothing_to_do(self, desk: Desk) -> None:
         prompt = {key: node for key, node in small.text_to_image().items() if key != "save"}
@@ -159,7 +161,7 @@ class TestWorkflow:
             ("sampler", {"seed": -1}, "smaller than min of 0"),
             ("sampler", {"denoise": float("nan")}, "denoise"),
             ("sampler", {"model": ["loader", 1]}, "received_type(CLIP) mismatch input_type(MODEL)"),
-            ("sampler", {"model": ["loader", 7]}, "index out of range"),
+            ("sampler", {"model": ["loader", 7]}, "model is linked to output 7 of node loader, which has 3"),
             ("sampler", {"model": ["nowhere", 0]}, "nowhere"),
             ("sampler", {"model": "loader"}, "model"),
             ("empty", {"width": 17000}, "bigger than max of 16384"),
@@ -174,10 +176,14 @@ class TestWorkflow:
         }
         check(desk.run(small.with_inputs(prompt, node, **changes)), 3, words)
 
-    @pytest.mark.parametrize("name", ["model", "seed", "positive"])
-    def test_missing_input(self, desk: Desk, name: str) -> None:
+    @pytest.mark.parametrize(
+        ("name", "advice"),
+        [("model", "muted (Ctrl+M)"), ("seed", "--set sampler.seed=VALUE"), ("positive", "muted (Ctrl+M)")],
+    )
+    def test_missing_input(self, desk: Desk, name: str, advice: str) -> None:
+        """A value can be given; what only a link can bring comes from a node that is muted, mostly."""
         done = desk.run(small.without(small.text_to_image(), "sampler", name))
-        check(done, 3, "KSampler (node sampler)", "Required input is missing", name, "muted (Ctrl+M)")
+        check(done, 3, "KSampler (node sampler)", "Required input is missing", name, advice)
 
     def test_every_mistake_is_named_at_once(self, desk: Desk) -> None:
         prompt = small.with_inputs(small.text_to_image(), "sampler", steps=0, cfg=-1)

@@ -120,11 +120,30 @@ class TestReading:
         read, _ = read_picture(saved(tmp_path, Image.fromarray(levels), "a.tiff"))
         assert read[0, 0, :, 0].tolist() == [0, 1, 1, 1]
 
-    @pytest.mark.parametrize("mode", ["1", "L", "LA", "CMYK", "YCbCr", "LAB", "F", "I;16", "RGBX"])
+    @pytest.mark.parametrize("mode", ["1", "L", "LA", "CMYK", "YCbCr", "LAB", "I;16", "RGBX"])
     def test_every_mode(self, tmp_path: Path, mode: str) -> None:
         read, mask = read_picture(saved(tmp_path, Image.new(mode, (4, 2)), "a.tiff"))
         assert read.shape == (1, 2, 4, 3)
         assert len(mask) == 1
+
+    def test_floating_point_numbers_are_refused(self, tmp_path: Path) -> None:
+        """Taken for levels of 8 bits, as Pillow does it, those of 0 to 1 would be a black picture."""
+        for read in (
+            lambda: read_picture(saved(tmp_path, Image.new("F", (4, 2), 0.5), "a.tiff")),
+            lambda: write_upright(Image.new("F", (4, 2), 0.5), tmp_path / "b.png"),
+        ):
+            with pytest.raises(UsoflowError, match="floating-point numbers") as caught:
+                read()
+            assert caught.value.code == "image_invalid"
+            assert "8 or 16 bits" in caught.value.remedy
+
+    def test_postscript_is_not_followed(self, tmp_path: Path) -> None:
+        """Pillow would have Ghostscript draw it; the file's name is any."""
+        Image.new("RGB", (4, 2)).save(tmp_path / "a.eps")
+        (tmp_path / "a.eps").rename(tmp_path / "a.png")
+        with pytest.raises(UsoflowError, match="is PostScript") as caught:
+            read_picture(tmp_path / "a.png")
+        assert caught.value.code == "image_invalid"
 
     def test_cmyk_jpeg(self, tmp_path: Path) -> None:
         read, _ = read_picture(saved(tmp_path, Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "a.jpg"))
@@ -372,7 +391,7 @@ class TestFromMemory:
         write_upright(Image.open(file), tmp_path / "copy.png")
         assert np.array_equal(read_picture(file)[0], read_picture(tmp_path / "copy.png")[0])
 
-    @pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "HSV", "F", "RGBX", "PA", "I", "I;16", "1"])
+    @pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "HSV", "RGBX", "PA", "I", "I;16", "1"])
     def test_in_any_mode(self, tmp_path: Path, mode: str) -> None:
         write_upright(Image.new(mode, (5, 3)), tmp_path / "copy.png")
         assert read_picture(tmp_path / "copy.png")[0].shape == (1, 3, 5, 3)

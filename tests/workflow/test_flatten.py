@@ -322,3 +322,47 @@ def test_file_names_of_two_nodes_of_one_name_take_the_first() -> None:
 def test_types_fit_in_any_case() -> None:
     assert fits("image,mask", "MASK")
     assert not fits("image", "MASK")
+
+
+def test_an_address_that_is_cut_is_told() -> None:
+    """Comments are meant; that // in an address begins one is not."""
+    conversion = convert(workflow([node(2, "CLIPTextEncode", widgets_values=["see https://a.b/c"])], []))
+    assert conversion.prompt.nodes["2"].inputs["text"] == "see https:"
+    assert conversion.warnings == (
+        "node 2, text: // begins a comment, in an address too, and what follows is left out",
+    )
+
+
+def test_file_names_with_the_value_of_a_field_that_a_link_feeds() -> None:
+    """As in the editor, which fills in what the field itself holds."""
+    width = node(1, "PrimitiveInt", outputs="INT", widgets_values=[7, "fixed"])
+    empty = node(2, "EmptyLatentImage", {"width!": (5, "INT")}, title="Size", widgets_values=[640, 512, 1])
+    save = node(99, "SaveImage", widgets_values=["%Size.width%x%Size.height%"])
+    found = inputs(workflow([width, empty, save], [[5, 1, 0, 2, 0, "INT"]]))
+    assert found["2"]["width"] == ["1", 0]
+    assert found["99"]["filename_prefix"] == "640x512"
+
+
+def test_numbers_in_file_names_are_the_editors() -> None:
+    sampler = node(1, "KSampler", title="S", widgets_values=[7, "fixed", 12, 8.0, "euler", "simple", 0.5])
+    cache = node(2, "EasyCache", title="E", widgets_values=[0.2, 0.15, 0.95, False])
+    assert file_name("%S.cfg%_%S.denoise%_%E.verbose%", sampler, cache) == "8_0.5_false"
+
+
+@pytest.mark.parametrize("values", [[7], {"value": 7}])
+def test_a_primitive_with_values_by_name(values: Any) -> None:
+    primitive = node(1, "PrimitiveNode", outputs="INT", widgets_values=values)
+    empty = node(2, "EmptyLatentImage", {"width!": (5, "INT")}, widgets_values=[64, 64, 1])
+    assert inputs(workflow([primitive, empty], [[5, 1, 0, 2, 0, "INT"]]))["2"]["width"] == 7
+
+
+def test_a_value_that_is_null_is_the_default() -> None:
+    """JSON has no NaN: the editor's is written so."""
+    assert (
+        inputs(workflow([node(2, "KSampler", widgets_values=[7, "fixed", 12, None])], []))["2"]["cfg"] == 8.0
+    )
+
+
+def test_ids_written_as_floats() -> None:
+    data = workflow([{**LOAD, "id": 1.0}, {**SAVE, "id": 9.0}], [[9.0, 1.0, 0.0, 9.0, 0.0, "IMAGE"]])
+    assert inputs(data)["9"] == {"images": ["1", 0]}

@@ -54,7 +54,7 @@ def check(workflow: Workflow, folders: Folders, nodes: NodeRegistry) -> Job:
     checked = validate(prompt, nodes, folders, remedy=remedy)
     if checked.error is not None:
         types = (node["class_type"] for node in prompt.values())
-        raise _error(checked, unknown=[name for name in dict.fromkeys(types) if name not in nodes])
+        raise _error(checked, nodes, unknown=[name for name in dict.fromkeys(types) if name not in nodes])
     left_out = tuple(f"left out: {line}" for line in (*strangers, *_lines(checked)))
     sent = tuple(
         f"node {key} ({SENDS}) saves nothing: its pictures go to clients of usoflow serve alone"
@@ -115,13 +115,13 @@ def check_names(checked: ValidationResult) -> None:
             raise UsoflowError(error.code, what, remedy=error.remedy) from None
 
 
-def _error(checked: ValidationResult, *, unknown: list[str]) -> UsoflowError:
+def _error(checked: ValidationResult, nodes: NodeRegistry, *, unknown: list[str]) -> UsoflowError:
     """The error of a prompt of which nothing can be run: every reason, and what to do about it."""
     assert checked.error is not None
     lines = list(_lines(checked)) or [_sentence(checked.error)]
     if unknown[1:]:  # as ComfyUI, the validator names the first
         lines.append(f"Nor are there nodes of the types {', '.join(unknown[1:])}.")
-    remedies = list(dict.fromkeys(_remedies(checked)))
+    remedies = list(dict.fromkeys(_remedies(checked, nodes)))
     pulls = [line for line in remedies if PULLS in line]
     remedies = [line for line in remedies if line not in pulls] + pulls  # for all files: once, and last
     return UsoflowError(_code(checked), "\n".join(lines), remedy="\n".join(remedies) or None)
@@ -147,7 +147,7 @@ def _errors(checked: ValidationResult) -> Iterator[dict[str, Any]]:
         yield from entry["errors"]
 
 
-def _remedies(checked: ValidationResult) -> Iterator[str]:
+def _remedies(checked: ValidationResult, nodes: NodeRegistry) -> Iterator[str]:
     for node_id, entry in checked.node_errors.items():
         for error in entry["errors"]:
             if remedy := error["extra_info"].get("remedy"):
@@ -158,6 +158,11 @@ def _remedies(checked: ValidationResult) -> Iterator[str]:
             elif error["type"] == "value_not_in_list":
                 yield f"Another value is set with --set {node_id}.{error['extra_info']['input_name']}=VALUE."
             elif error["type"] == "required_input_missing":
+                name = error["extra_info"]["input_name"]
+                spec = nodes[entry["class_type"]].schema.input(name)
+                if spec is not None and spec.is_widget:
+                    yield f"Give it with --set {node_id}.{name}=VALUE."
+                    continue
                 yield "Where the node before it is muted (Ctrl+M) in the editor, bypass it (Ctrl+B) instead."
             elif error["type"] == "custom_validation_failed" and entry["class_type"] in LOADS:
                 yield f"Give the picture with --image {node_id}=PATH, or its folder with --input DIR."
@@ -169,6 +174,6 @@ def _remedies(checked: ValidationResult) -> Iterator[str]:
 
 def _sentence(error: dict[str, Any]) -> str:
     details = f": {error['details']}" if error["details"] else ""
-    if error["type"].startswith("exception_during"):  # in ComfyUI's words a Python exception
-        return f"an input is linked to a node or an output that is not there{details}"
+    if explained := error["extra_info"].get("explained"):  # in ComfyUI's words a Python exception
+        return str(explained)
     return f"{error['message']}{details}"

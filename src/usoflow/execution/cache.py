@@ -77,7 +77,9 @@ def keys(
         }
         entry = registry[node.class_type]
         changed = entry.changed(told(node_id)) if entry.changed else ""
-        own = node_id if _is_unlike_others(entry) else ""
+        own = [node_id] if _is_unlike_others(entry) else []
+        if entry.schema.output_node:  # what it wrote is where it wrote it
+            own += [str(folder.absolute()) for folder in (folders.output, folders.temp)]
         text = json.dumps([node.class_type, parts, changed, own], sort_keys=True, default=str)
         found[node_id] = hashlib.sha256(text.encode()).hexdigest()
     return found

@@ -110,10 +110,14 @@ class Executor:
             UsoflowError: `cancelled`.
         """
         cancellation = cancellation or Cancellation()
+        outer = self.library.check
         self.library.begin_run(cancellation.check)
         run = _Run(self, prompt, folders, workflow, listen, cancellation, reserve)
-        with kept_memory():
-            return run.execute(targets)
+        try:
+            with kept_memory():
+                return run.execute(targets)
+        finally:
+            self.library.check = outer  # of the run from whose listener this one may have been begun
 
     def needed(self, prompt: Prompt, targets: Sequence[str]) -> list[PromptNode]:
         """The nodes that the targets need, in order.
@@ -219,8 +223,9 @@ class _Run:
         node = self.prompt.nodes[node_id]
         self.cancellation.check()
         self.listen(NodeStarted(node_id, node.class_type))
-        peak, start = PeakMemory(self.executor.library.placement.device), time.perf_counter()
+        start = time.perf_counter()
         try:
+            peak = PeakMemory(self.executor.library.placement.device)
             outputs = self._call_within_memory(node_id)
             check_finite(outputs)
         except UsoflowError as error:

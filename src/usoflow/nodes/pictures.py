@@ -66,6 +66,8 @@ def opened(path: Path) -> Iterator[Image.Image]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a bomb: our own limit is lower; odd EXIF or palettes: read on
             with Image.open(path) as picture:
+                if picture.format == "EPS":  # which Pillow has a program draw that follows what it says
+                    raise UsoflowError("image_invalid", f"{path} is PostScript, which is not read.")
                 yield picture
     except (UsoflowError, MemoryError):
         raise
@@ -118,6 +120,7 @@ def of_8_bits(picture: Image.Image) -> Image.Image:
 
     That one grey may be transparent shows in an alpha channel: in 8 bits its neighbours are the same.
     """
+    _refuse_floats(picture)
     if not picture.mode.startswith("I"):
         return picture
     levels, clear = np.asarray(picture), picture.info.get("transparency")
@@ -125,6 +128,16 @@ def of_8_bits(picture: Image.Image) -> Image.Image:
     if clear is not None:
         grey.putalpha(Image.fromarray(np.where(levels == clear, 0, 255).astype(np.uint8)))
     return grey
+
+
+def _refuse_floats(picture: Image.Image) -> None:
+    """Which of them is white, nothing says."""
+    if picture.mode == "F":
+        raise UsoflowError(
+            "image_invalid",
+            "The picture holds floating-point numbers.",
+            remedy="Save it with 8 or 16 bits.",
+        )
 
 
 def _unit(picture: Image.Image) -> Array:
@@ -139,12 +152,15 @@ def write_upright(picture: Image.Image, path: Path) -> None:
     """
     try:
         _as_png_has_it(ImageOps.exif_transpose(picture)).save(path)
+    except UsoflowError:
+        raise
     except Exception as error:  # Pillow reads lazily, see `opened`
         raise UsoflowError("image_invalid", f"{picture!r} cannot be read: {error}.") from None
 
 
 def _as_png_has_it(picture: Image.Image) -> Image.Image:
     """A picture in the mode of PNG that keeps most of it."""
+    _refuse_floats(picture)
     if picture.mode in PNG_MODES:
         return picture
     if picture.mode.startswith("I"):

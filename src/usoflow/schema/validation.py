@@ -63,10 +63,14 @@ def validate(
 
 @dataclass(slots=True)
 class _Failure:
-    """What is an exception in the reference: a link that leads nowhere."""
+    """What is an exception in the reference: a link that leads nowhere.
+
+    `explained` says what it is, for whom the words of the exception tell nothing.
+    """
 
     type: str
     message: str
+    explained: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +102,7 @@ class _Checked:
         return self.errors + [self._failure(failure, files) for failure in self.failures]
 
     def _failure(self, failure: _Failure, files: FileLister) -> Json:
-        extra = {"exception_type": failure.type, "traceback": []}
+        extra = {"exception_type": failure.type, "traceback": [], "explained": failure.explained}
         if self.consumer is None:
             message = "Exception when validating node"
             return error("exception_during_validation", message, failure.message, **extra)
@@ -186,7 +190,7 @@ class _Validator:
 
     def _check(self, node: _Checked) -> None:
         if node.inputs is None:
-            node.failures.append(_Failure("KeyError", "'inputs'"))
+            node.failures.append(_Failure("KeyError", "'inputs'", "it has no inputs"))
             return
         for spec in sorted(node.schema.inputs, key=lambda spec: not spec.required):
             if spec.name not in node.inputs:
@@ -209,9 +213,14 @@ class _Validator:
         key, slot = link
         origin = self._nodes.get(key) if isinstance(key, str) else None
         if origin is None:
-            node.failures.append(_Failure("KeyError", repr(key)[:100]))
+            shown = repr(key)[:100]
+            as_text = ", whose id must be a text" if str(key) in self._nodes else ", which is not there"
+            explained = f"{spec.name} is linked to node {shown}{as_text}"
+            node.failures.append(_Failure("KeyError", shown, explained))
         elif not 0 <= slot < len(origin.schema.outputs):
-            node.failures.append(_Failure("IndexError", "tuple index out of range"))
+            there = len(origin.schema.outputs)
+            explained = f"{spec.name} is linked to output {slot} of node {key}, which has {there}, from 0 on"
+            node.failures.append(_Failure("IndexError", "tuple index out of range", explained))
         else:
             node.links.append(_Link(spec, key, slot))
             received = origin.schema.outputs[slot].type

@@ -220,6 +220,8 @@ def _int(value: object, where: str) -> int:
 
 
 def _id(value: object, where: str) -> str:
+    if isinstance(value, float) and value.is_integer():  # some writers send 1.0
+        value = int(value)
     if isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool)):
         return str(value)
     raise _invalid(where, f"{_shown(value)} is not an id")

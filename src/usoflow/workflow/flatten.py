@@ -155,6 +155,7 @@ class _Flattener:
         self._registry = registry
         self._now = now
         self._warnings: dict[str, None] = {}  # in order, each once
+        self._shown: dict[str, dict[str, Any]] = {}  # by the prefix of a subgraph's nodes, its `host_values`
 
     def run(self) -> Conversion:
         nodes = {scope.prefix + node.id: self._convert(scope, node) for scope, node in self._executable()}
@@ -195,7 +196,10 @@ class _Flattener:
         return PromptNode(node.type, inputs, title)
 
     def _resolved_text(self, value: str, where: str) -> str:
-        resolved, chosen = text.first_alternatives(text.strip_comments(value))
+        told = text.strip_comments(value)
+        if "://" in value and told != value:
+            self._warn(f"{where}: // begins a comment, in an address too, and what follows is left out")
+        resolved, chosen = text.first_alternatives(told)
         if chosen:
             self._warn(f"{where}: of the alternatives in braces, the first is taken")
         return resolved
@@ -232,7 +236,7 @@ class _Flattener:
         if origin is None:
             return self._host_input(scope, link.origin_slot, wanted) if link.origin == INPUT_NODE else None
         if origin.type == PRIMITIVE:
-            return _Value(origin.values[0]) if origin.values else None
+            return _Value(_held(origin)) if _held(origin) is not None else None
         if origin.mode == MUTED:
             return None
         if origin.type == REROUTE or origin.mode == BYPASSED:
@@ -255,7 +259,9 @@ class _Flattener:
         link = _link(parent, slot) if slot else None
         if link is not None:
             return parent, link, wanted
-        values = host_values(host, subgraph)
+        if scope.prefix not in self._shown:
+            self._shown[scope.prefix] = host_values(host, subgraph)
+        values = self._shown[scope.prefix]
         return _Value(values[name], as_it_is=True) if name in values else None
 
     # --- file names ------------------------------------------------------------------------------------
@@ -268,14 +274,20 @@ class _Flattener:
             for node in scope.graph.nodes.values():
                 executed = prompt.nodes.get(scope.prefix + node.id)
                 if executed:
-                    fields, title = executed.inputs, executed.title
-                elif node.type == PRIMITIVE and node.values:
-                    fields, title = {"value": node.values[0]}, node.title or "Primitive"
+                    fields, title = self._fields(node, executed), executed.title
+                elif node.type == PRIMITIVE and _held(node) is not None:
+                    fields, title = {"value": _held(node)}, node.title or "Primitive"
                 else:
                     continue
                 search_names.setdefault(node.search_name, fields)
                 titles.setdefault(title, fields)
         return titles | search_names
+
+    def _fields(self, node: DocumentNode, executed: PromptNode) -> Mapping[str, Any]:
+        """The values of a node's fields; of one that a link feeds, what the field itself holds."""
+        schema = self._registry.schema(node.type)
+        held = widgets.known_values(node, schema) if schema else {}
+        return {n: held.get(n, value) if link_of(value) else value for n, value in executed.inputs.items()}
 
     def _with_file_names(self, prompt: Prompt) -> Prompt:
         """Fill %date:...% and %Node.widget% in the `filename_prefix` fields."""
@@ -287,7 +299,7 @@ class _Flattener:
             if value is None or isinstance(value, list | dict):
                 self._warn(f"filename_prefix: there is no {node}.{widget}")
                 return None
-            return str(value)
+            return _as_the_editor_writes(value)
 
         nodes = dict(prompt.nodes)
         for key, node in prompt.nodes.items():
@@ -299,6 +311,18 @@ class _Flattener:
 
     def _warn(self, message: str) -> None:
         self._warnings[message] = None
+
+
+def _held(primitive: DocumentNode) -> Any:
+    """The value of a PrimitiveNode; None if it has none."""
+    return next(iter(primitive.values or primitive.named_values.values()), None)
+
+
+def _as_the_editor_writes(value: object) -> str:
+    """A field's value in a file name: 8.0 is 8 there, and False false."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 def host_values(host: DocumentNode, subgraph: Subgraph) -> dict[str, Any]:

@@ -39,6 +39,7 @@ class Prompt:
             others = _no_nodes(data) if isinstance(data, dict) else []
             if isinstance(data, dict) and 0 < len(others) < len(data):
                 detail += f": it has nodes, but {', '.join(map(repr, others[:3]))} is none"
+                detail += " (a node has class_type and inputs)"
             raise UsoflowError("not_a_workflow", detail)
         assert isinstance(data, dict)
         return cls({str(key): _node(str(key), value) for key, value in data.items()})

@@ -36,6 +36,7 @@ def known_values(node: DocumentNode, schema: NodeSchema) -> dict[str, Any]:
     """
     stored = dict(zip(names_along(node, schema), node.values, strict=False)) or node.named_values
     specs = _widgets(schema)
+    stored = {name: value for name, value in stored.items() if value is not None}  # as NaN is written
     found = {spec.name: stored.get(spec.name, _default(spec)) for spec in specs}
     return {name: wrapped(value) for name, value in found.items() if value is not None}
 
