@@ -109,6 +109,25 @@ def test_a_primitive_and_a_file_name_that_tells_it() -> None:
     assert found.file_names == {("3", "filename_prefix"): "a_9"}
 
 
+@pytest.mark.parametrize(
+    ("held", "changed"),
+    [
+        ({"widgets_values": {"value": 7}}, {"widgets_values": {"value": 9}}),
+        (
+            {"widgets_values": [], "widgets_values_named": {"value": 7}},
+            {"widgets_values": [], "widgets_values_named": {"value": 9}},
+        ),
+        ({"widgets_values": []}, {"widgets_values": [9]}),
+    ],
+)
+def test_a_primitive_with_values_by_name_or_none(held: dict[str, Any], changed: dict[str, Any]) -> None:
+    workflow = small()
+    workflow["nodes"][0] |= held
+    found = edited(workflow, {("2", "seed"): 9})
+    assert found["nodes"][0].items() >= changed.items()
+    assert inputs(found)["2", "seed"] == 9
+
+
 def test_a_primitive_that_feeds_two() -> None:
     workflow = small()
     sampler = copy.deepcopy(workflow["nodes"][1]) | {"id": 4, "outputs": []}

@@ -144,7 +144,11 @@ class TensorFile:
         if self._of_diffusers():
             return "a model in the layout of diffusers"
         held = [KIND_NAMES[kind] for kind in self._prefixes()]
-        others = [words for kind, (_, words) in OTHER_FAMILIES.items() if self._other_family(kind)]
+        others = [
+            words
+            for kind, (_, words) in OTHER_FAMILIES.items()
+            if (prefix := self._signed(kind)) is not None and self._of_other_family(kind, prefix)
+        ]
         return ", ".join([*held, *others]) or "nothing usoflow knows"
 
     @property
@@ -169,16 +173,15 @@ class TensorFile:
 
     def _prefix(self, kind: str) -> str | None:
         prefix = self._signed(kind)
-        return None if prefix is None or self._other_family(kind) else prefix
+        return None if prefix is None or self._of_other_family(kind, prefix) else prefix
 
     def _signed(self, kind: str) -> str | None:
         matches = (SIGNATURES[kind].match(name) for name in self.tensors)
         return next((match.group(1) for match in matches if match), None)
 
-    def _other_family(self, kind: str) -> bool:
-        """Whether it has a kind's tensors and one that those of FLUX.1 and USO have not."""
-        prefix = self._signed(kind) if kind in OTHER_FAMILIES else None
-        return prefix is not None and prefix + OTHER_FAMILIES[kind][0] in self.tensors
+    def _of_other_family(self, kind: str, prefix: str) -> bool:
+        """Whether what is recognised as a kind has a tensor that those of FLUX.1 and USO have not."""
+        return kind in OTHER_FAMILIES and prefix + OTHER_FAMILIES[kind][0] in self.tensors
 
     def _refuse_strays(self, found: Mapping[str, str]) -> None:
         if not found:

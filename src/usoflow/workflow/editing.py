@@ -124,7 +124,7 @@ class _Place:
         if link.origin == INPUT_NODE:
             self._write_outside(depth, slot, link.origin_slot, value, own)
         elif self._is_field(level, link):
-            _find(level, link.origin)["widgets_values"][0] = own
+            _store_own(_find(level, link.origin), own)
         else:
             _cut(level, slot)
 
@@ -152,6 +152,15 @@ def _pad(node: Raw, names: Sequence[str], name: str, schema: NodeSchema) -> None
     if name in names and not by_name_only:
         missing = names[len(stored) : names.index(name) + 1]
         node["widgets_values"] = [*stored, *(widgets.default(schema, field) for field in missing)]
+
+
+def _store_own(primitive: Raw, value: Any) -> None:
+    """Into a primitive, by place or by name, as `flatten` reads it."""
+    stored = primitive.get("widgets_values") or primitive.get("widgets_values_named")
+    if not stored:
+        primitive["widgets_values"] = [value]
+    else:
+        stored[next(iter(stored)) if isinstance(stored, dict) else 0] = value
 
 
 def _store(node: Raw, names: Sequence[str], name: str, value: Any) -> None:

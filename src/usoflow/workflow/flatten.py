@@ -156,6 +156,7 @@ class _Flattener:
         self._now = now
         self._warnings: dict[str, None] = {}  # in order, each once
         self._shown: dict[str, dict[str, Any]] = {}  # by the prefix of a subgraph's nodes, its `host_values`
+        self._stored: dict[str, dict[str, Any]] = {}  # by id, what a node's fields hold, linked ones too
 
     def run(self) -> Conversion:
         nodes = {scope.prefix + node.id: self._convert(scope, node) for scope, node in self._executable()}
@@ -181,6 +182,7 @@ class _Flattener:
             _refuse_group(scope.prefix + node.id, node.type)
             self._warn(f"node {scope.prefix + node.id}: there is no node type {node.type}")
             inputs = widgets.guessed_values(node)
+        self._stored[scope.prefix + node.id] = dict(inputs)
         as_they_are = set()
         for slot in node.inputs:
             source = self._input(scope, slot)
@@ -236,7 +238,7 @@ class _Flattener:
         if origin is None:
             return self._host_input(scope, link.origin_slot, wanted) if link.origin == INPUT_NODE else None
         if origin.type == PRIMITIVE:
-            return _Value(_held(origin)) if _held(origin) is not None else None
+            return None if (value := _held(origin)) is None else _Value(value)
         if origin.mode == MUTED:
             return None
         if origin.type == REROUTE or origin.mode == BYPASSED:
@@ -267,27 +269,26 @@ class _Flattener:
     # --- file names ------------------------------------------------------------------------------------
 
     def _fields_by_name(self, prompt: Prompt) -> Mapping[str, Mapping[str, Any]]:
-        """What %Node.widget% may ask for: by "Node name for S&R", else by title; of two nodes the first."""
+        """What %Node.widget% may ask for: by "Node name for S&R", else by title; of two nodes the first.
+
+        Of a field that a link feeds, what it holds itself.
+        """
         search_names: dict[str, Mapping[str, Any]] = {}
         titles: dict[str, Mapping[str, Any]] = {}
         for scope in _levels(self._document):
             for node in scope.graph.nodes.values():
-                executed = prompt.nodes.get(scope.prefix + node.id)
-                if executed:
-                    fields, title = self._fields(node, executed), executed.title
-                elif node.type == PRIMITIVE and _held(node) is not None:
-                    fields, title = {"value": _held(node)}, node.title or "Primitive"
+                key = scope.prefix + node.id
+                if executed := prompt.nodes.get(key):
+                    linked = {name for name, value in executed.inputs.items() if link_of(value)}
+                    held = {name: value for name, value in self._stored[key].items() if name in linked}
+                    fields, title = {**executed.inputs, **held}, executed.title
+                elif node.type == PRIMITIVE and (value := _held(node)) is not None:
+                    fields, title = {"value": value}, node.title or "Primitive"
                 else:
                     continue
                 search_names.setdefault(node.search_name, fields)
                 titles.setdefault(title, fields)
         return titles | search_names
-
-    def _fields(self, node: DocumentNode, executed: PromptNode) -> Mapping[str, Any]:
-        """The values of a node's fields; of one that a link feeds, what the field itself holds."""
-        schema = self._registry.schema(node.type)
-        held = widgets.known_values(node, schema) if schema else {}
-        return {n: held.get(n, value) if link_of(value) else value for n, value in executed.inputs.items()}
 
     def _with_file_names(self, prompt: Prompt) -> Prompt:
         """Fill %date:...% and %Node.widget% in the `filename_prefix` fields."""
