@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from usoflow.catalogue import (
     known_file,
     missing,
     missing_file_remedy,
+    pull_command,
 )
 from usoflow.errors import UsoflowError
 from usoflow.models.checkpoint import TensorFile
@@ -224,3 +226,30 @@ def test_nans_of_t5s_table_in_fp8_are_no_damage(tmp_path: Path, small_models: Pa
     save_file(t5, tmp_path / "t5.safetensors")
     with pytest.raises(UsoflowError, match="not finite"):
         list(inspect(tmp_path / "t5.safetensors", None))
+
+
+def test_what_is_missing_is_pulled_to_where_it_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder as it was named: what is found through the variable or a file of paths lies elsewhere."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        (folder / "checkpoints").mkdir(parents=True)
+    monkeypatch.setenv("USOFLOW_MODELS", f"{first}{os.pathsep}{second}")
+    assert pull_command(find_folders()) == "usoflow models pull"
+    lines = f"other:\n  base_path: {second}\n  checkpoints: checkpoints\n  is_default: true\n"
+    (first / "extra_model_paths.yaml").write_text(lines)
+    folders = find_folders(models=first)
+    assert folders.models["checkpoints"][0] == second / "checkpoints"
+    assert pull_command(folders) == f"usoflow models pull --models {first}"
+
+
+def test_of_many_names_the_nearest_are_told(tmp_path: Path) -> None:
+    (tmp_path / "loras" / "sub").mkdir(parents=True)
+    for number in range(300):
+        (tmp_path / "loras" / f"style{number:03}.safetensors").touch()
+    (tmp_path / "loras" / "sub" / "wool.safetensors").touch()
+    advice = missing_file_remedy("loras", "wool.safetensors", find_folders(models=tmp_path))
+    assert advice.startswith("There are: sub/wool.safetensors, ")
+    assert advice.count(".safetensors") == 13  # and the one that is missing
+    assert "and 289 more" in advice

@@ -430,7 +430,7 @@ class TestNames:
         ("8GB", 8 * 10**9),
         ("6.5 gb", 6_500_000_000),
         ("512M", 512 * 10**6),
-        ("7GiB", 7 * 10**9),
+        ("7GiB", 7 * 2**30),
         ("123k", 123_000),
     ],
 )
@@ -445,3 +445,27 @@ def test_what_is_no_amount_of_memory(text: str) -> None:
     with pytest.raises(UsoflowError) as caught:
         bytes_of(text)
     assert caught.value.code == "budget_invalid"
+
+
+@pytest.mark.parametrize(
+    ("named", "there", "advice"),
+    [
+        ("models/checkpoints", "models/checkpoints", "models"),
+        ("", "ComfyUI/models/checkpoints", "ComfyUI"),
+        ("", "model_index.json", "single files"),
+    ],
+)
+def test_a_folder_beside_the_models_folder_is_told(
+    tmp_path: Path, named: str, there: str, advice: str
+) -> None:
+    """All of the tutorial's files would seem to be missing, and be downloaded to where nobody finds them."""
+    if there.endswith(".json"):
+        (tmp_path / there).write_text("{}")
+    else:
+        (tmp_path / there).mkdir(parents=True)
+    with pytest.raises(UsoflowError) as caught:
+        find_folders(models=tmp_path / named)
+    assert caught.value.code == "settings_invalid"
+    assert advice in caught.value.remedy
+    (tmp_path / "empty").mkdir()
+    find_folders(models=tmp_path / "empty")  # downloads may go there

@@ -9,14 +9,15 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import PurePosixPath
 from typing import Final
 
 from usoflow.errors import UsoflowError
-from usoflow.models.checkpoint import TensorFile
-from usoflow.settings import POCKET_MODELS, Folders, own_models
+from usoflow.models.checkpoint import Component, TensorFile
+from usoflow.settings import POCKET_MODELS, Folders
 
 _HUB = "https://huggingface.co"
 
@@ -80,8 +81,13 @@ KNOWN_FILES: tuple[KnownFile, ...] = (
 CHECKPOINT: Final = KNOWN_FILES[0]  # all of FLUX.1 in one file
 
 PULLS: Final = "usoflow models pull"
+OFFERED: Final = 12  # names in an error
 
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+
+LATENT_PATCH: Final = 64  # inputs of a transformer that takes a latent alone; FLUX.1's tools take more
+# Transformers like FLUX.1 [dev] that USO was not made for: taken where there is no other.
+OTHER_VARIANTS: Final = ("kontext", "krea", "schnell")
 
 # ByteDance's LoRA of UNO, the forerunner, has the layout of USO's (whose rank is 128), and the same name.
 UNO_RANK: Final = 512
@@ -129,7 +135,8 @@ def missing_file_remedy(folder: str, name: str, folders: Folders) -> str:
     if PurePosixPath(name).suffix in PICKLE_SUFFIXES:
         lines.append(f"{name} is a pickle, which can execute code when it is loaded: it is refused.")
     if twins := list(same_kind(wanted, folders)) if wanted else []:
-        names = " or ".join(f"{twin}{_origin(folder, twin, folders)}" for twin in twins)
+        named = [f"{twin}{_origin(folder, twin, folders)}" for twin in twins[:OFFERED]]
+        names = " or ".join([*named, *([f"{len(twins) - OFFERED} more"] if len(twins) > OFFERED else [])])
         lines.append(
             f"You have {names} in {folder}, which holds the same kind of model: use that name instead."
         )
@@ -147,10 +154,18 @@ def missing_file_remedy(folder: str, name: str, folders: Folders) -> str:
         if wanted in missing(folders):
             lines.append(f"`{pull_command(folders)}` downloads all of the tutorial's files that are missing.")
     elif available := folders.list(folder):
-        lines.append(f"There are: {', '.join(available)}. Choose one, or put {base} into {place}.")
+        lines.append(f"There are: {_offered(base, available)}. Choose one, or put {base} into {place}.")
     else:
         lines.append(f"Put {base} into {place}, or name your models folder with --models.")
     return "\n".join(lines)
+
+
+def _offered(wanted: str, available: Sequence[str]) -> str:
+    """Some names, the most alike first."""
+    near = [name for name in available if PurePosixPath(name).name == wanted]
+    near += get_close_matches(wanted, available, n=OFFERED)
+    shown = list(dict.fromkeys([*near, *available]))[:OFFERED]
+    return ", ".join(shown) + (f" and {len(available) - len(shown)} more" if len(available) > OFFERED else "")
 
 
 def _origin(folder: str, name: str, folders: Folders) -> str:
@@ -159,9 +174,8 @@ def _origin(folder: str, name: str, folders: Folders) -> str:
 
 
 def pull_command(folders: Folders) -> str:
-    """What gets the tutorial's files into the first of the models folders."""
-    root = folders.models["checkpoints"][0].parent
-    return PULLS if root == own_models() else f"{PULLS} --models {_quoted(str(root))}"
+    """What gets the tutorial's files to where these folders find them."""
+    return f"{PULLS} --models {_quoted(str(folders.named))}" if folders.named else PULLS
 
 
 def _quoted(argument: str) -> str:
@@ -193,7 +207,7 @@ def name_of(file: KnownFile, folders: Folders) -> str | None:
 
 
 def split_files(folders: Folders) -> SplitFiles | None:
-    """What can take the checkpoint's place; None where a part is lacking, or could be one of several."""
+    """What can take the checkpoint's place; None where a part is lacking."""
     found = [_one_of(folder, kind, usual, folders) for folder, kind, usual in _SPLIT]
     names = [name for name in found if name is not None]
     return SplitFiles(*names) if len(names) == len(found) else None
@@ -206,15 +220,27 @@ def missing(folders: Folders) -> list[KnownFile]:
 
 
 def _one_of(folder: str, kind: str, usual: tuple[str, ...], folders: Folders) -> str | None:
-    """The file of a kind: the first of the usual names, else the only one."""
-    offered = [name for name in folders.list(folder) if kind in _components(folder, name, folders)]
+    """The file of a kind: the first of the usual names, else the largest, which is the most precise."""
+    offered = [name for name in folders.list(folder) if _can_be_taken(folder, name, kind, folders)]
     named = {PurePosixPath(name).name: name for name in reversed(offered)}
     chosen = next((named[name] for name in usual if name in named), None)
-    return offered[0] if chosen is None and len(offered) == 1 else chosen
+    return chosen or max(offered, key=lambda name: _rank(folder, name, folders), default=None)
+
+
+def _can_be_taken(folder: str, name: str, kind: str, folders: Folders) -> bool:
+    """Whether a file holds a kind; of transformers, one that is given nothing but a latent."""
+    found = _components(folder, name, folders).get(kind)
+    first = found.tensors.get("img_in.weight") if found else None
+    return found is not None and not (first and first.shape[-1] > LATENT_PATCH)
+
+
+def _rank(folder: str, name: str, folders: Folders) -> tuple[bool, int]:
+    other = any(word in PurePosixPath(name).name.lower() for word in OTHER_VARIANTS)
+    return not other, TensorFile.open(folders.model(folder, name)).bytes
 
 
 def _holds(wanted: KnownFile, name: str, folders: Folders) -> bool:
-    return wanted.holds <= _components(wanted.folder, name, folders)
+    return wanted.holds <= set(_components(wanted.folder, name, folders))
 
 
 def _is_of_uno(file: KnownFile, name: str, folders: Folders) -> bool:
@@ -229,9 +255,9 @@ def _is_of_uno(file: KnownFile, name: str, folders: Folders) -> bool:
     return down[:1] == (UNO_RANK,)
 
 
-def _components(folder: str, name: str, folders: Folders) -> set[str]:
-    """Kinds of component in a file; none in one that cannot be read."""
+def _components(folder: str, name: str, folders: Folders) -> Mapping[str, Component]:
+    """Components of a file by kind; none of one that cannot be read."""
     try:
-        return set(TensorFile.open(folders.model(folder, name)).components())
+        return TensorFile.open(folders.model(folder, name)).components()
     except UsoflowError:
-        return set()
+        return {}

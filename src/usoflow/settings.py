@@ -50,7 +50,7 @@ EXTRA_PATHS_FILE = "extra_model_paths.yaml"
 LONGEST_PART = 240  # bytes: most systems take 255, of which _00001_.part has 12
 POCKET_MODELS = Path(__file__).parent / "pocket" / "models"  # small ones that ship with the package
 
-_UNITS: Mapping[str, int] = MappingProxyType({"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12})
+_UNITS: Mapping[str, int] = MappingProxyType({"K": 1, "M": 2, "G": 3, "T": 4})
 
 MODELS_VARIABLE = "USOFLOW_MODELS"
 INPUT_VARIABLE = "USOFLOW_INPUT"
@@ -67,6 +67,7 @@ class Folders:
         output: where `SaveImage` writes.
         temp: where `PreviewImage` writes.
         given_images: pictures named on the command line, by the name that the prompt uses for them.
+        named: the models folder as an option, and no variable, has named it.
     """
 
     models: Mapping[str, tuple[Path, ...]]
@@ -74,6 +75,7 @@ class Folders:
     output: Path
     temp: Path
     given_images: Mapping[str, Path] = field(default_factory=dict)
+    named: Path | None = None
 
     def list(self, folder: str) -> Sequence[str]:
         """Names that a combo offers: model files of a kind, or the pictures of the folder "input".
@@ -156,6 +158,8 @@ def find_folders(
     for what, folders in (("models", roots), ("input", named_inputs)):
         for folder in folders:
             _check_folder(folder, what)
+    if models:
+        _check_level(models)
     roots = roots or _default_models()
     default_inputs = [Path("input"), *(r / "input" for r in roots), *(r.parent / "input" for r in roots)]
     default_inputs.sort(key=lambda folder: not os.path.isdir(folder))  # uploads go into the first
@@ -166,6 +170,7 @@ def find_folders(
         output=expanded(output or Path(os.environ.get(OUTPUT_VARIABLE) or "output")),
         temp=temp_folder(),
         given_images=given_images or {},
+        named=models,
     )
 
 
@@ -178,6 +183,26 @@ def _check_folder(folder: Path, what: str) -> None:
     if not os.path.isdir(folder):
         reason = "is no folder" if os.path.exists(folder) else "does not exist or cannot be read"
         raise UsoflowError("file_not_found", f"The {what} folder {folder} {reason}.")
+
+
+def _check_level(folder: Path) -> None:
+    """Refuse what lies next to the models folder: all files would seem to be missing."""
+    kinds = {name for names in MODEL_FOLDERS.values() for name in names}
+    home = folder / "models" if os.path.isdir(folder / "models") else folder
+    if any(os.path.isdir(home / name) for name in kinds) or os.path.isfile(folder / EXTRA_PATHS_FILE):
+        return
+    if os.path.isfile(folder / "model_index.json"):
+        what, better = (
+            "is in the layout of diffusers, of which usoflow reads none",
+            "a folder of single files",
+        )
+    elif os.path.isdir(folder / "ComfyUI" / "models"):
+        what, better = "is no models folder", str(folder / "ComfyUI")
+    elif folder.absolute().name in kinds:
+        what, better = "is one kind of models", str(folder.absolute().parent)
+    else:
+        return
+    raise UsoflowError("settings_invalid", f"{folder} {what}.", remedy=f"Name {better} with --models.")
 
 
 def existing_part(folder: Path) -> Path | None:
@@ -232,6 +257,11 @@ def _default_models() -> list[Path]:
     folders = _model_directories([own])
     drawing = (folder for kind in DRAWING for folder in folders[kind])
     return [own] if any(any(_names(folder, MODEL_SUFFIXES)) for folder in drawing) else [own, POCKET_MODELS]
+
+
+def named_models() -> Path | None:
+    """The first models folder that the variable names: downloads go there."""
+    return next(iter(_from_variable(MODELS_VARIABLE)), None)
 
 
 def _from_variable(name: str) -> list[Path]:
@@ -370,13 +400,15 @@ def _find(roots: Sequence[Path], name: str) -> Path | None:
 
 
 def bytes_of(text: str) -> int:
-    """Bytes of "8GB", "512 MB", "6.5G": decimal units, as memory is sold. A bare number has no unit.
+    """Bytes of "8GB", "512 MB", "6.5G": decimal units, as memory is sold; "8GiB" is 8 * 1024**3.
+
+    A bare number has no unit.
 
     Raises:
         UsoflowError: `budget_invalid`.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT])(?:i?B)?\s*", text, re.IGNORECASE)
-    amount = float(match[1]) * _UNITS[match[2].upper()] if match else 0.0
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT])(i?)(?:B)?\s*", text, re.IGNORECASE)
+    amount = float(match[1]) * (1024 if match[3] else 1000) ** _UNITS[match[2].upper()] if match else 0.0
     if not 1 <= amount < math.inf:
         raise UsoflowError("budget_invalid", f"{text!r} is not an amount of memory.")
     return int(amount)

@@ -326,3 +326,29 @@ def test_an_engine_that_starts_removes_old_previews(tmp_path: Path, monkeypatch:
     with Engine(device="cpu") as engine:
         engine.start()
     assert not old.exists()
+
+
+@pytest.mark.parametrize("given", [b"\x89PNG", 5, "", [b"x"], object()])
+def test_what_is_no_picture_is_told(engine: Engine, given: Any) -> None:
+    with pytest.raises(UsoflowError, match="A picture is") as caught:
+        engine.workflow("a fox", subject=given)
+    assert caught.value.code == "request_invalid"
+
+
+@pytest.mark.parametrize("asked", [{"prompt": None}, {"prompt": "x", "steps": None}])
+def test_what_a_request_lacks_is_told(engine: Engine, asked: dict[str, Any]) -> None:
+    """A service hands on what its JSON has."""
+    with pytest.raises(UsoflowError) as caught:
+        engine.workflow(**asked)
+    assert caught.value.code == "request_invalid"
+
+
+def test_paths_of_results_do_not_depend_on_the_current_folder(
+    small_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with Engine(models=small_models, output="here", device="cpu", dtype="fp32") as engine:
+        result = engine.run(small.text_to_image())
+    monkeypatch.chdir("/")
+    assert result.paths[0].is_absolute()
+    assert result.images[0].size

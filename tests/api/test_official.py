@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -378,10 +379,18 @@ def test_of_several_split_files_the_usual_ones_are_taken(split_models: Path) -> 
     found = at_hand(find_folders(models=split_models)).split
     assert found is not None
     assert (found.transformer, found.t5) == ("flux1-dev.safetensors", "t5xxl_fp16.safetensors")
-    for name in ("a", "b"):  # which one would have to be chosen
-        shutil.copy(transformers / "flux1-dev.safetensors", transformers / f"{name}.safetensors")
-    (transformers / "flux1-dev.safetensors").unlink()
-    assert at_hand(find_folders(models=split_models)).split is None
+    usual = transformers / "flux1-dev.safetensors"
+    tensors, metadata = load_file(usual), dict(TensorFile.open(usual).metadata)
+    save_file({name: t.half() for name, t in tensors.items()}, transformers / "small.safetensors", metadata)
+    save_file({name: t.float() for name, t in tensors.items()}, transformers / "large.safetensors", metadata)
+    shutil.copy(transformers / "large.safetensors", transformers / "a-kontext.safetensors")
+    wider = torch.zeros(tensors["img_in.weight"].shape[0], 384)  # as FLUX.1 Fill
+    save_file(tensors | {"img_in.weight": wider}, transformers / "fill.safetensors", metadata)
+    usual.unlink()
+    files = at_hand(find_folders(models=split_models))
+    assert files.split is not None
+    assert files.split.transformer == "large.safetensors"
+    assert "large.safetensors" in files.notes[0]
 
 
 def test_a_quantised_transformer_has_a_loader_of_its_own() -> None:

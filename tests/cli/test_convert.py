@@ -48,6 +48,12 @@ def test_writes_the_prompt(tmp_path: Path) -> None:
     assert plain(output.read_text(encoding="utf-8")) == expected("uso_style_on")
 
 
+def test_a_dash_is_stdout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert plain(run(TEMPLATE, "-o", "-").stdout) == expected("uso_template")
+    assert not list(tmp_path.iterdir())
+
+
 def test_warnings_go_to_stderr() -> None:
     result = run(str(PAIRS / "t_missing_node.ui.json"))
     assert "NotARealNode" in result.stderr

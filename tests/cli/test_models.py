@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -266,6 +267,16 @@ class TestPull:
             arrived = tmp_path / "models" / file.folder / file.name
             assert arrived.read_bytes() == (small_models / file.folder / file.name).read_bytes()
         assert "All files" in self.pull(tmp_path / "models", hub.url).stdout
+
+    def test_a_new_folder_may_be_named_by_the_variable(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        new = tmp_path / "new" / "models"
+        monkeypatch.setenv("USOFLOW_MODELS", str(new))
+        monkeypatch.setattr("sys.stdin", io.StringIO())
+        done = usoflow("models", "pull")
+        assert "There is nobody to agree" in done.err
+        assert not new.parent.exists()
 
     def test_licences_are_not_agreed_to_by_nobody(self, hub: Hub, tmp_path: Path) -> None:
         done = self.pull(tmp_path / "models", hub.url)

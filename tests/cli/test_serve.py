@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from fastapi import FastAPI
 
 from e2e.real_server import RealServer
 from usoflow.cli.serve import STATE_VARIABLE, serve
+from usoflow.errors import UsoflowError
 
 
 @pytest.mark.parametrize(("given", "added"), [("", ""), ("a+b&c", "?token=a%2Bb%26c")])
@@ -59,3 +61,16 @@ def test_a_script_may_connect_as_soon_as_the_address_is_told(
     monkeypatch.setenv(STATE_VARIABLE, str(tmp_path / "state"))
     monkeypatch.setattr("usoflow.server.serving.serve", connect)
     serve(output=tmp_path / "output", port=port, ui=False)
+
+
+def test_an_address_of_a_kind_that_this_machine_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lacking(family: int) -> socket.socket:
+        raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
+
+    monkeypatch.setenv(STATE_VARIABLE, str(tmp_path / "state"))
+    monkeypatch.setattr("usoflow.cli.serve.socket.socket", lacking)
+    with pytest.raises(UsoflowError, match=":: cannot be used") as caught:
+        serve(output=tmp_path / "output", listen="::", token="x", ui=False)
+    assert caught.value.code == "address_unusable"

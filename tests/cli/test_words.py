@@ -6,6 +6,7 @@ import shlex
 
 import pytest
 
+from shell import usoflow
 from usoflow.cli.words import written_out
 
 VALUED = {"--subject", "--style", "--seed", "--easycache"}
@@ -35,3 +36,18 @@ SEVERAL = {"--subject", "--style"}
 def test_written_out(line: str, expected: str) -> None:
     words = list(written_out(shlex.split(line), VALUED, SEVERAL, {"--easycache": "0.2"}))
     assert words == shlex.split(expected)
+
+
+@pytest.mark.parametrize(
+    ("line", "advice"),
+    [
+        ("generate --style robot.png pixels.png 'a fox'", "PROMPT comes first"),
+        ("run --set a.b=1 c.d=2 FILE", "FILE comes first"),
+        ("generate a fox", 'usoflow generate "a fox"'),
+        ("run a.json b.json", "too many: b.json"),
+    ],
+)
+def test_words_too_many(line: str, advice: str) -> None:
+    done = usoflow(*shlex.split(line))
+    assert done.code == 2
+    assert advice in " ".join(done.err.split())

@@ -207,6 +207,21 @@ def test_told_to_stop(server: RealServer, steps: int, states: set[str]) -> None:
 
 
 @pytest.mark.full
+def test_told_to_stop_twice(server: RealServer) -> None:
+    """At once, and without a word; the job runs again."""
+    server.start()
+    job = started(server, prompt(7, 10_000))
+    assert server.process
+    for _ in range(2):
+        server.process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+    assert server.process.wait(GRACE - 2) in (0, 130, -signal.SIGINT)
+    assert "Traceback" not in (server.place / "log").read_text(encoding="utf-8")
+    server.start()
+    assert server.get(f"/jobs/{job}")["status"] in {"pending", "in_progress"}
+
+
+@pytest.mark.full
 def test_two_servers_do_not_share_a_state(server: RealServer) -> None:
     server.start()
     other = RealServer(server.models, server.place, options=("--no-ui",))

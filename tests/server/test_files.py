@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
 import shutil
 import sys
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -434,6 +436,29 @@ def test_a_full_disk_is_no_fault_of_the_client(
     for answer in (refused, client.post("/userdata/workflows%2Fa.json", content=b"{}")):
         assert (answer.status_code, answer.json()["error"]["type"]) == (507, "save_failed")
     assert [path for folder in folders for path in folder.iterdir()] == []
+
+
+def test_a_form_that_finds_no_room_is_no_fault_of_the_client(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Starlette keeps large ones in a file."""
+
+    def full(self: tempfile.SpooledTemporaryFile[bytes]) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tempfile.SpooledTemporaryFile, "rollover", full)
+    answer = client.post("/upload/image", files={"image": ("a.png", bytes(3_000_000), "image/png")})
+    assert (answer.status_code, answer.json()["error"]["type"]) == (507, "save_failed")
+    assert "TMPDIR" in answer.text
+
+
+def test_a_very_large_picture_of_ours_is_one(
+    client: TestClient, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Larger than what Pillow takes for a bomb; it is not decoded."""
+    (place / "output" / "large.png").write_bytes(picture((64, 64)))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert client.get("/view?filename=large.png").headers["content-type"] == "image/png"
 
 
 @pytest.mark.parametrize("kind", ["PPM", "ICO", "TGA"])

@@ -63,7 +63,7 @@ def test_token(serve: Serve) -> None:
     assert client.get("/api/queue", headers={"authorization": "Bearer wrong"}).status_code == 401
     assert client.get("/api/queue", headers={"authorization": "Bearer correct-horse"}).status_code == 200
     assert client.get("/api/queue", headers={"authorization": "bearer correct-horse"}).status_code == 200
-    assert client.get("/health/live").status_code == 200
+    assert client.get("/health/live").status_code == client.get("/api/health/live").status_code == 200
     with pytest.raises(WebSocketDisconnect), client.websocket_connect(SOCKET):
         pass
     entered = client.get("/?token=correct-horse&template=uso", follow_redirects=False)

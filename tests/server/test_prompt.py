@@ -64,7 +64,8 @@ def test_a_failed_job_names_node_and_remedy(client: TestClient) -> None:
     assert (status["status_str"], status["messages"][-1][0]) == ("error", "execution_error")
 
 
-def test_half_an_emoji_is_taken_and_given_back(client: TestClient) -> None:
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])  # the latter is PowerShell's
+def test_half_an_emoji_is_taken_and_given_back(client: TestClient, encoding: str) -> None:
     half = "\ud83d"
     changed = prompt()
     changed["text"]["inputs"]["text"] = f"a cat {half}"
@@ -72,7 +73,7 @@ def test_half_an_emoji_is_taken_and_given_back(client: TestClient) -> None:
         "prompt": changed, "client_id": f"me{half}",
         "extra_data": {"extra_pnginfo": {"workflow": {"id": half, "nodes": [], half: f"\U0001f408 {half}"}}},
     }  # fmt: skip
-    answer = client.post("/prompt", content=json.dumps(body).encode())
+    answer = client.post("/prompt", content=json.dumps(body).encode(encoding))
     assert answer.status_code == 200
     ended(client, answer.json()["prompt_id"])
     for path in ("/queue", "/history", f"/jobs/{answer.json()['prompt_id']}"):

@@ -24,6 +24,7 @@ from server.conftest import ADDRESS, JPEG, SOCKET, Actor, application, ended, se
 from usoflow.server.app import create_app
 from usoflow.server.hub import (
     LONGEST_NAME,
+    MAX_BYTES,
     MAX_LINES,
     MAX_LOG_READERS,
     MAX_WAITING,
@@ -32,6 +33,7 @@ from usoflow.server.hub import (
     Outgoing,
     status_message,
 )
+from usoflow.server.log import LONGEST, LogBuffer
 from usoflow.server.messages import messages_of
 from usoflow.service.engine import Progress
 from usoflow.service.jobs import Request
@@ -205,6 +207,29 @@ def test_a_stalled_client_costs_bounded_memory_and_is_let_go() -> None:
         assert len(hub) == 1
 
     asyncio.run(play())
+
+
+def test_pictures_that_wait_are_bounded_too() -> None:
+    async def play() -> None:
+        client, large = Client("a"), bytes(MAX_BYTES // 4)
+        for number in range(4):
+            client.put(Outgoing("result", {"n": number}, large))
+        assert not client.overflowed.is_set()
+        assert (await client.next()).data == {"n": 0}
+        client.put(Outgoing("preview", {"n": 4}, large, key=("preview",)))
+        client.put(Outgoing("preview", {"n": 5}, large, key=("preview",)))  # in its place
+        assert not client.overflowed.is_set()
+        client.put(Outgoing("result", {"n": 6}, large))
+        assert client.overflowed.is_set()
+
+    asyncio.run(play())
+
+
+def test_a_line_of_the_log_is_not_kept_at_any_length() -> None:
+    told: list[dict[str, str]] = []
+    log = LogBuffer(told.append)
+    log.emit(logging.LogRecord("usoflow", logging.INFO, "", 0, "x" * 1_000_000, (), None))
+    assert [len(entry["m"]) for entry in told] == [LONGEST + len(" …\n")]
 
 
 def test_a_flood_of_the_log_lets_nobody_go() -> None:

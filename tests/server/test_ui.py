@@ -40,6 +40,11 @@ def test_uso_comes_first_and_nothing_is_offered_that_cannot_run(client: TestClie
     assert {entry["name"] for category in french for entry in category["templates"]} == set(offered)
 
 
+@pytest.mark.parametrize("name", ["x" * 300 + ".json", "x" * 300 + "-1.webp", "index." + "x" * 300 + ".json"])
+def test_there_is_no_template_of_any_name(client: TestClient, name: str) -> None:
+    assert client.get(f"/templates/{name}").status_code == 404
+
+
 def test_the_template_keeps_what_is_edited(client: TestClient) -> None:
     text = client.get(f"/templates/{USO}.json").text
     assert "proxyWidgetErrorQuarantine" not in text

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -272,6 +273,57 @@ def test_a_worker_that_cannot_start_says_why(place: Path, monkeypatch: pytest.Mo
         assert outcome.code == "device_unavailable"
     finally:
         broken.stop()
+
+
+def test_a_worker_that_hangs_while_it_loads_is_told_of_and_can_be_stopped(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HANGS", "1")
+    monkeypatch.setattr("usoflow.service.process.LOADING", 0.5)
+    worker = WorkerProcess(WorkerSettings(find_folders(), place / "jobs.sqlite"), command=HOSTILE)
+    with ThreadPoolExecutor(1) as pool:
+        run = pool.submit(worker.run, Run("x", text_to_image(), ("save",), None), lambda _: None)
+        until(worker.fault)
+        assert "may hang" in worker.fault()
+        worker.cancel("x")
+        with pytest.raises(UsoflowError) as caught:
+            run.result(60)
+    assert caught.value.code == "worker_died"  # which the supervisor takes for cancelled
+    worker.stop()
+
+
+def test_a_library_that_is_broken_is_named(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('libcudart.so.12: cannot open shared object file')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    worker = WorkerProcess(WorkerSettings(find_folders(), place / "jobs.sqlite"))
+    try:
+        outcome = worker.run(Run("x", text_to_image(), ("save",), None), lambda _: None)
+        assert isinstance(outcome, Failed)
+        assert "libcudart.so.12" in outcome.detail
+        assert "doctor" in outcome.remedy
+        assert outcome.traceback
+        until(worker.fault)
+        assert "libcudart.so.12" in worker.fault()
+    finally:
+        worker.stop()
+
+
+def test_a_worker_that_reads_nothing_can_be_ended(place: Path, engine: WorkerProcess) -> None:
+    """What it is sent does not fit into the pipe, and whoever sends it waits."""
+    worker = WorkerProcess(WorkerSettings(find_folders(), place / "jobs.sqlite"), command=HOSTILE)
+    worker.start()
+    until(worker.system)
+    assert worker.pid
+    os.kill(worker.pid, signal.SIGSTOP)
+    large = Run("x", text_to_image(), ("save",), {"nodes": ["x" * 2_000_000]})
+    with ThreadPoolExecutor(2) as pool:
+        run = pool.submit(worker.run, large, lambda _: None)
+        time.sleep(0.5)
+        pool.submit(worker.stop).result(30)
+        with pytest.raises(UsoflowError, match=r"stopping|killed"):
+            run.result(30)
 
 
 def test_memory_that_runs_out_is_named(engine: WorkerProcess) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections import Counter
 from pathlib import Path
@@ -108,7 +109,48 @@ def test_pages(store: JobStore) -> None:
     store.start_next()
     found = [job.id for job in store.jobs(WAITING, limit=2, offset=1)]
     assert found == ["3", "2"]
-    assert [job.id for job in store.jobs(WAITING, descending=False, started_only=True)] == ["0"]
+
+
+def test_history_is_ordered_by_the_end(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 1_000_000, 10_000))
+    monkeypatch.setattr(store_module, "now", lambda: next(clock))
+    for name in ("a", "b"):
+        add(store, name)
+    add(store, "first", front=True)
+    for _ in range(3):
+        job = store.start_next()
+        assert job
+        store.finish(job.id, State.COMPLETED)
+    add(store, "never ran")
+    store.cancel_pending()
+    assert [job.id for job in store.run_jobs(limit=2)] == ["b", "a"]
+    assert [job.id for job in store.run_jobs(limit=9, descending=False)] == ["first", "a", "b"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="paths are text there")
+def test_a_path_that_is_no_text(store: JobStore, tmp_path: Path) -> None:
+    add(store, "job")
+    store.start_next()
+    path = tmp_path / os.fsdecode(b"caf\xe9") / "a.png"
+    path.parent.mkdir()
+    path.write_bytes(b"")
+    store.reserve("job", path)
+    assert store._files("job") == [path]
+    assert store.requeue("job")
+    assert not path.exists()
+    assert store._files("job") == []
+
+
+def test_paths_of_an_older_version_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as older:
+        older.setattr(store_module, "MIGRATIONS", store_module.MIGRATIONS[:3])
+        store = JobStore(tmp_path / "old.sqlite")
+        add(store, "job")
+        store._connection.execute("INSERT INTO files VALUES (?, ?)", ("/there/ä.png", "job"))
+        store.close()
+    again = JobStore(tmp_path / "old.sqlite")
+    assert again._files("job") == [Path("/there/ä.png")]
+    again.close()
 
 
 def test_order_of_duration(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,11 +143,13 @@ def test_precision_is_not_that_of_another_project(tmp_path: Path, monkeypatch: p
     assert main(["style", f"--work={tmp_path}"]) == "no"
 
 
-def test_a_missing_extra_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_extra_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "resvg_py", None)
     monkeypatch.delitem(sys.modules, "usoflow.training.full_size")
-    with pytest.raises(SystemExit, match="usoflow\\[train\\]"):
+    with pytest.raises(SystemExit) as caught:
         runpy.run_module("usoflow.training.full_size", run_name="__main__")
+    assert caught.value.code == 2
+    assert "usoflow[train]" in capsys.readouterr().err
 
 
 @pytest.mark.full

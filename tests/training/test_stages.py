@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from discs import WORLD, paint_sprites
+from usoflow.errors import UsoflowError
 from usoflow.models.library import ModelLibrary
 from usoflow.models.placement import Placement
 from usoflow.settings import find_folders
@@ -56,3 +57,12 @@ def test_every_stage_follows_the_one_before(tmp_path: Path) -> None:
     contender = Contender.of(find_folders(models=tmp_path / "models"), library, side=64)
     made = contender.answer(workshop.sprites, questions(WORLD, CELLS["both"], 2), Given())
     assert made.shape == (2, 64, 64, 3)
+
+
+def test_without_drawings_a_stage_tells_the_first_one(tmp_path: Path) -> None:
+    """And leaves nothing of gigabytes behind."""
+    for stage in ("vae", "tower", "reward", "content", "judge"):
+        with pytest.raises(UsoflowError, match="render") as caught:
+            STAGES[stage](Workshop(tmp_path, Plan.read(None)))
+        assert "usoflow train render" in caught.value.remedy
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Self, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Final, Self, TypedDict, Unpack, cast
 
 from usoflow.api.at_hand import ModelFiles, at_hand
 from usoflow.api.checking import Job, check
@@ -257,6 +257,11 @@ class Engine:
         Raises:
             UsoflowError: what is wrong, and what to do about it.
         """
+        if not isinstance(prompt, str) or steps is None or guidance is None:  # a field that JSON lacks, say
+            what = "prompt, steps or guidance is None, or the prompt no text."
+            raise UsoflowError(
+                "request_invalid", what, remedy='Leave out what is not asked for; "" is no prompt.'
+            )
         request = Request(
             prompt,
             subjects=self._files(subject),
@@ -296,15 +301,22 @@ class Engine:
     def _files(self, pictures: Sequence[Picture] | Picture | None) -> tuple[Path, ...]:
         if pictures is None:
             return ()
-        several = pictures if isinstance(pictures, Sequence) and not isinstance(pictures, str) else [pictures]
+        alone = isinstance(pictures, str | bytes | bytearray) or not isinstance(pictures, Sequence)
+        several = cast("Sequence[Picture]", [pictures] if alone else pictures)
         return tuple(self._file(picture) for picture in several)
 
     def _file(self, picture: Picture) -> Path:
         """The file of a picture; one from memory is written to a folder of this engine."""
-        if isinstance(picture, str | Path):
+        if isinstance(picture, str | Path) and str(picture):
             return expanded(picture)
+        from PIL import Image
+
         from usoflow.nodes.pictures import write_upright
 
+        if not isinstance(picture, Image.Image):
+            what = "an empty text" if picture == "" else f"a {type(picture).__name__}"
+            advice = "Give a path, or a picture of PIL: Image.open(io.BytesIO(data)), Image.fromarray(array)."
+            raise UsoflowError("request_invalid", f"A picture is {what}.", remedy=advice)
         with self._files_lock:
             self._temp = self._temp or tempfile.TemporaryDirectory(prefix="usoflow-")
             written = Path(self._temp.name) / f"picture_{next(self._numbers)}.png"
@@ -335,7 +347,7 @@ class Engine:
 def _result(job: Job, done: RunResult, placement: Placement) -> Result:
     images = [image.path(job.folders) for shown in done.shown.values() for image in shown.images]
     return Result(
-        paths=tuple(path for path in images if path is not None),
+        paths=tuple(path.absolute() for path in images if path is not None),
         seeds=job.workflow.seeds,
         seconds=done.seconds,
         shown=done.shown,

@@ -8,6 +8,7 @@ import shutil
 import uuid
 from pathlib import Path
 
+from usoflow.durable import put
 from usoflow.errors import UsoflowError
 from usoflow.settings import expanded
 
@@ -43,6 +44,6 @@ def write_whole(path: Path, data: bytes) -> None:
         partial.write_bytes(data)
         if os.path.exists(path):
             shutil.copymode(path, partial)
-        partial.replace(path)
+        put(partial, path)
     finally:
         partial.unlink(missing_ok=True)

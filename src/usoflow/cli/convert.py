@@ -19,7 +19,7 @@ from usoflow.settings import expanded
 def convert(
     file: WorkflowFile,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", parser=path, help="Write to this file.")
+        Path | None, typer.Option("--output", "-o", parser=path, help="Write to this file; - is stdout.")
     ] = None,
     custom_nodes: CustomNodes = None,
 ) -> None:
@@ -31,7 +31,7 @@ def convert(
     report.warn(loaded.warnings)
     text = json.dumps(loaded.prompt.to_json(), indent=2, ensure_ascii=False) + "\n"
     data = text.encode(errors="backslashreplace")  # a lone surrogate becomes JSON's own escape
-    if output is None:
+    if output is None or str(output) == "-":
         sys.stdout.buffer.write(data)
         return
     if os.path.exists(output) and os.path.exists(source := expanded(file)) and output.samefile(source):

@@ -48,14 +48,10 @@ class Generate(SeveralWords):
 
     bare = MappingProxyType({"--easycache": "0.2"})  # the default of the EasyCache node
 
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse a command line; a prompt without quotes is many words."""
-        ctx.allow_extra_args = True  # refused below, in better words
-        rest = super().parse_args(ctx, args)
-        if ctx.args:
-            words = " ".join([ctx.params["prompt"], *ctx.args])
-            ctx.fail(f'{len(ctx.args)} words too many. A prompt is put in quotes: usoflow generate "{words}"')
-        return rest
+    def too_many(self, ctx: Any) -> str:
+        """A prompt without quotes is many words."""
+        words = " ".join([ctx.params["prompt"], *ctx.args])
+        return f'{len(ctx.args)} words too many. A prompt is put in quotes: usoflow generate "{words}"'
 
 
 EasyCache = Annotated[

@@ -66,13 +66,13 @@ def pull(
     """Download what is missing of the tutorial's files, continuing what broke off."""
     from usoflow.api.download import name_to_keep, pull
     from usoflow.catalogue import missing
-    from usoflow.settings import find_folders
+    from usoflow.settings import find_folders, named_models
 
     if what != "uso":
         advice = "`usoflow models pull` gets the files of the tutorial."
         raise UsoflowError("request_invalid", f"There is no set of files {what!r}, only uso.", remedy=advice)
     chosen = models or context.obj
-    with _there(chosen):
+    with _there(chosen or named_models()):
         folders = find_folders(models=chosen)
         wanted = missing(folders)
         for file in wanted:
@@ -106,8 +106,12 @@ def check(
 ) -> None:
     """Tell what a file is, and whether every tensor and value is as it must be."""
     from usoflow.models.checkpoint import TensorFile
+    from usoflow.models.kinds import SINGLE_FILES
     from usoflow.settings import find_folders
 
+    if os.path.isfile(file / "model_index.json"):
+        what = f"{file} is a folder in the layout of diffusers."
+        raise UsoflowError("model_kind", what, remedy=SINGLE_FILES)
     if not os.path.isfile(file):
         raise UsoflowError("file_not_found", f"{file} is no file; its place is part of its name.")
     header = TensorFile.open(file)  # what it tells is told before torch is imported

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
@@ -92,7 +93,7 @@ def as_text(result: Result) -> str:
     """Files first, one a line; then seed, time and memory, and the same for each node that took time."""
     summary = [f"{result.seconds:.1f} s", _memory(max((n.peak_bytes for n in result.nodes), default=0))]
     summary += [f"seed {seed}" for seed in result.seeds] + [f"{result.device} {result.dtype}"]
-    lines = [*map(str, result.paths), " · ".join(summary)]
+    lines = [*map(_from_here, result.paths), " · ".join(summary)]
     slow = [node for node in result.nodes if node.seconds >= MENTIONED_SECONDS]
     rest = sum(node.seconds for node in result.nodes if node.seconds < MENTIONED_SECONDS)
     width = max((len(f"{node.class_type} {node.node_id}") for node in slow), default=0)
@@ -106,6 +107,12 @@ def as_text(result: Result) -> str:
         for name, value in shown.other.items()
     ]
     return "\n".join(lines)
+
+
+def _from_here(path: Path) -> str:
+    """As one would write it in the current folder."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def as_record(result: Result) -> dict[str, Any]:

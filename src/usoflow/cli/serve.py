@@ -101,7 +101,10 @@ def _query(token: str | None) -> str:
 def _bound(listen: str, port: int) -> socket.socket:
     """The listening socket; taken first, so that an address in use costs nothing."""
     family = socket.AF_INET6 if ":" in listen else socket.AF_INET
-    found = socket.socket(family)
+    try:
+        found = socket.socket(family)
+    except OSError as error:  # IPv6 may be off
+        raise UsoflowError("address_unusable", f"{listen} cannot be used: {error.strerror}.") from None
     try:
         if os.name == "posix":  # elsewhere it lets two programs have one port
             found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

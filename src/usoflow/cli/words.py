@@ -23,7 +23,21 @@ class SeveralWords(TyperCommand):
         options: list[Any] = [parameter for parameter in self.params if parameter.param_type_name == "option"]
         valued = {name for option in options if not option.is_flag for name in option.opts}
         repeatable = {name for option in options if option.multiple for name in option.opts}
-        return super().parse_args(ctx, list(written_out(args, valued, repeatable, self.bare)))
+        ctx.allow_extra_args = True  # refused below, in better words
+        rest = super().parse_args(ctx, list(written_out(args, valued, repeatable, self.bare)))
+        if ctx.args:
+            begins_with_words = args[0].partition("=")[0] in repeatable
+            ctx.fail(self.order(ctx) if begins_with_words else self.too_many(ctx))
+        return rest
+
+    def order(self, ctx: Any) -> str:
+        """What is wrong where an option of several words comes before the command's argument."""
+        (first,) = (part.name for part in self.params if part.param_type_name == "argument")
+        return f"{' '.join(ctx.args)}: {first.upper()} comes first, and then options of several words."
+
+    def too_many(self, ctx: Any) -> str:
+        """What is wrong where there are more words than one and those of options."""
+        return f"{len(ctx.args)} words too many: {' '.join(ctx.args)}"
 
 
 def written_out(

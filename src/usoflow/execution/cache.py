@@ -53,7 +53,7 @@ def _state_of(path: Path) -> tuple[int, int] | None:
     """What changes when a file does; None if there is none."""
     try:
         found = path.stat()
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a name that no file has, of a custom node
         return None
     return found.st_size, found.st_mtime_ns
 

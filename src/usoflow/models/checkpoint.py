@@ -131,17 +131,17 @@ class TensorFile:
         Raises:
             UsoflowError: `model_kind` if the file holds none, naming what it holds instead; `tensor_unknown`.
         """
-        if kind not in self._prefixes() or self._of_diffusers():
+        if kind not in self._prefixes() or self.of_diffusers():
             raise UsoflowError(
                 "model_kind",
                 f"{self.path.name} holds no {KIND_NAMES[kind]}; it holds {self.describe()}.",
-                remedy=SINGLE_FILES if self._of_diffusers() else None,
+                remedy=SINGLE_FILES if self.of_diffusers() else None,
             )
         return self.components()[kind]
 
     def describe(self) -> str:
         """What the file holds, in words: 'FLUX.1 transformer, FLUX VAE' or 'nothing usoflow knows'."""
-        if self._of_diffusers():
+        if self.of_diffusers():
             return "a model in the layout of diffusers"
         held = [KIND_NAMES[kind] for kind in self._prefixes()]
         others = [
@@ -160,7 +160,7 @@ class TensorFile:
             "This is one part of several. Use a file that holds all: `usoflow models` names the tutorial's."
         )
 
-    def _of_diffusers(self) -> bool:
+    def of_diffusers(self) -> bool:
         """A LoRA may have diffusers' names for the layers that it changes."""
         return any(OF_DIFFUSERS.match(name) for name in self.tensors) and self._prefix("lora") is None
 

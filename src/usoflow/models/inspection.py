@@ -12,7 +12,7 @@ from usoflow.errors import UsoflowError
 from usoflow.models import loading
 from usoflow.models.checkpoint import Component, TensorFile, some
 from usoflow.models.inventory import precision, size_in_words
-from usoflow.models.kinds import KIND_NAMES
+from usoflow.models.kinds import KIND_NAMES, SINGLE_FILES
 from usoflow.models.lora_layouts import linear_layers, pairs_for
 from usoflow.models.weights import read_tensors
 
@@ -43,7 +43,8 @@ def inspect(path: Path, transformer: Component | None) -> Iterator[str]:
     yield f"{path}: {size_in_words(file.bytes)}, {len(file.tensors)} tensors, {held}"
     components = file.components()
     if not components:
-        raise UsoflowError("model_kind", f"{path.name} holds nothing usoflow knows.")
+        advice = SINGLE_FILES if file.of_diffusers() else None
+        raise UsoflowError("model_kind", f"{path.name} holds {file.describe()}.", remedy=advice)
     for kind, component in components.items():
         yield f"{KIND_NAMES[kind]}: {len(component.tensors)} tensors, prefix {component.prefix!r}"
         if kind in _LORAS:

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 
+from usoflow.durable import put
 from usoflow.errors import UsoflowError
 from usoflow.nodes.context import PARTIAL_SUFFIX, Reserve, unreserved
 from usoflow.settings import inside
@@ -265,7 +266,7 @@ def _rename(partial: Path, whole: Path) -> None:
     deadline = time.monotonic() + PATIENCE
     while True:
         try:
-            partial.replace(whole)
+            put(partial, whole)
             return
         except PermissionError:
             if os.name != "nt" or time.monotonic() > deadline:

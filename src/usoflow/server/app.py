@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, asynccontextmanager
 
@@ -141,11 +142,18 @@ def _answer_http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     if isinstance(error.__cause__, UsoflowError):  # a form that was too large, say
         return _answer_error(request, error.__cause__)
+    if isinstance(error.__cause__, OSError):  # a large form waits in a file
+        return _answer_error(request, _form_not_kept(error.__cause__))
     absent = error.status_code in (404, 405)
     detail = f"There is no {request.method} {request.url.path}." if absent else str(error.detail)
     code = "file_not_found" if error.status_code == 404 else "body_invalid"
     body = error_body(UsoflowError(code, detail, remedy="See /docs of the server."))
     return JSONResponse(body, error.status_code, error.headers)
+
+
+def _form_not_kept(error: OSError) -> UsoflowError:
+    what = f"An upload cannot be written to {tempfile.gettempdir()}: {error.strerror}."
+    return UsoflowError("save_failed", what, remedy="Make room there, or name another folder with TMPDIR.")
 
 
 def _answer_nobody(request: Request, error: Exception) -> Response:

@@ -27,6 +27,7 @@ PICTURE_TYPES: Final[Mapping[str, str]] = {
 OPENED: Final = tuple(kind for kind in PICTURE_TYPES if kind != "MPO")  # which is opened as a JPEG
 PREVIEW_FORMATS: Final = ("webp", "jpeg")
 DEFAULT_QUALITY: Final = 90
+PNG_SIGNATURE: Final = b"\x89PNG\r\n\x1a\n"
 LONGEST_SIDE: Final = 16_383  # of a WebP
 FULL: Final = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 
@@ -38,9 +39,10 @@ def within(root: Path, name: str) -> Path:
         UsoflowError: `path_outside` for whatever leads out of the folder, by name or by symbolic link.
     """
     try:
+        name.encode()
         path = (root / inside(name)).resolve()
         home = root.resolve()
-    except (OSError, RuntimeError):  # too long a name; links in a circle
+    except (OSError, RuntimeError, UnicodeEncodeError):  # too long; links in a circle; half a character
         raise UsoflowError("path_outside", "The name cannot be that of a file.") from None
     if path != home and home not in path.parents:
         raise UsoflowError("path_outside", f"{name!r} is not a name inside a folder.")
@@ -89,6 +91,9 @@ def content_type(path: Path) -> str | None:
             warnings.simplefilter("ignore")
             with Image.open(path) as picture:
                 return PICTURE_TYPES.get(picture.format or "")
+    except Image.DecompressionBombError:  # a very large one, as our own nodes can make it
+        with reading(path.name), path.open("rb") as file:
+            return PICTURE_TYPES["PNG"] if file.read(len(PNG_SIGNATURE)) == PNG_SIGNATURE else None
     except Exception:  # Pillow's parsers raise whatever they meet in a damaged file
         return None
 

@@ -55,7 +55,7 @@ class Guard:
             return _refused(403, UsoflowError("host_refused", f"{host!r} is no name of this server."))
         if _is_foreign(scope, headers):
             return _refused(403, UsoflowError("origin_refused", f"{_sender(headers)} is not this server."))
-        if self._settings.token and scope["path"] not in OPEN_PATHS:
+        if self._settings.token and _without_prefix(scope)["path"] not in OPEN_PATHS:
             answer = self._token_answer(scope, headers, self._settings.token)
             if answer is not None:
                 return answer

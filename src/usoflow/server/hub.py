@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 MAX_WAITING: Final = 500  # messages for one client
+MAX_BYTES: Final = 2**28  # of pictures in these
 MAX_LINES: Final = 1000  # of the log in one of these
 MAX_LOG_READERS: Final = 1000  # that are remembered
 LONGEST_NAME: Final = 1000  # of a client
@@ -56,6 +57,7 @@ class Client:
     overflowed: asyncio.Event = field(default_factory=asyncio.Event)
     _waiting: dict[Key, Outgoing] = field(default_factory=dict)
     _count: int = 0
+    _bytes: int = 0
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
 
     def put(self, message: Outgoing) -> None:
@@ -64,10 +66,11 @@ class Client:
             return
         self._count += 1
         key = message.key or (str(self._count),)
-        self._waiting.pop(key, None)
+        self._take(key)
         self._waiting[key] = message
+        self._bytes += len(message.image)
         self._wake.set()
-        if len(self._waiting) > MAX_WAITING:
+        if len(self._waiting) > MAX_WAITING or self._bytes > MAX_BYTES:
             self._waiting.clear()
             self.overflowed.set()
 
@@ -82,7 +85,14 @@ class Client:
         while not self._waiting:
             self._wake.clear()
             await self._wake.wait()
-        return self._waiting.pop(next(iter(self._waiting)))
+        message = self._take(next(iter(self._waiting)))
+        assert message is not None
+        return message
+
+    def _take(self, key: Key) -> Outgoing | None:
+        message = self._waiting.pop(key, None)
+        self._bytes -= len(message.image) if message else 0
+        return message
 
 
 class Hub:

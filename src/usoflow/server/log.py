@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from typing import Final
 
 KEPT: Final = 1000  # lines
+LONGEST: Final = 10_000  # characters of one: nodes print anything
 LOGGER: Final = "usoflow"
 
 Entry = dict[str, str]  # t: when (ISO 8601), m: what, with its line break
@@ -31,7 +32,8 @@ class LogBuffer(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Called by logging."""
         when = datetime.fromtimestamp(record.created, UTC).isoformat()
-        entry = {"t": when, "m": f"{self.format(record)}\n"}
+        text = self.format(record)
+        entry = {"t": when, "m": f"{text if len(text) <= LONGEST else f'{text[:LONGEST]} …'}\n"}
         self._entries.append(entry)
         self._listen(entry)
 

@@ -68,4 +68,5 @@ class _Server(uvicorn.Server):
 
     def _drain(self, sig: int, frame: FrameType | None) -> None:
         self._server.supervisor.stop()
-        super().handle_exit(sig, frame)
+        if not self.should_exit:  # a second time uvicorn would leave open what is to be closed
+            super().handle_exit(sig, frame)

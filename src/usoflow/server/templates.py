@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -60,7 +61,7 @@ def read(name: str) -> Any:
     """A JSON file of the templates' package that is no template."""
     spec = importlib.util.find_spec(TEMPLATE_PACKAGE)
     path = Path(spec.origin).parent / "templates" / name if spec and spec.origin else None
-    if path is None or not path.is_file():
+    if path is None or not os.path.isfile(path):  # which too long a name is not either
         raise UsoflowError("template_unknown", f"There is no {name!r}.")
     return json.loads(path.read_text(encoding="utf-8"))
 

@@ -16,7 +16,7 @@ from usoflow.errors import UsoflowError
 from usoflow.schema.specs import NodeSchema
 
 _PICTURES: Final = ("preview", "png")  # of Progress, bytes
-HALF: Final = re.compile(rb"\\u[dD][89a-fA-F]")  # the escape of a surrogate, with its other half or without
+HALF: Final = re.compile(r"\\u[dD][89a-fA-F]")  # the escape of a surrogate, with its other half or without
 
 # --- server to worker --------------------------------------------------------------------------------------
 
@@ -206,7 +206,8 @@ def encode(message: Message) -> bytes:
 def decode(line: bytes) -> Message:
     """The message in a line. Raises UsoflowError `worker_died` for what is none."""
     try:
-        record = whole_characters(json.loads(line), line)
+        text = line.decode()
+        record = whole_characters(json.loads(text), text)
         kind = _MESSAGES[record.pop("message")]
         values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in record.items()}
         if kind is Progress:
@@ -216,7 +217,7 @@ def decode(line: bytes) -> Message:
         raise UsoflowError("worker_died", f"The worker wrote what cannot be read: {error!r}.") from None
 
 
-def whole_characters(decoded: Any, encoded: bytes) -> Any:
+def whole_characters(decoded: Any, encoded: str) -> Any:
     """Decoded JSON with U+FFFD for every half of a surrogate pair, which no answer could hold.
 
     Programs that cut texts leave them, and Python where the name of a file is not UTF-8.

@@ -38,7 +38,7 @@ from usoflow.service.engine import (
     encode,
 )
 from usoflow.service.engine import Cancelled as CancelledRun
-from usoflow.service.worker import WorkerSettings
+from usoflow.service.worker import ENDED_EARLY, WorkerSettings
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +46,10 @@ logger = logging.getLogger(__name__)
 WORKER: Sequence[str] = (sys.executable, "-P", "-X", "utf8", "-m", "usoflow.service.worker")
 ATTEMPTS = 2  # a worker that died while it was idle is noticed when the next job is given to it
 LOADING = 60.0  # seconds that a worker gets to load its libraries and custom nodes while others wait for it
+OVERDUE = (
+    f"The worker is not ready after {LOADING:.0f} s: what it loads (custom nodes?) may hang. Look at what the"
+    " server has printed, and start it without those nodes; a job that is stopped ends this worker."
+)
 _KERNEL_COUNTERS = Path("/proc/vmstat")
 _KILLED = getattr(signal, "SIGKILL", 9)  # which Windows does not have
 _SIGNALS: Mapping[int, str] = {
@@ -118,15 +122,19 @@ class WorkerProcess:
                 begun = True
                 listen(message)
             cause = child.cause_of_death()
-            if begun or attempt == ATTEMPTS - 1:
+            if begun or attempt == ATTEMPTS - 1 or (self._stop and not child.ready):
                 raise cause
         raise AssertionError("unreachable")
 
     def cancel(self, job: str) -> None:
-        """See `Engine.cancel`."""
+        """See `Engine.cancel`. A worker that hangs while it loads would never hear of it: it is killed."""
         with self._lock:
-            if job == self._job:
-                self._stop = True
+            if job != self._job:
+                return
+            self._stop = True
+            if self._child and self._child.overdue:
+                self._child.process.kill()
+            else:
                 self._send(Cancel(job))
 
     def free(self, *, outputs: bool) -> None:
@@ -140,7 +148,8 @@ class WorkerProcess:
 
     def fault(self) -> str:
         """See `Engine.fault`."""
-        return self._fault
+        child = self._child
+        return OVERDUE if child and child.overdue else self._fault
 
     def nodes(self) -> Sequence[NodeSchema]:
         """See `Engine.nodes`; those of the child before, if this one died or hangs while it loads them."""
@@ -152,8 +161,10 @@ class WorkerProcess:
 
     def stop(self) -> None:
         """See `Engine.stop`. No other child is started."""
+        self._stopped = True
+        if child := self._child:  # before the lock: who has it may be writing to a child that reads nothing
+            child.process.kill()
         with self._lock:
-            self._stopped = True
             child, self._child = self._child, None
         if child:
             child.process.kill()
@@ -187,7 +198,7 @@ class WorkerProcess:
 
 
 class _Child:
-    """One process and what it has said; None in `messages` is its end."""
+    """One process and what it has said; None in `messages` is its end; `ready` once it was."""
 
     def __init__(
         self,
@@ -203,7 +214,7 @@ class _Child:
         assert self.process.stdout is not None
         assert self.process.stderr is not None
         self._stdin = self.process.stdin
-        self._ready = False
+        self.ready = False
         self._loaded = threading.Event()  # it is ready, or has ended before it was
         self._deadline = time.monotonic() + LOADING
         self._told = False
@@ -226,9 +237,12 @@ class _Child:
         if self._loaded.wait(max(0, self._deadline - time.monotonic())) or self._told:
             return
         self._told = True
-        logger.warning(
-            "The worker is not ready after %.0f s: what it loads (custom nodes?) is not known yet.", LOADING
-        )
+        logger.warning("%s What it loads is not known yet.", OVERDUE)
+
+    @property
+    def overdue(self) -> bool:
+        """Whether it lives and is not ready, although it has had its time."""
+        return not self._loaded.is_set() and time.monotonic() > self._deadline
 
     def cause_of_death(self) -> UsoflowError:
         """Why the process ended."""
@@ -240,8 +254,10 @@ class _Child:
         else:
             known = _SIGNALS.get(-code) or _WINDOWS_STATUSES.get(code)
             reason = known or f"its exit status was {code}"
-        when = "during the job" if self._ready else "before it was ready"
-        return UsoflowError("worker_died", f"The worker process ended {when}: {reason}.")
+        if self.ready:
+            return UsoflowError("worker_died", f"The worker process ended during the job: {reason}.")
+        what = f"The worker process ended before it was ready: {reason}."
+        return UsoflowError("worker_died", what, remedy=ENDED_EARLY)
 
     def _read(self, stdout: IO[bytes], note: Callable[[Ready | Device | UsoflowError], None]) -> None:
         refusal: UsoflowError | None = None
@@ -251,10 +267,10 @@ class _Child:
                     message: Message = decode(line)
                     if isinstance(message, Ready | Device):
                         note(message)
-                        self._ready = True
+                        self.ready = True
                         self._loaded.set()
                         continue
-                    if isinstance(message, Failed) and not self._ready:
+                    if isinstance(message, Failed) and not self.ready:
                         refusal = UsoflowError(message.code, message.detail, remedy=message.remedy)
                     if not isinstance(message, Run | Cancel | Free):
                         self.messages.put(message)
@@ -263,7 +279,7 @@ class _Child:
             self.process.kill()
         with suppress(OSError):  # a command that it did not take
             self._stdin.close()
-        if not self._ready:
+        if not self.ready:
             note(refusal or self.cause_of_death())
         self._loaded.set()
         self.messages.put(None)

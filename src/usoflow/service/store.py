@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sqlite3
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -57,6 +58,8 @@ MIGRATIONS: Sequence[str] = (
     """,
     "ALTER TABLE jobs ADD COLUMN stop INTEGER NOT NULL DEFAULT 0",  # somebody has asked that it be stopped
     "ALTER TABLE jobs ADD COLUMN attempts INTEGER NOT NULL DEFAULT 0",  # how often a worker has begun with it
+    "UPDATE files SET path = CAST(path AS BLOB)",  # not every path is text that SQLite takes
+    "CREATE INDEX jobs_by_end ON jobs (ended, row)",
 )
 
 _COLUMNS = "id, state, number, client, workflow, created, started, ended, cached, outputs, error"
@@ -170,7 +173,6 @@ class JobStore:
         offset: int = 0,
         descending: bool = True,
         by_duration: bool = False,
-        started_only: bool = False,
     ) -> list[Job]:
         """Jobs in some states by time of acceptance, or by how long they ran; `limit` -1 is all.
 
@@ -178,11 +180,19 @@ class JobStore:
         """
         order = "DESC" if descending else "ASC"
         by = f"ended - started {order}, row {order}" if by_duration else f"row {order}"
-        began = "AND started IS NOT NULL" if started_only else ""
         state = "state" if set(states) <= set(WAITING) else "+state"  # as for _OLDEST
         return self._select(
-            f"{_JOBS} WHERE {state} IN {_marks(states)} {began} ORDER BY {by} LIMIT ? OFFSET ?",
+            f"{_JOBS} WHERE {state} IN {_marks(states)} ORDER BY {by} LIMIT ? OFFSET ?",
             (*states, limit, offset),
+        )
+
+    def run_jobs(self, *, limit: int, offset: int = 0, descending: bool = True) -> list[Job]:
+        """Final jobs that had begun, by when they ended."""
+        order = "DESC" if descending else "ASC"
+        return self._select(
+            f"{_JOBS} WHERE +state IN {_marks(FINAL)} AND started IS NOT NULL"
+            f" ORDER BY ended {order}, row {order} LIMIT ? OFFSET ?",
+            (*FINAL, limit, offset),
         )
 
     def count(self, states: Collection[State]) -> int:
@@ -297,7 +307,8 @@ class JobStore:
     def reserve(self, job_id: str, path: Path) -> None:
         """Note that a job is about to write this file."""
         with self._transaction() as run:
-            run("INSERT OR REPLACE INTO files (path, job) VALUES (?, ?)", (str(path.absolute()), job_id))
+            values = (os.fsencode(path.absolute()), job_id)
+            run("INSERT OR REPLACE INTO files (path, job) VALUES (?, ?)", values)
 
     # --- settings of the editor -----------------------------------------------------------------------
 
@@ -358,11 +369,11 @@ class JobStore:
                 path.unlink(missing_ok=True)
             except OSError as error:  # no reason to hold up the queue
                 logger.warning("%s cannot be removed: %s.", path, error.strerror)
-            self._connection.execute("DELETE FROM files WHERE path = ?", (str(path),))
+            self._connection.execute("DELETE FROM files WHERE path = ?", (os.fsencode(path),))
 
     def _files(self, job_id: str) -> Sequence[Path]:
         rows = self._connection.execute("SELECT path FROM files WHERE job = ?", (job_id,)).fetchall()
-        return [Path(row["path"]) for row in rows]
+        return [Path(os.fsdecode(row["path"])) for row in rows]
 
 
 def _nowhere(job_id: str) -> dict[str, Any]:

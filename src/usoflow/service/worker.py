@@ -32,6 +32,7 @@ from usoflow.service.store import JobStore
 from usoflow.settings import Folders
 
 PREVIEWS_CLEARED = 3600.0  # seconds: how often
+ENDED_EARLY = "Look at what the server has printed; `usoflow doctor` examines the installation."
 
 if TYPE_CHECKING:
     from usoflow.execution.executor import Executor
@@ -59,6 +60,7 @@ class WorkerSettings:
             "inputs": list(map(_absolute, folders.inputs)),
             "output": _absolute(folders.output),
             "temp": _absolute(folders.temp),
+            "named": _absolute(folders.named) if folders.named else None,
             "store": _absolute(self.store),
             "device": self.device,
             "dtype": self.dtype,
@@ -77,6 +79,7 @@ class WorkerSettings:
             inputs=tuple(map(Path, record["inputs"])),
             output=Path(record["output"]),
             temp=Path(record["temp"]),
+            named=Path(record["named"]) if record["named"] else None,
         )
         custom = Path(record["custom_nodes"]) if record["custom_nodes"] else None
         return cls(
@@ -224,6 +227,12 @@ def serve(registry: NodeRegistry, argument: str) -> None:
     except UsoflowError as error:
         pipe.send(engine.Failed(error.code, error.detail, error.remedy))
         sys.exit(error.exit_code)
+    except Exception as error:  # a library that is broken, say
+        traceback.print_exc()
+        what = f"The worker cannot be loaded: {type(error).__name__}: {error}."
+        frames = tuple(traceback.format_exception(error))
+        pipe.send(engine.Failed("worker_died", what, ENDED_EARLY, traceback=frames))
+        sys.exit(1)
     pipe.send(engine.Ready(system, tuple(to_json(every[n].schema) for n in every if n not in registry)))
     threading.Thread(target=_clear, args=(settings.folders, time.time()), daemon=True).start()
     while True:

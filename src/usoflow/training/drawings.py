@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import io
 import json
+import shutil
 import subprocess
 import tarfile
 import tempfile
@@ -88,7 +89,8 @@ def fetch(world: World, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in world.sets:
         if not _archive(folder, name).exists():
-            command = ["npm", "pack", "--silent", f"@iconify-json/{name}@{VERSIONS[name]}"]
+            npm = shutil.which("npm") or "npm"  # on Windows it is npm.cmd, which nothing else finds
+            command = [npm, "pack", "--silent", f"@iconify-json/{name}@{VERSIONS[name]}"]
             try:
                 with tempfile.TemporaryDirectory(dir=folder) as partial:  # where npm may be interrupted
                     subprocess.run(command, cwd=partial, check=True, capture_output=True, text=True)

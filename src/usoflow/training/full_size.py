@@ -27,7 +27,8 @@ from typing import Any
 from usoflow.training import LIBRARIES
 
 if __name__ == "__main__" and not all(map(importlib.util.find_spec, LIBRARIES)):  # before they are imported
-    sys.exit('error: Not all libraries of the extra are installed.\npip install "usoflow[train]"')
+    sys.stderr.write('error: Not all libraries of the extra are installed.\npip install "usoflow[train]"\n')
+    sys.exit(2)
 
 import torch
 from accelerate import Accelerator

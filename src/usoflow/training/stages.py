@@ -56,6 +56,8 @@ class Workshop:
 
     @functools.cached_property
     def sprites(self) -> Sprites:
+        if not drawings.rendered(self.folder / "sprites"):
+            raise stage_missing("render", self.folder)
         return Sprites(self.world, self.folder / "sprites")
 
     @property

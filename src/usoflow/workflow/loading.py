@@ -99,7 +99,7 @@ def read_json(text: str | bytes) -> Any:
     Raises UsoflowError("not_a_workflow").
     """
     try:
-        decoded = text if isinstance(text, str) else text.decode(_encoding(text))
+        decoded = text if isinstance(text, str) else text_of(text)
         data = json.loads(decoded, parse_constant=lambda _: None, parse_float=_finite)
     except RecursionError:
         raise UsoflowError("not_a_workflow", "the JSON is nested too deeply") from None
@@ -109,9 +109,10 @@ def read_json(text: str | bytes) -> Any:
     return data
 
 
-def _encoding(data: bytes) -> str:
-    """UTF-8, but for what PowerShell's `>` writes."""
-    return "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+def text_of(data: bytes) -> str:
+    """UTF-8, but for what PowerShell's `>` writes. Raises ValueError."""
+    utf_16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return data.decode("utf-16" if utf_16 else "utf-8-sig")
 
 
 def _check_depth(data: object) -> None:
@@ -135,7 +136,7 @@ def template(name: str) -> dict[str, Any]:
 
     folder = resources.files(TEMPLATE_PACKAGE) / "templates"
     file = folder / f"{name}.json"
-    if not re.fullmatch(r"[\w.-]+", name) or not file.is_file():
+    if not re.fullmatch(r"[\w.-]{1,200}", name, re.ASCII) or not file.is_file():
         raise UsoflowError("template_unknown", f"there is no template {name!r}")
     data = read_json(file.read_bytes())
     if not isinstance(data, dict) or not document.looks_like_workflow(data):

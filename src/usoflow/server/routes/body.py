@@ -10,7 +10,7 @@ from starlette.concurrency import run_in_threadpool
 from usoflow.errors import UsoflowError
 from usoflow.server.context import MIB
 from usoflow.service.engine import whole_characters
-from usoflow.workflow.loading import read_json
+from usoflow.workflow.loading import read_json, text_of
 
 LARGE = MIB  # bytes that take long enough to decode that nobody else is to wait for it
 
@@ -28,7 +28,7 @@ def _decoded(data: bytes) -> Any:
     except UsoflowError as error:
         reason = error.__context__ or error.detail  # the detail is about files, which may be pictures too
         raise UsoflowError("body_invalid", f"The body is not JSON: {reason}.") from None
-    return whole_characters(decoded, data)
+    return whole_characters(decoded, text_of(data))
 
 
 async def _object(request: Request) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Final
 
@@ -56,7 +57,7 @@ def embeddings() -> list[str]:
 @router.get("/experiment/models")
 def model_places(server: ServerOf) -> list[Json]:
     """Where each kind of model is."""
-    return [{"name": kind, "folders": list(map(str, paths))} for kind, paths in server.folders.models.items()]
+    return [{"name": kind, "folders": paths} for kind, paths in folder_paths(server).items()]
 
 
 @router.get("/experiment/models/{folder}")
@@ -69,7 +70,12 @@ def model_files(server: ServerOf, folder: str) -> list[Json]:
 @router.get("/internal/folder_paths")
 def folder_paths(server: ServerOf) -> dict[str, list[str]]:
     """The same as an object."""
-    return {kind: list(map(str, paths)) for kind, paths in server.folders.models.items()}
+    return {kind: [_shown(path) for path in paths] for kind, paths in server.folders.models.items()}
+
+
+def _shown(path: Path) -> str:
+    """A path as text; not every one is."""
+    return os.fsencode(path).decode(errors="replace")
 
 
 def _listed(server: Server, folder: str) -> list[str]:

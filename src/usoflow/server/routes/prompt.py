@@ -171,12 +171,12 @@ def history(
     max_items: int = MAX_PAGE,
     offset: Annotated[int, Query(le=2**31)] = -1,
 ) -> StreamingResponse:
-    """Jobs that have run, the newest last: the newest `max_items`, or those from `offset` (0: the oldest)."""
+    """Jobs that have run, as they ended: the last `max_items`, or those from `offset` on (0: the first)."""
     limit = min(max(max_items, 0), MAX_PAGE)
     if offset >= 0:
-        jobs = server.store.jobs(FINAL, limit=limit, offset=offset, descending=False, started_only=True)
+        jobs = server.store.run_jobs(limit=limit, offset=offset, descending=False)
     else:
-        jobs = server.store.jobs(FINAL, limit=limit, started_only=True)[::-1]
+        jobs = server.store.run_jobs(limit=limit)[::-1]
 
     def parts() -> Iterator[str]:
         yield "{"
