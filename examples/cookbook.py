@@ -177,6 +177,8 @@ def main() -> None:
     parser.add_argument("--subject", type=Path, default=SUBJECT)
     parser.add_argument("--style", type=Path, default=STYLE)
     options = parser.parse_args()
+    if not options.pages.is_dir():
+        parser.error(f"--pages {options.pages} is no folder.")
     with (
         tempfile.TemporaryDirectory() as place,
         usoflow.Engine(models=options.models, output=place) as engine,
@@ -217,4 +219,7 @@ def show(page: Path, picture: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except usoflow.UsoflowError as error:
+        sys.exit(f"error: {error.detail}\n{error.remedy}")

@@ -8,6 +8,7 @@ Without --models it draws with usoflow's own small ones.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import usoflow
@@ -38,4 +39,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except usoflow.UsoflowError as error:
+        sys.exit(f"error: {error.detail}\n{error.remedy}")

@@ -362,3 +362,6 @@ if __name__ == "__main__":
     except UsoflowError as error:
         print(f"error: {error.detail}\n{error.remedy}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:  # a folder that cannot be written to, a full disk
+        print(f"error: {error.filename or 'a file'}: {error.strerror}.", file=sys.stderr)
+        sys.exit(2)
