@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _READABLE = "rb" if os.name == "posix" else "rb+"  # Windows syncs only what may be written
@@ -15,7 +16,14 @@ def put(partial: Path, whole: Path) -> None:
         os.fsync(file.fileno())
     partial.replace(whole)
     if os.name == "posix":  # elsewhere a folder cannot be opened
-        folder = os.open(whole.parent, os.O_RDONLY)
-        with suppress(OSError):  # some network drives sync no folder
-            os.fsync(folder)
-        os.close(folder)
+        with suppress(OSError), _opened(whole.parent) as folder:  # nor where it may not be read
+            os.fsync(folder)  # which some network drives do not do
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[int]:
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        yield number
+    finally:
+        os.close(number)

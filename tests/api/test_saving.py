@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -51,3 +52,35 @@ def test_a_pipe_is_written_to(tmp_path: Path) -> None:
     with subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE) as reading:
         save(tmp_path / "pipe", b"words")
         assert reading.communicate(timeout=60)[0] == b"words"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="folders are not synced there")
+def test_content_is_on_the_disk_before_its_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a loss of power could leave an empty file under the name."""
+    file, synced = tmp_path / "graph", []
+    sync = os.fsync
+
+    def noted(number: int) -> None:
+        synced.append((stat.S_ISDIR(os.fstat(number).st_mode), file.exists()))
+        sync(number)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    save(file, b"a")
+    assert synced == [(False, False), (True, True)]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="folders are not opened there")
+def test_a_folder_that_cannot_be_synced_still_gets_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who may write to it may perhaps not read it; some network drives sync no folder."""
+    opened = os.open
+
+    def refused(path: str | Path, *more: int) -> int:
+        if os.path.isdir(path):
+            raise PermissionError(13, "Permission denied")
+        return opened(path, *more)
+
+    monkeypatch.setattr(os, "open", refused)
+    save(tmp_path / "graph", b"a")
+    assert (tmp_path / "graph").read_bytes() == b"a"
