@@ -439,7 +439,7 @@ def test_amounts_of_memory(text: str, expected: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "GB", "-1GB", "eight", "0GB", "0.0001K", "8 GB GB", "8", "8B", "9" * 400 + "GB"]
+    "text", ["8Gi", "", "GB", "-1GB", "eight", "0GB", "0.0001K", "8 GB GB", "8", "8B", "9" * 400 + "GB"]
 )
 def test_what_is_no_amount_of_memory(text: str) -> None:
     with pytest.raises(UsoflowError) as caught:

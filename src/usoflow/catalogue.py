@@ -16,7 +16,7 @@ from pathlib import PurePosixPath
 from typing import Final
 
 from usoflow.errors import UsoflowError
-from usoflow.models.checkpoint import Component, TensorFile
+from usoflow.models.checkpoint import Component, TensorFile, some
 from usoflow.settings import POCKET_MODELS, Folders
 
 _HUB = "https://huggingface.co"
@@ -164,8 +164,7 @@ def _offered(wanted: str, available: Sequence[str]) -> str:
     """Some names, the most alike first."""
     near = [name for name in available if PurePosixPath(name).name == wanted]
     near += get_close_matches(wanted, available, n=OFFERED)
-    shown = list(dict.fromkeys([*near, *available]))[:OFFERED]
-    return ", ".join(shown) + (f" and {len(available) - len(shown)} more" if len(available) > OFFERED else "")
+    return some(dict.fromkeys([*near, *available]), OFFERED)
 
 
 def _origin(folder: str, name: str, folders: Folders) -> str:

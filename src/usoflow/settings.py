@@ -192,10 +192,7 @@ def _check_level(folder: Path) -> None:
     if any(os.path.isdir(home / name) for name in kinds) or os.path.isfile(folder / EXTRA_PATHS_FILE):
         return
     if os.path.isfile(folder / "model_index.json"):
-        what, better = (
-            "is in the layout of diffusers, of which usoflow reads none",
-            "a folder of single files",
-        )
+        what, better = "is in diffusers' layout, which is not read", "a folder of single files"
     elif os.path.isdir(folder / "ComfyUI" / "models"):
         what, better = "is no models folder", str(folder / "ComfyUI")
     elif folder.absolute().name in kinds:
@@ -407,7 +404,7 @@ def bytes_of(text: str) -> int:
     Raises:
         UsoflowError: `budget_invalid`.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT])(i?)(?:B)?\s*", text, re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT])(?:(i?)B)?\s*", text, re.IGNORECASE)
     amount = float(match[1]) * (1024 if match[3] else 1000) ** _UNITS[match[2].upper()] if match else 0.0
     if not 1 <= amount < math.inf:
         raise UsoflowError("budget_invalid", f"{text!r} is not an amount of memory.")

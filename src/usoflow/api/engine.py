@@ -257,11 +257,6 @@ class Engine:
         Raises:
             UsoflowError: what is wrong, and what to do about it.
         """
-        if not isinstance(prompt, str) or steps is None or guidance is None:  # a field that JSON lacks, say
-            what = "prompt, steps or guidance is None, or the prompt no text."
-            raise UsoflowError(
-                "request_invalid", what, remedy='Leave out what is not asked for; "" is no prompt.'
-            )
         request = Request(
             prompt,
             subjects=self._files(subject),

@@ -200,7 +200,11 @@ def output_size(request: Request) -> tuple[int, int]:
 
 def _refuse(request: Request) -> None:
     problem = None
-    if not _is_size(request.size):
+    if not isinstance(request.prompt, str):  # a field that JSON lacks, say
+        problem = f'a prompt of {request.prompt!r}; it is a text, "" for none'
+    elif request.steps is None or request.guidance is None:
+        problem = "no steps or no guidance; what is not asked for is left out"
+    elif not _is_size(request.size):
         problem = f"a size of {request.size!r}; it is (width, height) in pixels"
     elif request.size and any(side % STEP or side < STEP for side in request.size):
         problem = f"a size of {request.size[0]}x{request.size[1]}; sides must be multiples of {STEP}"

@@ -18,6 +18,7 @@ from PIL import Image, ImageOps
 from usoflow.api.saving import write_whole
 from usoflow.errors import UsoflowError
 from usoflow.settings import Folders, inside
+from usoflow.workflow.metadata import PNG_SIGNATURE
 
 # What a browser shows as a picture; everything else is offered for download as a nameless kind of file.
 PICTURE_TYPES: Final[Mapping[str, str]] = {
@@ -27,7 +28,6 @@ PICTURE_TYPES: Final[Mapping[str, str]] = {
 OPENED: Final = tuple(kind for kind in PICTURE_TYPES if kind != "MPO")  # which is opened as a JPEG
 PREVIEW_FORMATS: Final = ("webp", "jpeg")
 DEFAULT_QUALITY: Final = 90
-PNG_SIGNATURE: Final = b"\x89PNG\r\n\x1a\n"
 LONGEST_SIDE: Final = 16_383  # of a WebP
 FULL: Final = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 

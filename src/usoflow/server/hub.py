@@ -57,7 +57,6 @@ class Client:
     overflowed: asyncio.Event = field(default_factory=asyncio.Event)
     _waiting: dict[Key, Outgoing] = field(default_factory=dict)
     _count: int = 0
-    _bytes: int = 0
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
 
     def put(self, message: Outgoing) -> None:
@@ -66,11 +65,11 @@ class Client:
             return
         self._count += 1
         key = message.key or (str(self._count),)
-        self._take(key)
+        self._waiting.pop(key, None)
         self._waiting[key] = message
-        self._bytes += len(message.image)
         self._wake.set()
-        if len(self._waiting) > MAX_WAITING or self._bytes > MAX_BYTES:
+        size = sum(len(waiting.image) for waiting in self._waiting.values())
+        if len(self._waiting) > MAX_WAITING or size > MAX_BYTES:
             self._waiting.clear()
             self.overflowed.set()
 
@@ -85,14 +84,7 @@ class Client:
         while not self._waiting:
             self._wake.clear()
             await self._wake.wait()
-        message = self._take(next(iter(self._waiting)))
-        assert message is not None
-        return message
-
-    def _take(self, key: Key) -> Outgoing | None:
-        message = self._waiting.pop(key, None)
-        self._bytes -= len(message.image) if message else 0
-        return message
+        return self._waiting.pop(next(iter(self._waiting)))
 
 
 class Hub:

@@ -225,13 +225,13 @@ def serve(registry: NodeRegistry, argument: str) -> None:
         every = with_custom(registry, settings.custom_nodes)
         worker, system = _made(settings, every, pipe.send)
     except UsoflowError as error:
-        pipe.send(engine.Failed(error.code, error.detail, error.remedy))
+        pipe.send(engine.Failed.by(error))
         sys.exit(error.exit_code)
     except Exception as error:  # a library that is broken, say
         traceback.print_exc()
         what = f"The worker cannot be loaded: {type(error).__name__}: {error}."
-        frames = tuple(traceback.format_exception(error))
-        pipe.send(engine.Failed("worker_died", what, ENDED_EARLY, traceback=frames))
+        died = UsoflowError("worker_died", what, remedy=ENDED_EARLY)
+        pipe.send(engine.Failed.by(died, traceback.format_exception(error)))
         sys.exit(1)
     pipe.send(engine.Ready(system, tuple(to_json(every[n].schema) for n in every if n not in registry)))
     threading.Thread(target=_clear, args=(settings.folders, time.time()), daemon=True).start()

@@ -98,21 +98,28 @@ def read_json(text: str | bytes) -> Any:
 
     Raises UsoflowError("not_a_workflow").
     """
+    decoded = text if isinstance(text, str) else text_of(text)
     try:
-        decoded = text if isinstance(text, str) else text_of(text)
         data = json.loads(decoded, parse_constant=lambda _: None, parse_float=_finite)
     except RecursionError:
         raise UsoflowError("not_a_workflow", "the JSON is nested too deeply") from None
     except ValueError as reason:
-        raise UsoflowError("not_a_workflow", f"not JSON, PNG or WebP ({str(reason)[:200]})") from None
+        raise _no_json(reason) from None
     _check_depth(data)
     return data
 
 
 def text_of(data: bytes) -> str:
-    """UTF-8, but for what PowerShell's `>` writes. Raises ValueError."""
+    """UTF-8, but for what PowerShell's `>` writes. Raises UsoflowError("not_a_workflow")."""
     utf_16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    return data.decode("utf-16" if utf_16 else "utf-8-sig")
+    try:
+        return data.decode("utf-16" if utf_16 else "utf-8-sig")
+    except ValueError as reason:
+        raise _no_json(reason) from None
+
+
+def _no_json(reason: ValueError) -> UsoflowError:
+    return UsoflowError("not_a_workflow", f"not JSON, PNG or WebP ({str(reason)[:200]})")
 
 
 def _check_depth(data: object) -> None:

@@ -24,11 +24,12 @@ def _decoded(data: bytes) -> Any:
     if not data:
         return None
     try:
-        decoded = read_json(data)
+        text = text_of(data)
+        decoded = read_json(text)
     except UsoflowError as error:
         reason = error.__context__ or error.detail  # the detail is about files, which may be pictures too
         raise UsoflowError("body_invalid", f"The body is not JSON: {reason}.") from None
-    return whole_characters(decoded, text_of(data))
+    return whole_characters(decoded, text)
 
 
 async def _object(request: Request) -> dict[str, Any]:
