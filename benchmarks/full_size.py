@@ -25,7 +25,7 @@ import torch
 from benchmarks import synthetic
 from benchmarks.report import Table
 from usoflow.execution.progress import NodeFinished
-from usoflow.models.flux import OFFICIAL_DEPTH
+from usoflow.models.flux_config import OFFICIAL_DEPTH
 
 CHECKPOINT = "checkpoints/flux1-dev-fp8.safetensors"
 PLANS = {"by itself": None, "--vram 6GB": "6GB"}

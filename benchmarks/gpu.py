@@ -26,7 +26,8 @@ from benchmarks.report import Table
 from benchmarks.timing import seconds
 from usoflow.execution.memory import PeakMemory
 from usoflow.models.checkpoint import Component, TensorFile
-from usoflow.models.flux import OFFICIAL_DEPTH, Flux, FluxConfig
+from usoflow.models.flux import Flux
+from usoflow.models.flux_config import OFFICIAL_DEPTH, FluxConfig
 from usoflow.models.library import ModelLibrary
 from usoflow.models.loading import load_flux
 from usoflow.models.placement import PART_OF_GPU, Placement

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from usoflow.catalogue import KNOWN_FILES
 from usoflow.models.checkpoint import CONFIG_KEY
-from usoflow.models.flux import Flux, FluxConfig
+from usoflow.models.flux import Flux
+from usoflow.models.flux_config import FluxConfig
 from usoflow.models.style_projector import StyleProjector, StyleProjectorConfig
 from usoflow.models.text import ClipText, ClipTextConfig, T5Config, T5Encoder
 from usoflow.models.vae import AutoEncoder, VaeConfig

@@ -17,6 +17,7 @@ from typing import Final
 
 from usoflow.errors import UsoflowError
 from usoflow.models.checkpoint import Component, TensorFile, some
+from usoflow.models.flux_config import runs
 from usoflow.settings import POCKET_MODELS, Folders
 
 _HUB = "https://huggingface.co"
@@ -85,7 +86,6 @@ OFFERED: Final = 12  # names in an error
 
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 
-LATENT_PATCH: Final = 64  # inputs of a transformer that takes a latent alone; FLUX.1's tools take more
 # Transformers like FLUX.1 [dev] that USO was not made for: taken where there is no other.
 OTHER_VARIANTS: Final = ("kontext", "krea", "schnell")
 
@@ -227,10 +227,9 @@ def _one_of(folder: str, kind: str, usual: tuple[str, ...], folders: Folders) ->
 
 
 def _can_be_taken(folder: str, name: str, kind: str, folders: Folders) -> bool:
-    """Whether a file holds a kind; of transformers, one that is given nothing but a latent."""
+    """Whether a file holds a kind; of transformers, one that can be run."""
     found = _components(folder, name, folders).get(kind)
-    first = found.tensors.get("img_in.weight") if found else None
-    return found is not None and not (first and first.shape[-1] > LATENT_PATCH)
+    return found is not None and (kind != "flux" or runs(found))
 
 
 def _rank(folder: str, name: str, folders: Folders) -> tuple[bool, int]:

@@ -12,7 +12,8 @@ from torch import Tensor
 from networks import relative
 from usoflow.models.checkpoint import TensorFile
 from usoflow.models.embeddings import patchify, rotary_table, timestep_embedding, unpatchify
-from usoflow.models.flux import Flux, FluxConfig
+from usoflow.models.flux import Flux
+from usoflow.models.flux_config import FluxConfig
 from usoflow.models.loading import load_flux, load_projector
 from usoflow.models.references import position_ids
 

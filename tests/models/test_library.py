@@ -21,7 +21,8 @@ from untrained import FLUX, write_untrained
 from usoflow.errors import UsoflowError
 from usoflow.models import pages, vae
 from usoflow.models.checkpoint import CONFIG_KEY, Component, TensorFile
-from usoflow.models.flux import Flux, FluxConfig
+from usoflow.models.flux import Flux
+from usoflow.models.flux_config import FluxConfig
 from usoflow.models.library import LoraUse, ModelLibrary
 from usoflow.models.loading import load_clip, load_flux, load_vae
 from usoflow.models.placement import Placement, is_out_of_memory, widen_fp8

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from golden.compare import Golden
 from usoflow.models.checkpoint import TensorFile
-from usoflow.models.flux import Flux, FluxConfig
+from usoflow.models.flux import Flux
+from usoflow.models.flux_config import FluxConfig
 from usoflow.models.lora import attach
 from usoflow.models.style_projector import StyleProjector, StyleProjectorConfig
 from usoflow.models.vae import LatentFormat

@@ -177,16 +177,16 @@ def _flux(path: Path) -> Component:
 
 def _transformer(folders: Folders) -> Component | None:
     """The first transformer among the models that can be run."""
-    from usoflow.models.flux import FluxConfig
+    from usoflow.models.flux_config import runs
 
     for folder in ("checkpoints", "diffusion_models"):
         for name in folders.list(folder):
             try:
                 found = _flux(folders.model(folder, name))
-                FluxConfig.from_component(found)
             except UsoflowError:  # another model, or a damaged file
                 continue
-            return found
+            if runs(found):
+                return found
     return None
 
 

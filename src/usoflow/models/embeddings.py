@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PATCH = 2  # latent pixels per token side
+from usoflow.models.flux_config import PATCH
+
 TIME_DIM = 256  # sinusoidal features of timestep and guidance
 
 Rope = tuple[Tensor, Tensor]  # cos, sin: float32 [tokens, head_dim / 2]

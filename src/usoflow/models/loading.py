@@ -6,7 +6,8 @@ import logging
 
 from usoflow.models import text, vision
 from usoflow.models.checkpoint import Component
-from usoflow.models.flux import OFFICIAL_DEPTH, Flux, FluxConfig
+from usoflow.models.flux import Flux
+from usoflow.models.flux_config import OFFICIAL_DEPTH, FluxConfig
 from usoflow.models.style_projector import StyleProjector, StyleProjectorConfig
 from usoflow.models.text import ClipText, ClipTextConfig, T5Config, T5Encoder
 from usoflow.models.tokens import ClipTokenizer, T5Tokenizer, Tokenizers

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from usoflow.errors import UsoflowError
-from usoflow.models.flux import Flux, FluxConfig, FluxInputs
+from usoflow.models.flux import Flux, FluxInputs
+from usoflow.models.flux_config import FluxConfig
 from usoflow.models.library import ModelLibrary
 from usoflow.models.references import DEFAULT_METHOD
 from usoflow.models.vae import LatentFormat

@@ -8,6 +8,7 @@ from typing import Annotated
 from usoflow.catalogue import missing_file_remedy
 from usoflow.errors import UsoflowError
 from usoflow.models.checkpoint import Component, TensorFile
+from usoflow.models.flux_config import FluxConfig
 from usoflow.models.lora_layouts import refuse_other_methods
 from usoflow.nodes.context import NodeContext
 from usoflow.nodes.handles import (
@@ -153,8 +154,6 @@ def load_lora(
 
 def _transformer(file: TensorFile) -> Component:
     """The transformer; one that cannot be run (FLUX.1's tools) is refused here, not after all encoding."""
-    from usoflow.models.flux import FluxConfig
-
     component = file.component("flux")
     FluxConfig.from_component(component)
     return component

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from usoflow.errors import UsoflowError
 from usoflow.models.checkpoint import Component, TensorFile
-from usoflow.models.flux import Flux, FluxConfig, FluxInputs
+from usoflow.models.flux import Flux, FluxInputs
+from usoflow.models.flux_config import runs
 from usoflow.models.inventory import found_files
 from usoflow.models.kinds import KIND_NAMES
 from usoflow.models.library import LoraUse, ModelLibrary
@@ -126,7 +127,7 @@ def components_of(folders: Folders, needed: Sequence[str]) -> list[Component]:
     for file in found_files(folders):
         if not file.problem:
             for kind, component in TensorFile.open(file.path).components().items():
-                if kind not in found or (kind == "flux" and not _runs(found[kind])):
+                if kind not in found or (kind == "flux" and not runs(found[kind])):
                     found[kind] = component
                 elif kind in ALONE and kind in needed:
                     _refuse_another(found[kind], component)
@@ -144,14 +145,6 @@ def _refuse_another(first: Component, second: Component) -> None:
             f"There are two files with a {KIND_NAMES[first.kind]}: {one} and {other}.",
             remedy="Keep one of them in the folder.",
         )
-
-
-def _runs(flux: Component) -> bool:
-    try:
-        FluxConfig.from_component(flux)
-    except UsoflowError:
-        return False
-    return True
 
 
 @dataclass(frozen=True)
