@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -12,6 +14,7 @@ from PIL import Image
 import small
 from forbidden import forbid
 from usoflow import Engine, UsoflowError, Workflow
+from usoflow.workflow.loading import template
 
 TEMPLATE = "template:flux1_dev_uso_reference_image_gen"
 
@@ -182,6 +185,32 @@ def test_a_name_that_is_nearly_one(workflow: Workflow, name: str) -> None:
 
 def test_json_in_memory_is_a_workflow(workflow: Workflow) -> None:
     assert Workflow.load(workflow.to_prompt()).to_prompt() == workflow.to_prompt()
+
+
+def test_json_in_memory_may_change_afterwards() -> None:
+    given = template(TEMPLATE.removeprefix("template:"))
+    loaded = Workflow.load(given)
+    before = copy.deepcopy(loaded.ui)
+    given["nodes"].clear()
+    assert loaded.ui == before
+
+
+def test_the_bytes_of_a_file_are_a_workflow(workflow: Workflow) -> None:
+    assert Workflow.load(json.dumps(workflow.to_prompt()).encode()).prompt == workflow.prompt
+
+
+def test_not_a_number_is_no_value_in_memory_as_in_a_file(tmp_path: Path) -> None:
+    prompt = {"1": {"class_type": "ImageScaleBy", "inputs": {"scale_by": float("nan")}}}
+    file = tmp_path / "prompt.json"
+    file.write_text(json.dumps(prompt))
+    assert Workflow.load(prompt).prompt == Workflow.load(file).prompt
+
+
+@pytest.mark.parametrize("value", [None, [], 7, {"a": object()}, {"a": b"x"}])
+def test_what_is_no_workflow(value: Any) -> None:
+    with pytest.raises(UsoflowError) as caught:
+        Workflow.load(value)
+    assert caught.value.code == "not_a_workflow"
 
 
 def test_saving_keeps_the_ui_graph(tmp_path: Path) -> None:

@@ -427,6 +427,7 @@ class TestText:
             "stray": {"class_type": "Fast Groups Bypasser (rgthree)", "inputs": {}},
             "idle": {"class_type": "ImageInvert", "inputs": {"image": ["stray", 0]}},
         }
+        prompt["save"]["inputs"]["metadata"] = ["stray", 0]  # which SaveImage does not take
         (tmp_path / "prompt.json").write_text(json.dumps(prompt))
         done = raw(tmp_path / "prompt.json", "--json", models=small_models, output=tmp_path / "out")
         assert done.code == 0, done.err

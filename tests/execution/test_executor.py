@@ -307,10 +307,17 @@ class TestCache:
 
     def test_what_the_last_run_did_not_use_is_forgotten(self, plain: Bench, calls: list[str]) -> None:
         plain.run(DIAMOND, "show")
-        plain.run(DIAMOND, "left")
+        plain.run({key: node for key, node in DIAMOND.items() if key in ("left", "source")}, "left")
         calls.clear()
         plain.run(DIAMOND, "show")
         assert calls == ["(sr)", "((sl)(sr))", "show ((sl)(sr))"]
+
+    def test_what_a_run_was_not_asked_for_is_kept(self, plain: Bench, calls: list[str]) -> None:
+        plain.run(DIAMOND, "show")
+        plain.run(DIAMOND, "left")  # as the editor's "run to here"
+        calls.clear()
+        plain.run(DIAMOND, "show")
+        assert calls == []
 
     def test_a_run_that_fails_keeps_what_it_computed_and_nothing_else(
         self, plain: Bench, calls: list[str]

@@ -271,7 +271,7 @@ def test_file_names_with_the_value_of_a_primitive(title: str, name: str) -> None
 
 
 @pytest.mark.parametrize("type_", ["workflow>Two steps", "workflow/Two steps"])
-def test_group_nodes_are_to_be_converted(type_: str) -> None:
+def test_group_nodes_are_to_be_convert(type_: str) -> None:
     with pytest.raises(UsoflowError, match=r"node 3 is a group node \(Two steps\)") as raised:
         convert(workflow([node(3, type_)], []))
     assert raised.value.code == "workflow_invalid"
@@ -281,7 +281,7 @@ def test_group_nodes_are_to_be_converted(type_: str) -> None:
 @pytest.mark.parametrize(
     ("nodes", "told"),
     [
-        ([{"id": 1, "type": "A"}, {"id": "1", "type": "B"}], "same id"),
+        ([{"id": 1, "type": "A"}, {"id": "1", "type": "B"}], "the id 1"),
         ([{"id": True, "type": "A"}], "True"),
         ([{"type": "A"}], "id"),
         ([{"id": 1}], "type"),
@@ -366,3 +366,68 @@ def test_a_value_that_is_null_is_the_default() -> None:
 def test_ids_written_as_floats() -> None:
     data = workflow([{**LOAD, "id": 1.0}, {**SAVE, "id": 9.0}], [[9.0, 1.0, 0.0, 9.0, 0.0, "IMAGE"]])
     assert inputs(data)["9"] == {"images": ["1", 0]}
+
+
+class TestSettersAndGetters:
+    """Links without a line, of the extensions KJNodes and Easy-Use."""
+
+    @staticmethod
+    def joined(*setters: Json, name: str = "img", get: str = "GetNode") -> Conversion:
+        nodes = [
+            node(1, "EmptyImage", outputs="IMAGE"),
+            *setters,
+            node(4, get, outputs="IMAGE", widgets_values=[name]),
+            node(3, "SaveImage", {"images": 2}),
+        ]
+        return convert(workflow(nodes, [[1, 1, 0, 2, 0, "IMAGE"], [2, 4, 0, 3, 0, "IMAGE"]]))
+
+    @pytest.mark.parametrize(("set_", "get"), [("SetNode", "GetNode"), ("easy setNode", "easy getNode")])
+    def test_what_is_set_is_got(self, set_: str, get: str) -> None:
+        conversion = self.joined(node(2, set_, {"IMAGE": 1}, widgets_values=["img"]), get=get)
+        assert conversion.prompt.nodes.keys() == {"1", "3"}
+        assert conversion.prompt.nodes["3"].inputs["images"] == ["1", 0]
+        assert conversion.warnings == ()
+
+    def test_a_bypassed_setter_sets_and_a_muted_one_does_not(self) -> None:
+        for mode, reached in ((4, True), (2, False)):
+            setter = node(2, "SetNode", {"IMAGE": 1}, widgets_values=["img"], mode=mode)
+            assert ("images" in self.joined(setter).prompt.nodes["3"].inputs) == reached
+
+    def test_what_nobody_sets_is_told(self) -> None:
+        conversion = self.joined(node(2, "SetNode", {"IMAGE": 1}, widgets_values=["other"]))
+        assert "images" not in conversion.prompt.nodes["3"].inputs
+        assert conversion.warnings == ("no node sets 'img', which another one gets",)
+
+    def test_a_setter_outside_of_a_subgraph(self) -> None:
+        inner = [
+            node(4, "GetNode", outputs="IMAGE", widgets_values=["img"]),
+            node(5, "SaveImage", {"images": 1}),
+        ]
+        graph = workflow(
+            [
+                node(1, "EmptyImage", outputs="IMAGE"),
+                node(2, "SetNode", {"IMAGE": 1}, widgets_values=["img"]),
+                node(9, "S"),
+            ],
+            [[1, 1, 0, 2, 0, "IMAGE"]],
+            subgraph("S", "", inner, [[1, 4, 0, 5, 0, "IMAGE"]]),
+        )
+        assert convert(graph).prompt.nodes["9:5"].inputs["images"] == ["1", 0]
+
+    def test_in_a_circle(self) -> None:
+        nodes = [
+            node(2, "SetNode", {"IMAGE": 1}, widgets_values=["img"]),
+            node(4, "GetNode", outputs="IMAGE", widgets_values=["img"]),
+            node(3, "SaveImage", {"images": 2}),
+        ]
+        with pytest.raises(UsoflowError, match="circle"):
+            convert(workflow(nodes, [[1, 4, 0, 2, 0, "IMAGE"], [2, 4, 0, 3, 0, "IMAGE"]]))
+
+    def test_a_reroute_of_rgthree(self) -> None:
+        nodes = [
+            node(1, "EmptyImage", outputs="IMAGE"),
+            node(2, "Reroute (rgthree)", {"": 1}, outputs="IMAGE"),
+            node(3, "SaveImage", {"images": 2}),
+        ]
+        graph = workflow(nodes, [[1, 1, 0, 2, 0, "IMAGE"], [2, 2, 0, 3, 0, "IMAGE"]])
+        assert convert(graph).prompt.nodes["3"].inputs["images"] == ["1", 0]

@@ -81,8 +81,10 @@ def _without_strangers(prompt: Json, nodes: NodeRegistry) -> tuple[Json, list[st
         key = pending.pop()
         if key in prompt and key not in needed:
             needed.add(key)
-            links = map(link_of, prompt[key]["inputs"].values())
-            pending += [link[0] for link in links if link]
+            schema = nodes.schema(prompt[key]["class_type"])
+            inputs = prompt[key]["inputs"].items()
+            taken = (value for name, value in inputs if schema is None or schema.input(name))
+            pending += [link[0] for value in taken if (link := link_of(value))]
     kept = {key: node for key, node in prompt.items() if key in needed or node["class_type"] in nodes}
     left = [
         f"node {key} of the unknown type {node['class_type']}, which no output needs"

@@ -17,13 +17,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Self, TypedDict, Unpack, cast
+from typing import TYPE_CHECKING, Final, Self, TypedDict, Unpack, cast
 
 from usoflow.api.at_hand import ModelFiles, at_hand
 from usoflow.api.checking import Job, check
 from usoflow.api.official import RANDOM_SEEDS, TEMPLATE, Request, adapted, build
 from usoflow.api.result import Result
-from usoflow.api.workflow import Workflow, check_picture, plain
+from usoflow.api.workflow import Workflow, WorkflowSource, check_picture, plain
 from usoflow.errors import UsoflowError
 from usoflow.settings import Folders, bytes_of, expanded, find_folders, temp_folder
 from usoflow.workflow.loading import TEMPLATE as TEMPLATE_PREFIX
@@ -143,7 +143,7 @@ class Engine:
         """
         return at_hand(find_folders(models=self._models))
 
-    def load(self, file: str | Path | Mapping[str, Any]) -> Workflow:
+    def load(self, file: WorkflowSource) -> Workflow:
         """`Workflow.load` with this engine's node types.
 
         The official template has the names and sizes of the models that are there, as in our editor.
@@ -151,14 +151,14 @@ class Engine:
         Raises:
             UsoflowError: as `Workflow.load` does.
         """
-        if isinstance(file, Mapping) or str(file) != f"{TEMPLATE_PREFIX}{TEMPLATE}":
+        if isinstance(file, bytes | Mapping) or str(file) != f"{TEMPLATE_PREFIX}{TEMPLATE}":
             return Workflow.load(file, nodes=self.nodes)
         files = self.model_files()
         workflow = Workflow.load(adapted(files), nodes=self.nodes)
         return replace(workflow, warnings=(*files.notes, *workflow.warnings))
 
-    def check(self, workflow: Workflow | str | Path | Mapping[str, Any]) -> Job:
-        """Whether a workflow (or a file, or JSON, with one) can be run. Imports no torch.
+    def check(self, workflow: Workflow | WorkflowSource) -> Job:
+        """Whether a workflow (or a file, its bytes, or JSON, with one) can be run. Imports no torch.
 
         Raises:
             UsoflowError: what is wrong with it or missing, and what to do about it.
@@ -190,7 +190,7 @@ class Engine:
 
     def run(
         self,
-        workflow: Workflow | Job | str | Path | Mapping[str, Any],
+        workflow: Workflow | Job | WorkflowSource,
         *,
         progress: Callable[[Event], None] | None = None,
         cancellation: Cancellation | None = None,
@@ -198,7 +198,7 @@ class Engine:
         """Run a workflow; while one runs, another waits.
 
         Args:
-            workflow: loaded, checked, a file, or JSON (a UI workflow or an API prompt).
+            workflow: loaded, checked, a file, its bytes, or JSON (a UI workflow or an API prompt).
             progress: is told what happens (`NodeStarted`, `NodeProgress`, `NodeFinished`, ...).
             cancellation: its `set()`, from any thread, stops the run after the step in progress; one that
                 waits for another, at once.

@@ -19,6 +19,7 @@ from usoflow.settings import expanded
 from usoflow.workflow.prompt import Prompt, PromptNode, link_of, no_input
 
 Field = tuple[str, str]  # a node's id in the prompt, and the name of its input
+WorkflowSource = str | Path | bytes | Mapping[str, Any]  # a file, what it holds, or decoded JSON
 
 SEEDS: Final = ("seed", "noise_seed")
 NOT_SHOWN: Final = (
@@ -48,10 +49,10 @@ class Workflow:
     nodes: NodeRegistry | None = field(default=None, repr=False, compare=False)
 
     @classmethod
-    def load(cls, file: str | Path | Mapping[str, Any], *, nodes: NodeRegistry | None = None) -> Self:
+    def load(cls, file: WorkflowSource, *, nodes: NodeRegistry | None = None) -> Self:
         """Read a workflow or prompt JSON, a picture that carries one, or "template:NAME".
 
-        JSON that is in memory already is taken as it is.
+        Bytes are those of such a file, a mapping is decoded JSON.
         `nodes` are the node types that there are, where there are more than usoflow's own (`Engine.nodes`).
 
         Raises:
@@ -59,13 +60,16 @@ class Workflow:
                 `prompt_invalid`, `subgraph_recursive`.
         """
         from usoflow.nodes import registry
-        from usoflow.workflow.loading import TEMPLATE, load, load_json
+        from usoflow.workflow.loading import TEMPLATE, load, load_bytes, load_value
 
-        if isinstance(file, Mapping):
-            loaded, source = load_json(dict(file), nodes or registry()), None
-        else:
+        source = None
+        if isinstance(file, bytes):
+            loaded = load_bytes(file, nodes or registry())
+        elif isinstance(file, str | os.PathLike):
             loaded = load(file, nodes or registry())
             source = None if str(file).startswith(TEMPLATE) else expanded(file)
+        else:
+            loaded = load_value(dict(file) if isinstance(file, Mapping) else file, nodes or registry())
         others = None if nodes is registry() else nodes  # without them it can be sent to another process
         return cls(loaded.prompt, loaded.workflow, source=source, warnings=loaded.warnings, nodes=others)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,24 +26,24 @@ Outputs = tuple[Any, ...]
 
 
 class OutputCache:
-    """Outputs of the last run by key. A node that the run did not use is forgotten."""
+    """Outputs by key, those of the last run's nodes and of what its prompt has besides."""
 
     def __init__(self) -> None:
-        self._kept: dict[str, tuple[Outputs, Mapping[Path, object]]] = {}
+        self._kept: dict[str, tuple[Outputs, str, Mapping[Path, object]]] = {}
 
     def get(self, key: str) -> Outputs | None:
         """None, too, if a file that the node wrote was removed or changed meanwhile, or is another's now."""
-        outputs, written = self._kept.get(key, (None, {}))
+        outputs, _, written = self._kept.get(key, (None, "", {}))
         unchanged = all(_state_of(path) == state is not None for path, state in written.items())
         return outputs if unchanged else None
 
-    def put(self, key: str, outputs: Outputs, written: Iterable[Path]) -> None:
-        """Keep the outputs of a node that has written these files."""
-        self._kept[key] = outputs, {path: _state_of(path) for path in written}
+    def put(self, key: str, outputs: Outputs, node: str, written: Iterable[Path]) -> None:
+        """Keep the outputs of a node, by its id, that has written these files."""
+        self._kept[key] = outputs, node, {path: _state_of(path) for path in written}
 
-    def keep_only(self, keys: set[str]) -> None:
-        """Forget every other output."""
-        self._kept = {key: kept for key, kept in self._kept.items() if key in keys}
+    def keep_only(self, keys: Collection[str], nodes: Collection[str]) -> None:
+        """Forget every other output, but for those of the nodes with these ids."""
+        self._kept = {key: kept for key, kept in self._kept.items() if key in keys or kept[1] in nodes}
 
     def clear(self) -> None:
         self._kept = {}

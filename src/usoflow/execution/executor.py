@@ -172,10 +172,11 @@ class _Run:
                 key = key_of[node_id]
                 if key not in known:
                     known[key] = self._run_node(node_id)
-                    cache.put(key, known[key], self._written(known[key]))
+                    cache.put(key, known[key], node_id, self._written(known[key]))
                 self.outputs[node_id] = known[key]
         finally:
-            cache.keep_only(set(key_of.values()))
+            not_asked_for = self.prompt.nodes.keys() - key_of.keys()
+            cache.keep_only(set(key_of.values()), not_asked_for)
             self._keep_instances()
         shown = {t: found for t in targets if (found := _shown(self.outputs[t]))}
         return RunResult(shown, self.finished, cached, time.perf_counter() - start)

@@ -7,7 +7,10 @@ https://docs.comfy.org/specs/workflow_json.
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -18,6 +21,7 @@ BYPASSED: Final = 4
 
 INPUT_NODE: Final = "-10"  # stands for the subgraph's inputs in its links
 OUTPUT_NODE: Final = "-20"  # stands for its outputs
+OWN_INPUT: Final = "-1"  # of the fields that a subgraph's node shows: an input of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +143,7 @@ def parse_node(data: object, where: str = "the workflow") -> DocumentNode:
         values=() if isinstance(values, dict) else tuple(_list(values, f"{here}: widgets_values")),
         named_values=dict(_object(named or {}, f"{here}: widgets_values_named")),
         search_name=_text(properties.get("Node name for S&R")),
-        promoted=_promoted(properties.get("proxyWidgets")),
+        promoted=promoted_fields(properties.get("proxyWidgets")),
     )
 
 
@@ -159,8 +163,14 @@ def _output_type(data: object, where: str) -> str:
     return _slot_type(_object(data, f"{where}: an output").get("type"))
 
 
-def _promoted(data: object) -> tuple[tuple[str, str], ...]:
-    """`properties.proxyWidgets`: [["31", "seed"], ["-1", "text"], ...]; -1 is the subgraph's own input."""
+def promoted_fields(data: object) -> tuple[tuple[str, str], ...]:
+    """`properties.proxyWidgets`: [["31", "seed"], ["-1", "text"], ...]; -1 is the subgraph's own input.
+
+    The oldest files hold it as the text of JSON.
+    """
+    if isinstance(data, str):
+        with suppress(ValueError, RecursionError):
+            data = json.loads(data)
     entries = data if isinstance(data, list) else []
     pairs = [item for item in entries if isinstance(item, list) and len(item) >= 2]
     return tuple((str(node), str(field)) for node, field, *_ in pairs)
@@ -191,9 +201,10 @@ def _slot_type(value: object) -> str:
     return "COMBO" if isinstance(value, list) else "*"
 
 
-def _unique(by_id: dict[str, Any], items: Sequence[object], where: str) -> dict[str, Any]:
+def _unique(by_id: dict[str, Any], items: Sequence[DocumentNode | Subgraph], where: str) -> dict[str, Any]:
     if len(by_id) != len(items):
-        raise _invalid(where, "two have the same id")
+        twice = next(key for key, count in Counter(item.id for item in items).items() if count > 1)
+        raise _invalid(where, f"two have the id {twice}")
     return by_id
 
 

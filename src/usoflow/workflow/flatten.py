@@ -20,6 +20,7 @@ from usoflow.workflow.document import (
     INPUT_NODE,
     MUTED,
     OUTPUT_NODE,
+    OWN_INPUT,
     Document,
     DocumentNode,
     Graph,
@@ -29,10 +30,14 @@ from usoflow.workflow.document import (
 )
 from usoflow.workflow.prompt import Prompt, PromptNode, link_of
 
-REROUTE: Final = "Reroute"
+REROUTES: Final = ("Reroute", "Reroute (rgthree)")
+# Of the extensions KJNodes and Easy-Use: links without a line. What goes into a setter comes out of the
+# getters that hold its name.
+SETTERS: Final = ("SetNode", "easy setNode")
+GETTERS: Final = ("GetNode", "easy getNode")
 PRIMITIVE: Final = "PrimitiveNode"
 GROUP_NODES: Final = ("workflow>", "workflow/")  # how the types of old files begin that are no subgraphs yet
-EDITOR_NODES: Final = (REROUTE, PRIMITIVE, "Note", "MarkdownNote")
+EDITOR_NODES: Final = (*REROUTES, *SETTERS, *GETTERS, PRIMITIVE, "Note", "MarkdownNote")
 MAX_NODES: Final = 100_000  # subgraphs in subgraphs multiply; a small file can unfold without end
 
 
@@ -241,13 +246,26 @@ class _Flattener:
             return None if (value := _held(origin)) is None else _Value(value)
         if origin.mode == MUTED:
             return None
-        if origin.type == REROUTE or origin.mode == BYPASSED:
+        if origin.type in GETTERS:
+            return self._behind_setter(scope, _held(origin), wanted)
+        if origin.type in (*REROUTES, *SETTERS) or origin.mode == BYPASSED:
             slot = _bypass(origin, link.origin_slot, wanted)
             return (scope, _link(scope, slot), wanted) if slot else None
         subgraph = self._document.subgraphs.get(origin.type)
         if subgraph is None:
             return None
         return _inside(scope, origin, subgraph), _output_link(subgraph.graph, link.origin_slot), wanted
+
+    def _behind_setter(self, scope: _Scope, name: Any, wanted: str) -> tuple[_Scope, Link | None, str] | None:
+        """The link into the setter of this name, of this level or the nearest around it."""
+        level: _Scope | None = scope
+        while level is not None:
+            for node in level.graph.nodes.values():
+                if node.type in SETTERS and node.mode != MUTED and node.inputs and _held(node) == name:
+                    return level, _link(level, node.inputs[0]), wanted
+            level = level.parent
+        self._warn(f"no node sets {name!r}, which another one gets")
+        return None
 
     def _host_input(
         self, scope: _Scope, index: int, wanted: str
@@ -257,8 +275,8 @@ class _Flattener:
         if host is None or subgraph is None or parent is None or not 0 <= index < len(subgraph.inputs):
             return None
         name = subgraph.inputs[index]
-        slot = next((slot for slot in host.inputs if slot.name == name), None)
-        link = _link(parent, slot) if slot else None
+        links = (_link(parent, slot) for slot in host.inputs if slot.name == name)  # some files have two
+        link = next((link for link in links if link is not None), None)
         if link is not None:
             return parent, link, wanted
         if scope.prefix not in self._shown:
@@ -314,9 +332,9 @@ class _Flattener:
         self._warnings[message] = None
 
 
-def _held(primitive: DocumentNode) -> Any:
-    """The value of a PrimitiveNode; None if it has none."""
-    return next(iter(primitive.values or primitive.named_values.values()), None)
+def _held(node: DocumentNode) -> Any:
+    """The value of a PrimitiveNode, the name of a setter or getter; None if it has none."""
+    return next(iter(node.values or node.named_values.values()), None)
 
 
 def _as_the_editor_writes(value: object) -> str:
@@ -346,7 +364,8 @@ def shown_names(host: DocumentNode, subgraph: Subgraph) -> list[str]:
         return [name for name in subgraph.inputs if name in shown.values()]
     own = {name: name for name in subgraph.inputs}
     return [
-        own.get(field, "") if node == "-1" else shown.get((node, field), "") for node, field in host.promoted
+        own.get(field, "") if node == OWN_INPUT else shown.get((node, field), "")
+        for node, field in host.promoted
     ]
 
 

@@ -10,7 +10,6 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -20,13 +19,13 @@ from usoflow.schema.node import NodeRegistry
 from usoflow.settings import expanded
 from usoflow.workflow import document, metadata
 from usoflow.workflow.flatten import flatten
+from usoflow.workflow.migration import opened
 from usoflow.workflow.prompt import Prompt, looks_like_prompt
 
 TEMPLATE: Final = "template:"
 TEMPLATE_PACKAGE: Final = "comfyui_workflow_templates_json"
 JPEG: Final = b"\xff\xd8\xff"
 MAX_DEPTH: Final = 100
-QUARANTINE: Final = "proxyWidgetErrorQuarantine"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +67,22 @@ def load_bytes(data: bytes, registry: NodeRegistry) -> LoadedWorkflow:
     found = {key: _json_or_none(text) for key, text in metadata.read(data).items()}
     prompt, workflow = found.get("prompt"), found.get("workflow")
     if looks_like_prompt(prompt):
-        return LoadedWorkflow(Prompt.parse(prompt), _shown(workflow))
+        return LoadedWorkflow(Prompt.parse(prompt), _beside(workflow))
     if workflow is None:
         raise UsoflowError("not_a_workflow", "the picture carries no workflow")
     return load_json(workflow, registry)
+
+
+def load_value(data: object, registry: NodeRegistry) -> LoadedWorkflow:
+    """Load JSON that is in memory already, as if it were read from a file; it may be changed afterwards.
+
+    Raises UsoflowError("not_a_workflow") for what JSON cannot hold.
+    """
+    try:
+        text = json.dumps(data)
+    except (TypeError, ValueError, RecursionError) as reason:
+        raise UsoflowError("not_a_workflow", f"it cannot be JSON ({str(reason)[:200]})") from None
+    return load_json(read_json(text), registry)
 
 
 def _json_or_none(text: str) -> Any:
@@ -85,11 +96,11 @@ def _json_or_none(text: str) -> Any:
 def load_json(data: object, registry: NodeRegistry) -> LoadedWorkflow:
     """Load decoded JSON: a workflow, a prompt, or the body of a request with a prompt."""
     if isinstance(data, dict) and document.looks_like_workflow(data):
-        workflow = without_quarantine(data)
+        workflow = opened(data)
         conversion = flatten(document.parse(workflow), registry)
         return LoadedWorkflow(conversion.prompt, workflow, conversion.warnings)
     if isinstance(data, dict) and isinstance(data.get("prompt"), dict) and "class_type" not in data["prompt"]:
-        return LoadedWorkflow(Prompt.parse(data["prompt"]), _shown(_workflow_of_request(data)))
+        return LoadedWorkflow(Prompt.parse(data["prompt"]), _beside(_workflow_of_request(data)))
     return LoadedWorkflow(Prompt.parse(data), None)
 
 
@@ -148,41 +159,12 @@ def template(name: str) -> dict[str, Any]:
     data = read_json(file.read_bytes())
     if not isinstance(data, dict) or not document.looks_like_workflow(data):
         raise UsoflowError("template_unknown", f"{name!r} is not the template of a workflow")
-    return without_quarantine(data)
+    return opened(data)
 
 
-def without_quarantine(workflow: dict[str, Any]) -> dict[str, Any]:
-    """A copy whose nodes lack `proxyWidgetErrorQuarantine`.
-
-    With it the editor (1.58.1) overwrites the prompt and size of an edited subgraph on every load.
-    """
-    copied = _with_clean_nodes(workflow)
-    definitions = workflow.get("definitions")
-    subgraphs = definitions.get("subgraphs") if isinstance(definitions, dict) else None
-    if isinstance(definitions, dict) and isinstance(subgraphs, list):
-        clean = [_with_clean_nodes(item) if isinstance(item, dict) else item for item in subgraphs]
-        copied["definitions"] = {**definitions, "subgraphs": clean}
-    return copied
-
-
-def _with_clean_nodes(graph: dict[str, Any]) -> dict[str, Any]:
-    nodes = graph.get("nodes")
-    return {**graph, "nodes": list(_clean(nodes))} if isinstance(nodes, list) else dict(graph)
-
-
-def _clean(nodes: list[Any]) -> Iterator[Any]:
-    for node in nodes:
-        properties = node.get("properties") if isinstance(node, dict) else None
-        if isinstance(properties, dict) and QUARANTINE in properties:
-            kept = {key: value for key, value in properties.items() if key != QUARANTINE}
-            yield {**node, "properties": kept}
-        else:
-            yield node
-
-
-def _shown(workflow: object) -> dict[str, Any] | None:
+def _beside(workflow: object) -> dict[str, Any] | None:
     """The workflow beside a prompt, as the editor is to open it."""
-    return without_quarantine(workflow) if isinstance(workflow, dict) else None
+    return opened(workflow) if isinstance(workflow, dict) else None
 
 
 def _workflow_of_request(data: dict[str, Any]) -> object:
