@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -312,6 +313,8 @@ class UsoflowError(Exception):
         code: a key of `CATALOGUE`.
         detail: what happened, with the names and values concerned; one sentence or a few lines.
         remedy: what to do, where the catalogue's general advice can be made more precise.
+
+    `paths` are the files that a run had written before it failed or was stopped.
     """
 
     def __init__(self, code: str, detail: str, *, remedy: str | None = None) -> None:
@@ -321,6 +324,7 @@ class UsoflowError(Exception):
         self.detail = detail
         self.remedy = remedy or kind.remedy
         self.exit_code = kind.exit_code
+        self.paths: tuple[Path, ...] = ()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """From one process to another, as a pool does with what its workers raise; subclasses too."""

@@ -55,6 +55,16 @@ def run(small_models: Path, tmp_path: Path) -> Any:
     return start
 
 
+FAILS = """
+class Fails:
+    CATEGORY, RETURN_TYPES, FUNCTION = "test", ("IMAGE",), "run"
+    @classmethod
+    def INPUT_TYPES(s): return {"required": {"image": ("IMAGE",)}}
+    def run(self, image): raise ValueError("on purpose")
+NODE_CLASS_MAPPINGS = {"Fails": Fails}
+"""
+
+
 def raw(source: Path | str, *options: str | Path, models: Path, output: Path) -> Done:
     return usoflow("run", source, "--models", models, "--output", output, "--device", "cpu", *options)
 
@@ -433,6 +443,36 @@ class TestText:
         assert done.code == 0, done.err
         assert "node stray of the unknown type Fast Groups Bypasser (rgthree)" in done.err
         assert len(json.loads(done.out)["images"]) == 1
+
+    @pytest.mark.parametrize("as_json", [True, False])
+    def test_pictures_that_were_saved_before_it_failed_are_told(
+        self, small_models: Path, tmp_path: Path, as_json: bool
+    ) -> None:
+        prompt = {
+            "empty": {
+                "class_type": "EmptyImage",
+                "inputs": {"width": 8, "height": 8, "batch_size": 1, "color": 0},
+            },
+            "first": {
+                "class_type": "SaveImage",
+                "inputs": {"images": ["empty", 0], "filename_prefix": "first"},
+            },
+            "fails": {"class_type": "Fails", "inputs": {"image": ["empty", 0]}},
+            "second": {"class_type": "SaveImage", "inputs": {"images": ["fails", 0], "filename_prefix": "b"}},
+        }
+        (tmp_path / "prompt.json").write_text(json.dumps(prompt))
+        (tmp_path / "nodes").mkdir()
+        (tmp_path / "nodes" / "fails.py").write_text(FAILS)
+        options = ["--custom-nodes", str(tmp_path / "nodes"), *(["--json"] if as_json else [])]
+        done = raw(tmp_path / "prompt.json", *options, models=small_models, output=tmp_path / "out")
+        assert done.code == 6
+        saved = tmp_path / "out" / "first_00001_.png"
+        assert saved.exists()
+        if as_json:
+            assert json.loads(done.out)["error"]["images"] == [str(saved)]
+        else:
+            assert str(saved) in done.out
+            assert "on purpose" in done.err
 
     def test_pictures_for_a_servers_clients_are_not_kept(self, small_models: Path, tmp_path: Path) -> None:
         prompt = small.text_to_image()

@@ -155,6 +155,73 @@ def test_validate_inputs_decides_about_the_inputs_that_it_names(run: Runs) -> No
     assert (caught.value.code, caught.value.node_id) == ("values_refused", "grey")
 
 
+def test_what_needs_no_node_that_refuses_is_run(run: Runs, caplog: pytest.LogCaptureFixture) -> None:
+    prompt = {
+        "grey": node("Grey", size=17, level=0.5),
+        "never": node("PreviewImage", images=["grey", 0]),
+        "empty": node("EmptyImage", width=8, height=8, batch_size=1, color=0),
+        "preview": node("PreviewImage", images=["empty", 0]),
+    }
+    done = run(prompt, "never", "preview")
+    assert done.shown.keys() == {"preview"}
+    assert done.warnings == ("left out, with what needs it: Grey (node grey): the size 17 is odd",)
+    assert done.warnings[0] in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("type_", "given", "consumer", "words"),
+    [
+        ("IMAGE", "None", "PreviewImage", "output 0 is None"),
+        (
+            "IMAGE",
+            "torch.zeros(8, 8, 3)",
+            "PreviewImage",
+            r"a tensor \[8, 8, 3\] instead of one \[B, H, W, C\]",
+        ),
+        ("IMAGE", "[torch.zeros(1, 8, 8, 3)]", "PreviewImage", "a list instead"),
+        ("IMAGE", "torch.full((1, 8, 8, 3), float('nan'))", "PreviewImage", "not finite"),
+        ("LATENT", "torch.zeros(1, 16, 8, 8)", "LatentUpscaleBy", "instead of {"),
+        ("MASK", "0.5", "MaskToImage", "a float instead"),
+    ],
+)
+def test_what_is_not_as_it_promises_is_its_authors(
+    tmp_path: Path, type_: str, given: str, consumer: str, words: str
+) -> None:
+    source = f"""
+import torch
+class X:
+    CATEGORY, RETURN_TYPES, FUNCTION = "test", ("{type_}",), "run"
+    @classmethod
+    def INPUT_TYPES(s): return {{"required": {{}}}}
+    def run(self): return ({given},)
+NODE_CLASS_MAPPINGS = {{"X": X}}
+"""
+    (tmp_path / "x.py").write_text(source)
+    run = Runs(with_custom(registry(), tmp_path), tmp_path / "output")
+    name = {"PreviewImage": "images", "LatentUpscaleBy": "samples", "MaskToImage": "mask"}[consumer]
+    prompt = {"x": node("X"), "use": node(consumer, **{name: ["x", 0]})}
+    if consumer == "LatentUpscaleBy":
+        prompt["use"]["inputs"] |= {"upscale_method": "bilinear", "scale_by": 2.0}
+    with pytest.raises(NodeError, match=words) as caught:
+        run.executor.run(Prompt.parse(prompt), ["use"], run.folders)
+    assert (caught.value.code, caught.value.node_id) == ("custom_node_failed", "x")
+
+
+def test_types_of_its_own_hold_what_they_like(tmp_path: Path) -> None:
+    source = """
+import torch
+class Gives:
+    CATEGORY, RETURN_TYPES, FUNCTION = "test", ("BIAS", "IMAGE"), "run"
+    @classmethod
+    def INPUT_TYPES(s): return {"required": {}}
+    def run(self): return (torch.full((4,), float("-inf")), torch.zeros(1, 8, 8, 3))
+NODE_CLASS_MAPPINGS = {"Gives": Gives}
+"""
+    (tmp_path / "gives.py").write_text(source)
+    run = Runs(with_custom(registry(), tmp_path), tmp_path / "output")
+    assert run({"x": node("Gives"), "use": node("PreviewImage", images=["x", 1])}, "use").shown["use"].images
+
+
 def test_ranges_and_options_are_checked_before_it_runs(nodes: NodeRegistry) -> None:
     prompt = {
         "grey": node("EmptyImage", width=8, height=8, batch_size=1, color=0),

@@ -12,7 +12,7 @@ import itertools
 import secrets
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property
@@ -25,6 +25,8 @@ from usoflow.api.official import RANDOM_SEEDS, TEMPLATE, Request, adapted, build
 from usoflow.api.result import Result
 from usoflow.api.workflow import Workflow, WorkflowSource, check_picture, plain
 from usoflow.errors import UsoflowError
+from usoflow.execution.progress import NodeFinished
+from usoflow.nodes.context import Shown
 from usoflow.settings import Folders, bytes_of, expanded, find_folders, temp_folder
 from usoflow.workflow.loading import TEMPLATE as TEMPLATE_PREFIX
 
@@ -204,21 +206,33 @@ class Engine:
                 waits for another, at once.
 
         Raises:
-            UsoflowError: what is wrong, and what to do about it.
+            UsoflowError: what is wrong, and what to do about it; `paths` are what was written before.
         """
         job = workflow if isinstance(workflow, Job) else self.check(workflow)
         with self._turn(cancellation):
             self.start()
             executor = self._executor  # which a listener may take away by `close`
             assert executor is not None
-            done = executor.run(
-                job.workflow.prompt,
-                job.targets,
-                job.folders,
-                workflow=job.workflow.ui,
-                listen=progress or (lambda event: None),
-                cancellation=cancellation,
-            )
+            shown: list[Shown] = []
+
+            def listen(event: Event) -> None:
+                if isinstance(event, NodeFinished) and event.shown:
+                    shown.append(event.shown)
+                if progress is not None:
+                    progress(event)
+
+            try:
+                done = executor.run(
+                    job.workflow.prompt,
+                    job.targets,
+                    job.folders,
+                    workflow=job.workflow.ui,
+                    listen=listen,
+                    cancellation=cancellation,
+                )
+            except UsoflowError as error:
+                error.paths = _paths(shown, job.folders)
+                raise
             return _result(job, done, executor.library.placement)
 
     @contextmanager
@@ -339,16 +353,20 @@ class Engine:
         )
 
 
+def _paths(shown: Iterable[Shown], folders: Folders) -> tuple[Path, ...]:
+    paths = (image.path(folders) for node in shown for image in node.images)
+    return tuple(path.absolute() for path in paths if path is not None)
+
+
 def _result(job: Job, done: RunResult, placement: Placement) -> Result:
-    images = [image.path(job.folders) for shown in done.shown.values() for image in shown.images]
     return Result(
-        paths=tuple(path.absolute() for path in images if path is not None),
+        paths=_paths(done.shown.values(), job.folders),
         seeds=job.workflow.seeds,
         seconds=done.seconds,
         shown=done.shown,
         nodes=done.finished,
         cached=done.cached,
-        warnings=job.warnings,
+        warnings=job.warnings + done.warnings,
         device=placement.device.type,
         dtype=str(placement.dtype).removeprefix("torch."),
         workflow=job.workflow,

@@ -153,5 +153,7 @@ def _show(error: UsoflowError, *, as_json: bool = True) -> None:
             return
         except OSError:  # nobody reads it, or the disk is full: the exit code and stderr remain
             report.discard(sys.stdout)
+    for path in error.paths:
+        print(report.from_here(path))
     report.say(f"error: {error.detail}", "red")
     report.say(error.remedy)

@@ -47,9 +47,10 @@ def warn(lines: Iterable[str]) -> None:
         say(f"warning: {line}", "yellow")
 
 
-def error_record(error: UsoflowError) -> dict[str, str]:
-    """What went wrong, for --json."""
-    return {"code": error.code, "detail": error.detail, "remedy": error.remedy}
+def error_record(error: UsoflowError) -> dict[str, Any]:
+    """What went wrong, for --json, and the pictures that there are all the same."""
+    record = {"code": error.code, "detail": error.detail, "remedy": error.remedy}
+    return record | ({"images": list(map(str, error.paths))} if error.paths else {})
 
 
 @contextmanager
@@ -93,7 +94,7 @@ def as_text(result: Result) -> str:
     """Files first, one a line; then seed, time and memory, and the same for each node that took time."""
     summary = [f"{result.seconds:.1f} s", _memory(max((n.peak_bytes for n in result.nodes), default=0))]
     summary += [f"seed {seed}" for seed in result.seeds] + [f"{result.device} {result.dtype}"]
-    lines = [*map(_from_here, result.paths), " · ".join(summary)]
+    lines = [*map(from_here, result.paths), " · ".join(summary)]
     slow = [node for node in result.nodes if node.seconds >= MENTIONED_SECONDS]
     rest = sum(node.seconds for node in result.nodes if node.seconds < MENTIONED_SECONDS)
     width = max((len(f"{node.class_type} {node.node_id}") for node in slow), default=0)
@@ -109,7 +110,7 @@ def as_text(result: Result) -> str:
     return "\n".join(lines)
 
 
-def _from_here(path: Path) -> str:
+def from_here(path: Path) -> str:
     """As one would write it in the current folder."""
     here = Path.cwd()
     return str(path.relative_to(here) if path.is_relative_to(here) else path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ from torch import Tensor
 from usoflow.errors import UsoflowError
 from usoflow.execution.cache import OutputCache, Outputs, constants, keys
 from usoflow.execution.memory import PeakMemory, kept_memory
-from usoflow.execution.outputs import check_finite, copied
+from usoflow.execution.outputs import check_custom, check_finite, copied, misfit
 from usoflow.execution.progress import (
     Cancellation,
     Listener,
@@ -34,6 +35,8 @@ from usoflow.schema.values import check_value, unwrapped
 from usoflow.settings import Folders
 from usoflow.workflow.prompt import Prompt, PromptNode, link_of
 from usoflow.workflow.text import FILE_NAME, fill_placeholders
+
+logger = logging.getLogger(__name__)
 
 
 class _ListenerError(Exception):
@@ -63,12 +66,14 @@ class RunResult:
         cached: ids of the nodes that were not run, for what they give is known from an earlier run or an
             equal node of this one, or not needed.
         seconds: for the whole run.
+        warnings: which outputs were left out, for a node that they need does not take its values.
     """
 
     shown: Mapping[str, Shown]
     finished: Sequence[NodeFinished]
     cached: Sequence[str]
     seconds: float
+    warnings: tuple[str, ...]
 
 
 @dataclass
@@ -157,8 +162,8 @@ class _Run:
     def execute(self, targets: Sequence[str]) -> RunResult:
         start = time.perf_counter()
         cache = self.executor.cache
+        targets, left_out = self._without_refused(targets)
         reachable = list(in_order(self.prompt, targets))
-        self._ask_nodes(reachable)
         key_of = keys(self.prompt, reachable, self.executor.registry, self.folders, self._told)
         known = {key: outputs for key in key_of.values() if (outputs := cache.get(key)) is not None}
         needed = list(in_order(self.prompt, targets, stop_at={n for n in reachable if key_of[n] in known}))
@@ -179,7 +184,7 @@ class _Run:
             cache.keep_only(set(key_of.values()), not_asked_for)
             self._keep_instances()
         shown = {t: found for t in targets if (found := _shown(self.outputs[t]))}
-        return RunResult(shown, self.finished, cached, time.perf_counter() - start)
+        return RunResult(shown, self.finished, cached, time.perf_counter() - start, left_out)
 
     def _keep_instances(self) -> None:
         """Those of custom nodes that this prompt has, as in ComfyUI."""
@@ -194,17 +199,29 @@ class _Run:
             if path := image.path(self.folders):
                 yield path
 
-    def _ask_nodes(self, node_ids: Sequence[str]) -> None:
-        """Whether custom nodes take their values; before any is run."""
-        for node_id in node_ids:
-            node = self.prompt.nodes[node_id]
-            entry = self.executor.registry[node.class_type]
-            try:
-                refused = entry.refusal and entry.refusal(self._told(node_id))
-            except (Exception, SystemExit) as error:
-                raise self._at(node_id, "custom_node_failed", f"VALIDATE_INPUTS: {error!r}") from error
-            if refused:
-                raise self._at(node_id, "values_refused", refused)
+    def _without_refused(self, targets: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
+        """The outputs that need no custom node that does not take its values, asked before any is run.
+
+        And a line about each of the others. Where none is left, what was said against the first is raised.
+        """
+        refused = {n: error for n in in_order(self.prompt, targets) if (error := self._refused(n))}
+        needed = {target: set(in_order(self.prompt, [target])) for target in targets} if refused else {}
+        kept = [target for target in targets if not refused.keys() & needed.get(target, ())]
+        if targets and not kept:
+            raise next(iter(refused.values()))
+        lines = tuple(f"left out, with what needs it: {error.detail}" for error in refused.values())
+        for line in lines:
+            logger.warning("%s", line)
+        return kept, lines
+
+    def _refused(self, node_id: str) -> NodeError | None:
+        """What a custom node has against its values."""
+        entry = self.executor.registry[self.prompt.nodes[node_id].class_type]
+        try:
+            refused = entry.refusal and entry.refusal(self._told(node_id))
+        except (Exception, SystemExit) as error:
+            raise self._at(node_id, "custom_node_failed", f"VALIDATE_INPUTS: {error!r}") from error
+        return self._at(node_id, "values_refused", refused) if refused else None
 
     def _told(self, node_id: str) -> Mapping[str, Any]:
         """What is known of a node's inputs before anything is run."""
@@ -228,7 +245,10 @@ class _Run:
         try:
             peak = PeakMemory(self.executor.library.placement.device)
             outputs = self._call_within_memory(node_id)
-            check_finite(outputs)
+            schema = self._schema(node_id)
+            check_custom(outputs, schema.outputs) if is_custom(schema) else check_finite(outputs)
+        except NodeError:  # of the node that gave it something else than it promises
+            raise
         except UsoflowError as error:
             if error.code == "cancelled":
                 raise
@@ -296,11 +316,15 @@ class _Run:
         if is_custom(schema):
             return copied(given)
         spec = schema.input(name)
-        return given if spec is None else self._checked(spec, given, origin)
+        return given if spec is None else self._checked(spec, given, origin, slot)
 
-    def _checked(self, spec: InputSpec, given: Any, origin: str) -> Any:
+    def _checked(self, spec: InputSpec, given: Any, origin: str, slot: int) -> Any:
         """What a link gives, as validation would have taken it as a value; of files the node says more."""
-        if not spec.is_widget or isinstance(spec.kind, InputImage | ModelFile):
+        if not spec.is_widget:
+            if is_custom(self._schema(origin)) and (what := misfit(spec.kind.type, given)):
+                raise self._at(origin, "custom_node_failed", f"its output {slot} is {what}.")
+            return given
+        if isinstance(spec.kind, InputImage | ModelFile):
             return given
         converted, errors = check_value(spec, given, self.folders, None)
         if errors:
