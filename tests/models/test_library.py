@@ -295,12 +295,7 @@ def test_an_encoder_that_does_not_fit_takes_the_transformers_place(
     def stays(free: int, side: int) -> bool:
         """Whether the transformer does where so many bytes are free beside it."""
         transformer = weakref.ref(library.flux(whole["flux"], (), "default"))
-        held = stored_bytes(library.flux(whole["flux"], (), "default"))
-        monkeypatch.setattr(
-            Placement,
-            "fits",
-            lambda _, needed: needed <= free + (0 if library._transformer_bytes() else held),
-        )
+        monkeypatch.setattr(Placement, "fits", lambda _, needed, freed=0: needed <= free + freed)
         library.vae_encode(whole["vae"], torch.rand(1, side, side, 3))
         gc.collect()
         return transformer() is not None
@@ -330,7 +325,9 @@ def test_a_vae_works_in_tiles_beside_the_transformer(
         """Whether the transformer does where so many bytes are left beside it and the VAE."""
         transformer = library.flux(whole["flux"], (), "default")
         monkeypatch.setattr(Placement, "room", property(lambda _: room))
-        monkeypatch.setattr(Placement, "fits", lambda _, needed: needed <= stored_bytes(module) + room)
+        monkeypatch.setattr(
+            Placement, "fits", lambda _, needed, freed=0: needed <= stored_bytes(module) + room
+        )
         caplog.clear()
         compute()
         assert "tiles of 32 pixels" in caplog.text or room < encoding
@@ -378,7 +375,7 @@ def test_an_encoder_that_fits_nowhere_is_computed_by_the_cpu(
     assert torch.equal(there.context, expected.context)
     assert not caplog.records
     caplog.set_level("INFO")
-    monkeypatch.setattr(Placement, "fits", lambda self, needed: False)
+    monkeypatch.setattr(Placement, "fits", lambda self, needed, freed=0: False)
     there = library.encode_text(whole["clip_l"], whole["t5"], "a cat on a mat")
     assert there.context.device.type == "cpu"
     assert "T5Encoder does not fit" in caplog.text
@@ -394,7 +391,7 @@ def test_what_a_gpu_has_no_room_for_is_computed_as_a_cpu_does(
     wanted = ModelLibrary(CPU32).vae_encode(whole["vae"], images)
     gpu = Placement(torch.device("meta"), torch.bfloat16, budget=1000)
     assert gpu.on_cpu.budget is None
-    monkeypatch.setattr(Placement, "fits", lambda self, needed: False)
+    monkeypatch.setattr(Placement, "fits", lambda self, needed, freed=0: False)
     assert torch.equal(ModelLibrary(gpu).vae_encode(whole["vae"], images), wanted)
 
 

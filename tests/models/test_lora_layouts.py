@@ -256,11 +256,69 @@ def test_layers_that_the_model_lacks_are_one_warning(
 
 
 @pytest.mark.parametrize(
+    "again",
+    [
+        ["lora_transformer_transformer_blocks_1_attn_to_out_0.lora_{}.weight"],
+        ["transformer.transformer_blocks.1.attn.to_out.0.lora_{}.weight"],
+    ],
+)
+def test_what_is_there_by_two_names_is_applied_once(
+    checkpoint: TensorFile, tmp_path: Path, caplog: pytest.LogCaptureFixture, again: list[str]
+) -> None:
+    """As in huggingface/diffusers, pull request 10532."""
+    down, up = pair(W, W, 0)
+    names = ["lora_unet_double_blocks_1_img_attn_proj.lora_{}.weight", *again]
+    tensors = {name.format("down"): down for name in names} | {name.format("up"): up for name in names}
+    found = change(checkpoint, saved(tmp_path, tensors), "double_blocks.1.img_attn.proj")
+    assert torch.allclose(found, up @ down, atol=1e-4)
+    assert "1 layers are there by two names" in caplog.text
+
+
+def test_of_two_names_diffusers_own_are_taken_and_other_rows_are_kept(
+    checkpoint: TensorFile, tmp_path: Path
+) -> None:
+    (down, up), (all_down, all_up), (out_down, out_up) = pair(W, W, 0), pair(3 * W, W, 1), pair(W, W, 2)
+    tensors = {
+        "transformer.transformer_blocks.0.attn.to_q.lora_A.weight": down,
+        "transformer.transformer_blocks.0.attn.to_q.lora_B.weight": up,
+        "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": all_down,
+        "lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight": all_up,
+        "lora_unet_double_blocks_0_img_attn_proj.lora_down.weight": out_down,
+        "lora_unet_double_blocks_0_img_attn_proj.lora_up.weight": out_up,
+    }
+    lora = saved(tmp_path, tensors)
+    qkv = change(checkpoint, lora, "double_blocks.0.img_attn.qkv")
+    assert torch.allclose(qkv[:W], up @ down, atol=1e-4)
+    assert not qkv[W:].any()
+    assert torch.allclose(
+        change(checkpoint, lora, "double_blocks.0.img_attn.proj"), out_up @ out_down, atol=1e-4
+    )
+
+
+def test_tensors_that_are_no_pair_are_one_warning(
+    checkpoint: TensorFile, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Merges and other trainers' files have biases, norms and embeddings besides."""
+    down, up = pair(W, W, 0)
+    stem = "diffusion_model.double_blocks.1.img_attn.proj"
+    tensors = {
+        f"{stem}.lora_A.weight": down,
+        f"{stem}.lora_B.weight": up,
+        f"{stem}.diff_b": torch.zeros(W),
+        "bundle_emb.word.clip_l": torch.zeros(1, 4),
+        "text_encoders.clip_l.transformer.text_model.final_layer_norm.diff": torch.zeros(4),
+    }
+    found = change(checkpoint, saved(tmp_path, tensors), "double_blocks.1.img_attn.proj")
+    assert torch.allclose(found, up @ down, atol=1e-4)
+    assert [record.args[1] for record in caplog.records] == [3]
+
+
+@pytest.mark.parametrize(
     ("names", "code"),
     [
         (("lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight",), "tensor_missing"),
         (("lora_unet_x.lora_down.weight", "lora_unet_x.lora_up.weight"), "lora_mismatch"),  # nothing fits
-        (("lora_unet_x.lora_down.weight", "lora_unet_x.odd"), "lora_mismatch"),
+        (("lora_unet_x.lora_down.weight", "lora_unet_x.odd"), "tensor_missing"),
     ],
 )
 def test_what_is_no_lora_of_flux_is_refused(

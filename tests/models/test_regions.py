@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -185,6 +186,26 @@ def test_where_there_are_too_many_variants_all_are_made_anew(
         assert near(velocity(flux, side=side), wanted)
     assert graphs.calls == len(sides) * len(flux.blocks)
     assert "compiler failed" not in caplog.text
+
+
+@torch.inference_mode()
+def test_each_thread_may_keep_as_many_variants(small_models: Path, graphs: Graphs) -> None:
+    """torch's limit is of one thread; an engine is used from any."""
+    library, (file, _) = ModelLibrary(Placement(CPU, torch.float32, compiled=True)), files(small_models)
+    limits = []
+
+    def steps() -> None:
+        for _ in range(2):
+            library.begin_run()
+            with torch.inference_mode():
+                velocity(library.flux(file, (), "default"))
+        limits.append(torch._dynamo.config.cache_size_limit)
+
+    for _ in range(2):
+        thread = threading.Thread(target=steps)
+        thread.start()
+        thread.join()
+    assert limits == [regions.VARIANTS] * 2
 
 
 @torch.inference_mode()

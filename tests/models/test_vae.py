@@ -20,7 +20,7 @@ from networks import relative
 from usoflow.errors import UsoflowError
 from usoflow.models.checkpoint import TensorFile
 from usoflow.models.loading import load_vae
-from usoflow.models.vae import AutoEncoder, LatentFormat, VaeConfig, centre_crop
+from usoflow.models.vae import AutoEncoder, LatentFormat, VaeConfig, _within_kernels, centre_crop
 from usoflow.models.weights import build
 from usoflow.settings import POCKET_MODELS
 
@@ -182,6 +182,18 @@ def test_pictures_for_which_there_is_room_are_whole(pocket_vae: AutoEncoder) -> 
     whole = pocket_vae.encode(picture)
     assert torch.equal(pocket_vae.encode(picture, room=1 << 30), whole)
     assert torch.equal(pocket_vae.decode(whole, room=1 << 30), pocket_vae.decode(whole))
+
+
+@pytest.mark.parametrize(("room", "side"), [(None, 2896), (1 << 50, 2896), (1 << 30, 1448)])
+def test_no_map_on_cuda_has_more_numbers_than_its_kernels_take(room: int | None, side: int) -> None:
+    config = VaeConfig(widths=(128, 256, 512, 512))
+    with torch.device("meta"):
+        module = AutoEncoder(config)
+    allowed = _within_kernels(room, torch.float32)
+    for beyond in (side // 8 - 2, side // 8 + 2):
+        needed = module.decoding_bytes(torch.empty(1, 16, beyond, beyond, device="meta"), torch.float32)
+        numbers = 256 * (8 * beyond) ** 2
+        assert (needed <= allowed) == (numbers < 2**31 and needed <= (room or needed))
 
 
 @pytest.mark.parametrize("room", [2_000_000, 1])

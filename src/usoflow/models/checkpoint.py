@@ -121,9 +121,7 @@ class TensorFile:
         Raises:
             UsoflowError: `tensor_unknown` if a tensor belongs to no recognised model.
         """
-        found = self._prefixes()
-        self._refuse_strays(found)
-        return {kind: self._component(kind, prefix) for kind, prefix in found.items()}
+        return self._components
 
     def component(self, kind: str) -> Component:
         """The model of this kind.
@@ -131,7 +129,7 @@ class TensorFile:
         Raises:
             UsoflowError: `model_kind` if the file holds none, naming what it holds instead; `tensor_unknown`.
         """
-        if kind not in self._prefixes() or self.of_diffusers():
+        if kind not in self._prefixes or self.of_diffusers():
             raise UsoflowError(
                 "model_kind",
                 f"{self.path.name} holds no {KIND_NAMES[kind]}; it holds {self.describe()}.",
@@ -143,7 +141,7 @@ class TensorFile:
         """What the file holds, in words: 'FLUX.1 transformer, FLUX VAE' or 'nothing usoflow knows'."""
         if self.of_diffusers():
             return "a model in the layout of diffusers"
-        held = [KIND_NAMES[kind] for kind in self._prefixes()]
+        held = [KIND_NAMES[kind] for kind in self._prefixes]
         others = [
             words
             for kind, (_, words) in OTHER_FAMILIES.items()
@@ -164,7 +162,14 @@ class TensorFile:
         """A LoRA may have diffusers' names for the layers that it changes."""
         return any(OF_DIFFUSERS.match(name) for name in self.tensors) and self._prefix("lora") is None
 
-    def _prefixes(self) -> dict[str, str]:
+    @functools.cached_property
+    def _components(self) -> Mapping[str, Component]:
+        found = self._prefixes
+        self._refuse_strays(found)
+        return MappingProxyType({kind: self._component(kind, prefix) for kind, prefix in found.items()})
+
+    @functools.cached_property
+    def _prefixes(self) -> Mapping[str, str]:
         """The kinds of model in this file, with what precedes the names of their tensors."""
         found = {kind: prefix for kind in SIGNATURES if (prefix := self._prefix(kind)) is not None}
         if "uso_lora" in found:  # its further pairs may have the names of other trainers
@@ -197,7 +202,7 @@ class TensorFile:
             )
 
     def _component(self, kind: str, prefix: str) -> Component:
-        inner = tuple(p for p in self._prefixes().values() if len(p) > len(prefix) and p.startswith(prefix))
+        inner = tuple(p for p in self._prefixes.values() if len(p) > len(prefix) and p.startswith(prefix))
         own = (n for n in self.tensors if n.startswith(prefix) and not (inner and n.startswith(inner)))
         tensors = {n[len(prefix) :]: self.tensors[n] for n in own}
         tensors = {n: info for n, info in tensors.items() if not matches_any(n, IGNORED_ANYWHERE)}

@@ -72,6 +72,10 @@ def _fit(lora: Component, transformer: Component | None) -> Iterator[str]:
     yield f"  fits {where}: {len(pairs.fitting)} of {pairs.total} layers"
     if pairs.absent:
         yield f"  without a layer there: {some(pairs.absent)}"
+    if pairs.repeated:
+        yield f"  there by another name, too, and applied once: {some(pairs.repeated)}"
+    if pairs.strange:
+        yield f"  no low-rank pairs, and left out: {some(pairs.strange)}"
 
 
 def _refuse_non_finite(component: Component) -> None:

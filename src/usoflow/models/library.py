@@ -253,7 +253,7 @@ class ModelLibrary:
         weights = stored_bytes(module)
         if not (on_cpu or self.placement.fits(weights + work)):
             there = self._transformer_bytes()
-            if on_cpu := not self.placement.fits(weights - there):
+            if on_cpu := not self.placement.fits(weights, freed=there):
                 logger.info("%s does not fit on the device: the CPU computes it.", type(module).__name__)
             elif there:
                 self._forget_transformers()

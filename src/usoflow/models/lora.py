@@ -52,6 +52,16 @@ def attach(
             "%s: %d of %d layers are for blocks that this model does not have (%s); the others are applied.",
             lora.file.path.name, len(pairs.absent), pairs.total, some(pairs.absent, 2),
         )  # fmt: skip
+    if pairs.repeated:
+        logger.warning(
+            "%s: %d layers are there by two names (%s); they are applied once.",
+            lora.file.path.name, len(pairs.repeated), some(pairs.repeated, 2),
+        )  # fmt: skip
+    if role == "flux" and pairs.strange:
+        logger.warning(
+            "%s: %d tensors are no low-rank pairs (%s); they are left out.",
+            lora.file.path.name, len(pairs.strange), some(pairs.strange, 2),
+        )  # fmt: skip
     names = [name for pair in pairs.fitting for name in (pair.down, pair.up, pair.alpha) if name]
     tensors, scales = read_tensors(lora, names), PeftScales.of(lora, role)
     for pair in pairs.fitting:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final, Self
@@ -56,6 +56,9 @@ _PREFIXES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         ),
     }
 )  # fmt: skip
+
+# Of a file with the same pairs by several names, these are taken.
+_PREFERRED: Final = ("transformer.", "lora_transformer_", "text_encoder.", "text_encoder_2.")
 
 # Parts of a layer's rows, by how many times the layer's width of input they begin at; see `_rows`.
 _DOUBLE: Mapping[str, tuple[tuple[str, str], ...]] = MappingProxyType(
@@ -177,10 +180,19 @@ class PeftScales:
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
-    """The pairs of a file for one network: those with a layer, and the names of those without."""
+    """The pairs of a file for one network.
+
+    Attributes:
+        fitting: those with a layer.
+        absent: names of those without.
+        repeated: names of those that say by other names what fitting ones say.
+        strange: tensors of the file that are no half of a pair: of another network or method.
+    """
 
     fitting: tuple[Pair, ...]
     absent: tuple[str, ...]
+    repeated: tuple[str, ...]
+    strange: tuple[str, ...]
 
     @property
     def total(self) -> int:
@@ -197,13 +209,14 @@ def pairs_for(lora: Component, role: str, layers: Shapes) -> Pairs:
         layers: shapes of its linear layers' weights, by name.
 
     Raises:
-        UsoflowError: `model_unsupported` for other methods than LoRA, `lora_mismatch` for tensors that are no
-            pair and for wrong shapes, `tensor_missing` for half a pair.
+        UsoflowError: `model_unsupported` for other methods than LoRA, `lora_mismatch` for wrong shapes,
+            `tensor_missing` for half a pair.
     """
     refuse_other_methods(lora)
     known = places(layers)
     fitting, absent = [], []
-    for stem, (down, up) in _stems(lora).items():
+    stems, strange = _stems(lora)
+    for stem, (down, up) in stems.items():
         if _role(stem) != role:
             continue
         found = known.get(_bare(stem, role))
@@ -214,7 +227,39 @@ def pairs_for(lora: Component, role: str, layers: Shapes) -> Pairs:
         pair = Pair(stem, down, up, _alpha(lora, stem), layer, rows)
         _check(lora, pair, layers[layer])
         fitting.append(pair)
-    return Pairs(tuple(fitting), tuple(absent))
+    once = _once(fitting, role)
+    repeated = tuple(pair.stem for pair in fitting if pair not in once)
+    return Pairs(tuple(pair for pair in fitting if pair in once), tuple(absent), repeated, strange)
+
+
+def _once(pairs: list[Pair], role: str) -> set[Pair]:
+    """Without those that change rows which pairs of another family of names change, too.
+
+    Some files hold the same LoRA by the names of two trainers, and would be applied twice. Which names win
+    is as in diffusers (`lora_conversion_utils`): its own, then kohya's of these.
+    """
+    families = {pair.stem: _prefix(pair.stem, role) for pair in pairs}
+    ranked = sorted(set(families.values()), key=lambda prefix: (_rank(prefix), prefix))
+    kept: set[Pair] = set()
+    for family in ranked:
+        taken: dict[str, list[tuple[int, int]]] = {}
+        for pair in kept:
+            taken.setdefault(pair.layer, []).extend(_spans(pair))
+        own = (pair for pair in pairs if families[pair.stem] == family)
+        kept |= {pair for pair in own if not _overlaps(pair, taken.get(pair.layer, ()))}
+    return kept
+
+
+def _rank(prefix: str) -> int:
+    return _PREFERRED.index(prefix) if prefix in _PREFERRED else len(_PREFERRED)
+
+
+def _spans(pair: Pair) -> Iterator[tuple[int, int]]:
+    return ((first, first + count) for first, count in pair.rows)
+
+
+def _overlaps(pair: Pair, taken: Collection[tuple[int, int]]) -> bool:
+    return any(first < end and start < last for first, last in taken for start, end in _spans(pair))
 
 
 def places(layers: Shapes) -> dict[str, tuple[str, Rows]]:
@@ -251,9 +296,10 @@ def linear_layers(network: Component) -> Shapes:
     }
 
 
-def _stems(lora: Component) -> Mapping[str, tuple[str, str]]:
-    """Names of the pairs with the names of their two tensors."""
+def _stems(lora: Component) -> tuple[Mapping[str, tuple[str, str]], tuple[str, ...]]:
+    """Names of the pairs with the names of their two tensors; and the tensors that are of no pair."""
     sides: dict[str, dict[str, str]] = {}
+    strange = []
     for name in lora.tensors:
         match = _SIDE.match(name)
         if match:
@@ -266,13 +312,13 @@ def _stems(lora: Component) -> Mapping[str, tuple[str, str]]:
                 )
             found[side] = name
         elif not name.endswith(_ALPHA):
-            raise UsoflowError("lora_mismatch", f"{lora.file.path.name}: {name} belongs to no known layer.")
+            strange.append(name)
     for found in sides.values():
         if len(found) == 1:
             (side, name) = next(iter(found.items()))
             other = "up" if side == "down" else "down"
             raise UsoflowError("tensor_missing", f"{lora.file.path.name} has {name} but no {other} to it.")
-    return {stem: (found["down"], found["up"]) for stem, found in sides.items()}
+    return {stem: (found["down"], found["up"]) for stem, found in sides.items()}, tuple(strange)
 
 
 def _role(stem: str) -> str:
@@ -282,9 +328,12 @@ def _role(stem: str) -> str:
 def _bare(stem: str, role: str) -> str:
     """Without what precedes the layer's name; PEFT's own prefix may precede another."""
     for _ in range(2):
-        prefix = next((prefix for prefix in _PREFIXES[role] if stem.startswith(prefix)), "")
-        stem = stem.removeprefix(prefix)
+        stem = stem.removeprefix(_prefix(stem, role))
     return stem
+
+
+def _prefix(stem: str, role: str) -> str:
+    return next((prefix for prefix in _PREFIXES[role] if stem.startswith(prefix)), "")
 
 
 def _alpha(lora: Component, stem: str) -> str | None:

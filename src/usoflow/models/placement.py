@@ -162,9 +162,9 @@ class Placement:
             _move(module, self.device)
         return module
 
-    def fits(self, needed: int) -> bool:
-        """Whether so many bytes can be had beside what is on the device."""
-        return self.device.type != "cuda" or needed <= PART_FOR_WORK * _free_on_gpu(self.device)
+    def fits(self, needed: int, *, freed: int = 0) -> bool:
+        """Whether so many bytes can be had beside what is on the device, when `freed` of it have left."""
+        return self.device.type != "cuda" or needed <= PART_FOR_WORK * (_free_on_gpu(self.device) + freed)
 
     @property
     def on_cpu(self) -> Self:

@@ -94,9 +94,9 @@ class Regions:
         return self._of(type(block))(block, *inputs)
 
     def _of(self, kind: type[Block]) -> Callable[..., Any]:
+        os.environ.setdefault(CACHE_VARIABLE, str(compiled_folder()))
+        torch._dynamo.config.cache_size_limit = VARIANTS  # since torch 2.12 each thread has its own
         if kind not in self._compiled:
-            os.environ.setdefault(CACHE_VARIABLE, str(compiled_folder()))
-            torch._dynamo.config.cache_size_limit = VARIANTS
             logger.info("%s: compiled now, which takes a while once.", kind.__name__)
             self._compiled[kind] = torch.compile(kind.compute, dynamic=False, fullgraph=True, options=OPTIONS)
         return self._compiled[kind]

@@ -29,6 +29,7 @@ OFFICIAL_SCALE = 0.3611
 OFFICIAL_SHIFT = 0.1159
 LEAST_TILE = 16  # latents; what is smaller sees too little of the picture
 GOOD_TILE = 64  # latents, as the tiled nodes have by default; where one fits, nothing has to make room
+INDEXED = 2**31 - 1  # numbers of a map that CUDA's kernel of enlarging takes
 OVERLAP = 8  # part of a tile that its neighbour works on too: 1 / 8
 
 
@@ -340,6 +341,8 @@ class AutoEncoder(nn.Module):
                 f"The latent has {latent.shape[1]} channels, the VAE takes {channels}.",
                 remedy="Sample the latent first, or make it with EmptySD3LatentImage.",
             )
+        on_cuda = self.decoder.conv_in.weight.device.type == "cuda"
+        room = _within_kernels(room, dtype) if on_cuda else room
         grid = self._grid(latent, self.decoding_bytes(latent, dtype), room, after=self.config.factor)
         pixels = require_finite(self._each(self.decoder, latent, dtype, grid, between), "VAE decoding")
         return ((pixels + 1) / 2).clamp_(0, 1).movedim(1, -1).contiguous()
@@ -383,6 +386,15 @@ class AutoEncoder(nn.Module):
 
         items = torch.split(batch, 1)
         return torch.cat([tiled(compute, item, grid) for item in items])
+
+
+def _within_kernels(room: int | None, dtype: torch.dtype) -> int:
+    """Bytes for decoding, of whose four maps CUDA's kernel of enlarging takes no larger ones.
+
+    https://github.com/huggingface/diffusers/issues/3643
+    """
+    most = 4 * dtype.itemsize * INDEXED
+    return most if room is None else min(room, most)
 
 
 def centre_crop(images: Tensor, multiple: int) -> Tensor:

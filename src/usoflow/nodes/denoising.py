@@ -176,11 +176,12 @@ def _style_tokens(model: Model, batch: int, library: ModelLibrary) -> Tensor | N
     """
     if not model.styles:
         return None
-    tokens = [library.style_tokens(style.projector, style.vision.hidden) for style in model.styles]
+    # Of an animated picture, the first frames count.
+    tokens = [library.style_tokens(style.projector, style.vision.hidden)[:batch] for style in model.styles]
     width = FluxConfig.from_component(model.flux).hidden
     for part in tokens:
         _check_width("style projector", part, width)
-    _check_batch(tokens, batch, "style pictures (or the frames of an animated one)")
+    _check_batch(tokens, batch, "style pictures")
     longest = max(len(part) for part in tokens)
     return torch.cat([part.expand(longest, -1, -1) for part in tokens], dim=1)
 
