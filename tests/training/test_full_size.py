@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import runpy
+import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,10 +18,13 @@ from torch import nn
 from discs import WORLD, paint_sprites
 from usoflow.errors import UsoflowError
 from usoflow.models.checkpoint import TensorFile
+from usoflow.models.library import ModelLibrary
 from usoflow.models.loading import load_flux, load_projector
 from usoflow.models.lora import attach
-from usoflow.training.full_size import OUTPUT, StageName, Step, Task, learn, main, run
+from usoflow.models.placement import Placement
+from usoflow.training.full_size import OUTPUT, FullBase, StageName, Step, Task, learn, main, recomputed, run
 from usoflow.training.loop import Recipe
+from usoflow.training.lora import add_lora, lora_parameters
 from usoflow.training.plan import Plan
 from usoflow.training.reward import RewardStage
 from usoflow.training.stages import Workshop
@@ -48,12 +53,45 @@ def task(
     return Task(name, models, workshop, 64, fp8, lessons=2, style_tokens=4, rank=8, recipe=recipe)
 
 
+STILL = 1e-12  # a rate at which nothing is learnt
+
+
+def fall(name: StageName, models: Path, workshop: Workshop, *, samples: int, rate: float, fp8: bool) -> float:
+    """By which part the losses of the second half of a run lie below those of one that learns nothing.
+
+    Both see the same lessons at the same noise levels.
+    """
+    ends = []
+    for speed in (STILL, rate):
+        (workshop.folder / f"{name}.pt").unlink(missing_ok=True)
+        asked = task(name, models, workshop, fp8=fp8, samples=samples, rate=speed)
+        losses = run(asked, Accelerator(cpu=True))
+        ends.append(sum(losses[len(losses) // 2 :]))
+    return 1 - ends[1] / ends[0]
+
+
 @pytest.mark.parametrize("fp8", [False, True])
-def test_both_stages_learn_beside_a_frozen_base(small_models: Path, workshop: Workshop, fp8: bool) -> None:
-    accelerator = Accelerator(cpu=True)
-    for name in ("style", "subject"):
-        losses = run(task(name, small_models, workshop, fp8=fp8, samples=60), accelerator)
-        assert sum(losses[-10:]) < sum(losses[:10])
+def test_both_stages_learn_beside_a_frozen_base(
+    small_models: Path, workshop: Workshop, fp8: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bases: list[tuple[FullBase, dict[str, torch.Tensor]]] = []
+    read = FullBase.read
+
+    def noticed(*given: Any, **more: Any) -> FullBase:
+        base = read(*given, **more)
+        bases.append((base, {name: p.detach().clone() for name, p in base.flux.named_parameters()}))
+        return base
+
+    monkeypatch.setattr(FullBase, "read", noticed)
+    for name, least in (("style", 0.02), ("subject", 0.2)):
+        assert fall(name, small_models, workshop, samples=60, rate=3e-3, fp8=fp8) > least
+    assert len(bases) == 4
+    for base, before in bases:
+        now = dict(base.flux.named_parameters())
+        assert all(
+            torch.equal(now[name].view(torch.uint8), value.view(torch.uint8))
+            for name, value in before.items()
+        )
     load_projector(TensorFile.open(workshop.folder / OUTPUT["style"]).component("uso_projector"))
     checkpoint = small_models / "checkpoints" / "flux1-dev-fp8.safetensors"
     flux = load_flux(TensorFile.open(checkpoint).component("flux"))
@@ -80,6 +118,56 @@ def test_a_stage_continues_where_it_was(
     wider = dataclasses.replace(task("style", small_models, workshop, fp8=True), style_tokens=8)
     with pytest.raises(UsoflowError, match="other settings: fp8, style_tokens"):
         run(wider, accelerator)
+
+
+def test_a_run_goes_on_beside_models_in_another_place_and_at_another_rate(
+    small_models: Path, workshop: Workshop, tmp_path: Path
+) -> None:
+    run(task("style", small_models, workshop, fp8=False, samples=4), Accelerator(cpu=True))
+    moved = shutil.copytree(small_models, tmp_path / "moved", copy_function=shutil.copyfile)
+    asked = task("style", moved, workshop, fp8=False, samples=8, rate=1e-3)
+    assert len(run(asked, Accelerator(cpu=True))) == 2
+
+
+def test_what_is_distilled_is_not_unlearnt(
+    small_models: Path, workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The straight velocity is taught as the answer at a guidance of 1."""
+    asked: list[float] = []
+    velocity = FullBase.velocity
+
+    def noticed(self: FullBase, *given: Any, guidance: float, **more: Any) -> torch.Tensor:
+        asked.append(guidance)
+        return velocity(self, *given, guidance=guidance, **more)
+
+    monkeypatch.setattr(FullBase, "velocity", noticed)
+    for name in ("style", "subject"):
+        run(task(name, small_models, workshop, fp8=False, samples=4), Accelerator(cpu=True))
+    assert asked == [1.0] * 4
+
+
+def test_blocks_that_are_computed_again_have_the_same_gradients(small_models: Path) -> None:
+    component = TensorFile.open(small_models / "checkpoints" / "flux1-dev-fp8.safetensors").component("flux")
+    gradients = []
+    for again in (False, True):
+        library = ModelLibrary(Placement(torch.device("cpu"), torch.float32))
+        flux = library.flux(component, (), "default")
+        if again:
+            recomputed(flux)
+        learned = lora_parameters(add_lora(flux, 4, 0, seed=0))
+        with torch.no_grad():
+            for parameter in learned.values():  # else the upper halves are zero, and so the lower's gradients
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) / 8)
+        config, random = flux.config, torch.Generator().manual_seed(2)
+        latent = torch.randn(1, config.channels, 8, 8, generator=random)
+        text = torch.randn(1, 4, config.text_dim, generator=random)
+        pooled = torch.randn(1, config.pooled_dim, generator=random)
+        inputs = flux.prepare(text, pooled, (8, 8), dtype=torch.float32)
+        flux(latent, torch.tensor([0.5]), inputs).square().mean().backward()
+        gradients.append([parameter.grad for parameter in learned.values()])
+    for plain, computed in zip(*gradients, strict=True):
+        assert torch.allclose(plain, computed, rtol=1e-5, atol=1e-8)
+        assert plain.any()
 
 
 def test_subject_needs_style(small_models: Path, workshop: Workshop) -> None:
@@ -155,11 +243,8 @@ def test_a_missing_extra_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 @pytest.mark.full
 @pytest.mark.parametrize("fp8", [False, True])
 def test_official_width(synth_models: Path, workshop: Workshop, fp8: bool) -> None:
-    """FLUX.1's width, few blocks: the same two lessons again and again are learnt."""
+    """FLUX.1's width, few blocks: after two steps the loss is lower than without them."""
     name = "flux1-dev-fp8.safetensors"
     assert (synth_models / "checkpoints" / name).exists()
     for stage in ("style", "subject"):
-        asked = task(stage, synth_models, workshop, fp8=fp8, samples=8, rate=1e-3)
-        losses = run(asked, Accelerator(cpu=True))
-        assert len(losses) == 4
-        assert min(losses[2:]) < losses[0]
+        assert fall(stage, synth_models, workshop, samples=8, rate=1e-3, fp8=fp8) > 0

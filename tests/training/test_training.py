@@ -6,12 +6,14 @@ import dataclasses
 import errno
 import json
 import os
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from usoflow.errors import UsoflowError
 from usoflow.models.checkpoint import TensorFile
@@ -19,7 +21,7 @@ from usoflow.models.loading import load_clip, load_flux, load_t5, load_vae
 from usoflow.models.text import encode_prompt
 from usoflow.models.tokens import ClipTokenizer, T5Tokenizer, Tokenizers
 from usoflow.models.vae import LatentFormat
-from usoflow.training import autoencoder, package
+from usoflow.training import autoencoder, kept, loop, package
 from usoflow.training.autoencoder import VaeStage
 from usoflow.training.base import BaseStage, Batches, Pocket, flow_loss, guided_loss, random_numbers
 from usoflow.training.captions import Vocabulary
@@ -217,6 +219,15 @@ def test_shipped_plan_is_read_and_a_wrong_one_refused(tmp_path: Path) -> None:
         ("words = 0.25", "words = 0.75"),
         ("rank = 80", "rank = 0"),
         ("[vae]\n", "vae = 3\n[vea]\n"),
+        ("widths = [16, 32, 64, 128]", "widths = [16, 32, 64]"),
+        ("widths = [16, 32, 64, 128]", "widths = [16, 32, 64, 128]\ngroups = 3"),
+        ("widths = [16, 32, 64, 128]", "widths = [16, 32, 64, 128]\nside = 60"),
+        ("widths = [16, 32, 64, 128]", "widths = [16, 32, 64, 128]\nblocks = 0"),
+        ("heads = 3", "heads = 5"),
+        ("dim = 96", "dim = 100"),
+        ("patch = 16", "patch = 0"),
+        ("drawn = 60000", "drawn = 0"),
+        ("[reward]\ndrawn = 60000", "[reward]\ndrawn = 0"),
     ],
 )
 def test_a_training_file_that_would_fail_later_is_refused(tmp_path: Path, before: str, after: str) -> None:
@@ -390,3 +401,35 @@ def test_noise_follows_the_seed_and_the_sample() -> None:
     ]
     assert drawn[0] == drawn[3]
     assert len({tuple(values) for values in drawn}) == 3
+
+
+def test_a_full_disk_is_told_and_leaves_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the words of torch's writer and of safetensors', which are no OSError."""
+
+    def full(error: Exception) -> Callable[..., None]:
+        def write(_: object, path: Path, **more: object) -> None:
+            path.write_bytes(b"half")
+            raise error
+
+        return write
+
+    words = "[enforce fail at inline_container.cc:664] . PytorchStreamWriter failed writing file data/0"
+    monkeypatch.setattr(torch, "save", full(RuntimeError(words)))
+    monkeypatch.setattr(kept, "save_file", full(SafetensorError("I/O error: No space left on device")))
+    for write, said in ((loop.write_state, "PytorchStreamWriter"), (kept.write_tensors, "No space left")):
+        with pytest.raises(UsoflowError, match=said) as error:
+            write(tmp_path / "state", {"a": torch.zeros(1)})
+        assert error.value.code == "output_unwritable"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_want_of_memory_is_no_damage(tmp_path: Path) -> None:
+    loop.write_state(tmp_path / "state.pt", {"done": 1})
+    with (
+        pytest.raises(UsoflowError) as error,
+        loop.want_of_memory_told("Take less."),
+        loop.read_state(tmp_path / "state.pt"),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore words.")
+    assert (error.value.code, error.value.remedy) == ("out_of_memory", "Take less.")
+    assert error.value.detail == "CUDA out of memory. Tried to allocate 2 GiB."

@@ -40,6 +40,7 @@ def train(
     import torch
 
     from usoflow.models.placement import Placement
+    from usoflow.training.loop import want_of_memory_told
     from usoflow.training.plan import Plan
     from usoflow.training.run import STAGES
     from usoflow.training.stages import Workshop
@@ -53,6 +54,7 @@ def train(
         torch.set_num_threads(threads)
     dtype = torch.float32 if full_precision else torch.bfloat16
     workshop = Workshop(work, Plan.read(config), dtype, compiled, Placement.choose(device.value).device)
-    for name in STAGES if stage == "all" else (stage,):
-        typer.echo(f"{name}: in {work}")
-        STAGES[name](workshop)
+    with want_of_memory_told("Use a smaller batch in the training file, or --device cpu."):
+        for name in STAGES if stage == "all" else (stage,):
+            typer.echo(f"{name}: in {work}")
+            STAGES[name](workshop)

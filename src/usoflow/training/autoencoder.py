@@ -25,6 +25,7 @@ from usoflow.training.scenes import Picture, compose, draw_scene, generator, hel
 from usoflow.training.sheets import contact_sheet, loss_curve
 
 VALIDATION_SEED = 7_000_001
+SCALES = 4  # of pictures in the network: latents are an eighth of them, as FLUX's are
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,15 @@ class VaeStage:
     squared: float = 5.0
     absolute: float = 0.3
     differences: float = 0.2
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a network that there cannot be, or one of other latents than FLUX's."""
+        if len(self.widths) != SCALES or min(self.widths) < 1 or self.blocks < 1:
+            raise ValueError(f"a VAE has {SCALES} widths and at least a block of each")
+        if self.groups < 1 or any(width % self.groups for width in self.widths):
+            raise ValueError("widths must be multiples of groups")
+        if self.side < 1 or self.side % 2 ** (SCALES - 1):
+            raise ValueError(f"side must be a multiple of {2 ** (SCALES - 1)}")
 
     @property
     def config(self) -> VaeConfig:

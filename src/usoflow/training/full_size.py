@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib.util
+import logging
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ from usoflow.models.loading import load_clip, load_siglip, load_t5, load_vae
 from usoflow.models.placement import Placement
 from usoflow.models.style_projector import StyleProjector
 from usoflow.models.text import ClipText, T5Encoder
+from usoflow.models.vae import AutoEncoder
 from usoflow.settings import Folders, check_writable, find_folders
 from usoflow.training.base import Base, BaseStage
 from usoflow.training.captions import Ids, end_positions
@@ -57,6 +59,7 @@ from usoflow.training.loop import (
     read_state,
     require_finite,
     require_settings,
+    want_of_memory_told,
     write_state,
 )
 from usoflow.training.lora import add_lora, lora_parameters
@@ -256,15 +259,16 @@ def run(task: Task, accelerator: Accelerator) -> list[float]:
     accelerator.print("Read: " + ", ".join(dict.fromkeys(str(part.file.path) for part in found)))
     parts = dict(zip(NEEDED, found, strict=True))
     workshop, plan = task.workshop, task.workshop.plan
+    accelerator.print("Drawings, lessons and the style encoder are made where they are not there yet.")
     with accelerator.main_process_first():
         workshop.render()
     with accelerator.main_process_first():  # the others find what it has written
-        teaching, encoders = _teaching(task, parts, placement)
+        teaching, vae = _teaching(task, parts, placement)
         # As the pocket's: at 512 pixels its pictures would take 47 GB. Style encoders look at small ones.
         small = plan.base.large_side
         encoder = train_style_encoder(workshop.sprites, plan.reward, workshop.folder / "reward", side=small)
     learned = _learned(task, teaching)
-    reward = StyleReward(encoder.to(accelerator.device), encoders.vae, torch.float32, small)
+    reward = StyleReward(encoder.to(accelerator.device), vae, torch.float32, small)
     step = Step(learned, teaching.loss(task.name, reward, processes=accelerator.num_processes))
     state = workshop.folder / f"{task.name}.pt"
     losses = learn(step, task.recipe, accelerator, state, _settings(task, parts["flux"]))
@@ -275,14 +279,20 @@ def run(task: Task, accelerator: Accelerator) -> list[float]:
 
 
 def _settings(task: Task, flux: Component) -> dict[str, Any]:
-    """What a run that continues must have as before; it may be longer."""
+    """What a run that continues must have as before; length and rate may be others."""
     aligned = task.workshop.folder / OUTPUT["style"]
     projector = aligned.read_bytes() if task.name == "subject" and aligned.exists() else b""
     return {
         "side": task.side, "fp8": task.fp8, "lessons": task.lessons, "rank": task.rank,
-        "style_tokens": task.style_tokens, "batch": task.recipe.batch, "rate": task.recipe.rate,
-        "projector": hashlib.sha256(projector).hexdigest(), "flux": list(flux.file.fingerprint),
+        "style_tokens": task.style_tokens, "batch": task.recipe.batch,
+        "projector": hashlib.sha256(projector).hexdigest(), "flux": _identity(flux),
     }  # fmt: skip
+
+
+def _identity(model: Component) -> str:
+    """What tells one file of the official width from another, wherever it lies: its header and size."""
+    tensors = sorted((name, info.shape, info.dtype, info.start) for name, info in model.tensors.items())
+    return hashlib.sha256(repr((model.file.bytes, tensors)).encode()).hexdigest()
 
 
 def _folders(task: Task) -> Folders:
@@ -296,7 +306,10 @@ def _folders(task: Task) -> Folders:
     return folders
 
 
-def _teaching(task: Task, parts: Mapping[str, Component], placement: Placement) -> tuple[Teaching, Encoders]:
+def _teaching(
+    task: Task, parts: Mapping[str, Component], placement: Placement
+) -> tuple[Teaching, AutoEncoder]:
+    """What teaches, and the VAE that shows what is made; the vision tower is needed for lessons alone."""
     workshop, stage = task.workshop, task.stage
     vae, tower = placement.settle(load_vae(parts["vae"])), placement.settle(load_siglip(parts["siglip"]))
     encoders = Encoders(vae, tower, workshop.sprites, task.side, device=placement.device)
@@ -311,7 +324,7 @@ def _teaching(task: Task, parts: Mapping[str, Component], placement: Placement) 
     # The states of one picture are 5 MB: they stay in the file.
     kept = {use: dataclasses.replace(found, resident=False) for use, found in sets.items()}
     lessons = Lessons.of(kept, base.stage.tokenizer)
-    return Teaching(base, projector, lessons, stage, placement.dtype), encoders
+    return Teaching(base, projector, lessons, stage, placement.dtype), vae
 
 
 def _learned(task: Task, teaching: Teaching) -> dict[str, nn.Parameter]:
@@ -357,8 +370,10 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
 
 
 if __name__ == "__main__":
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
     try:
-        main()
+        with want_of_memory_told("Use --fp8, a smaller --side, or a card with more memory."):
+            main()
     except UsoflowError as error:
         print(f"error: {error.detail}\n{error.remedy}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,9 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from usoflow import durable
 from usoflow.errors import UsoflowError
 
 
@@ -26,8 +29,12 @@ def whole(path: Path) -> Iterator[Path]:
     is done. Its name ends as that of `path`, for what goes by the ending.
     """
     partial = path.with_name(f"part-{path.name}")
-    yield partial
-    partial.replace(path)
+    try:
+        yield partial
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    durable.put(partial, path)
 
 
 def new_array(path: Path, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> npt.NDArray[Any]:
@@ -53,9 +60,22 @@ def new_array(path: Path, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> npt.N
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """A safetensors file."""
-    with whole(path) as partial:
-        save_file(dict(tensors), partial, metadata=metadata)
+    """A safetensors file.
+
+    Raises:
+        UsoflowError: "output_unwritable", as on a full disk.
+    """
+    try:
+        with whole(path) as partial:
+            save_file(dict(tensors), partial, metadata=metadata)
+    except SafetensorError as error:
+        raise unwritable(path, error) from None
+
+
+def unwritable(path: Path, reason: Exception) -> UsoflowError:
+    """The error of a file of which a library says in words of its own that it cannot be written."""
+    what = f"{path} cannot be written: {textwrap.shorten(str(reason), 200)}."
+    return UsoflowError("output_unwritable", what)
 
 
 def fingerprint(*made_by: nn.Module | str | int) -> str:

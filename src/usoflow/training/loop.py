@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from usoflow.errors import UsoflowError
-from usoflow.training.kept import whole
+from usoflow.models.placement import is_out_of_memory
+from usoflow.training.kept import unwritable, whole
 
 logger = logging.getLogger(__name__)
 
@@ -283,9 +284,18 @@ def require_finite(values: Iterable[Tensor], done: int, remedy: str) -> None:
 
 
 def write_state(path: Path, state: Mapping[str, Any]) -> None:
-    """An old state is replaced only by a complete new one."""
-    with whole(path) as partial:
-        torch.save(dict(state), partial)
+    """An old state is replaced only by a complete new one.
+
+    Raises:
+        UsoflowError: "output_unwritable", as on a full disk.
+    """
+    try:
+        with whole(path) as partial:
+            torch.save(dict(state), partial)
+    except RuntimeError as error:  # torch's writer, whatever the system said
+        if is_out_of_memory(error):
+            raise
+        raise unwritable(path, error) from None
 
 
 @contextmanager
@@ -294,11 +304,25 @@ def read_state(path: Path) -> Iterator[dict[str, Any]]:
     try:
         yield torch.load(path, weights_only=True, map_location="cpu")
     except (RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        if is_out_of_memory(error):
+            raise
         raise UsoflowError(
             "training_config",
             f"{path} is damaged or of other settings: {textwrap.shorten(str(error), 300)}.",
             remedy="Go on with the settings it was begun with, or move it away to begin anew.",
         ) from None
+
+
+@contextmanager
+def want_of_memory_told(remedy: str) -> Iterator[None]:
+    """Where memory runs out, `out_of_memory` with what to do about it."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        what = str(error).partition("\n")[0] or "Memory ran out."
+        raise UsoflowError("out_of_memory", what, remedy=remedy) from None
 
 
 def require_settings(state: Mapping[str, Any], settings: Mapping[str, Any]) -> None:

@@ -47,6 +47,11 @@ class RewardStage:
     recipe: Recipe
     drawn: int = 60_000
 
+    def __post_init__(self) -> None:
+        """Raises ValueError where there is nothing to learn from."""
+        if self.drawn < 1:
+            raise ValueError("drawn must be at least 1")
+
 
 class StyleEncoder(nn.Module):
     """Waves of colours, then strided convolutions; means and deviations of all channels.

@@ -39,6 +39,7 @@ from usoflow.training.world import World
 DATA_SEED = 31
 WORDS_FROM = 20_000  # scenes whose captions make the vocabulary
 FIRST_SCALE, FIRST_BIAS = 2.3, -10.0  # SigLIP's: logarithm of the temperature 10, and the bias
+TEXT_HEAD = 16  # features of a head of the captions' encoder
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,10 @@ class TowerStage:
         """Raises ValueError for a tower without room for what its first layers are set to."""
         if self.dim < LEAST_DIM or self.layers <= -min(LEVELS.values()) - 1:
             raise ValueError(f"a tower needs {LEAST_DIM} features and {-min(LEVELS.values())} layers")
+        if min(self.mlp_dim, self.heads, self.patch, self.grid, self.text_length, self.drawn) < 1:
+            raise ValueError("mlp_dim, heads, patch, grid, text_length and drawn must be at least 1")
+        if self.dim % self.heads or self.dim % TEXT_HEAD:
+            raise ValueError(f"dim must be a multiple of heads and of {TEXT_HEAD}")
 
     @property
     def config(self) -> SiglipConfig:
@@ -82,7 +87,9 @@ class Contrast(nn.Module):
         super().__init__()
         self.vocabulary, self.tokenizer = vocabulary, CaptionTokenizer(stage.text_length, 16)
         dim = stage.dim
-        text = T5Config(dim, dim, 2 * dim, 1, dim // 16, stage.text_length, vocabulary=len(vocabulary.rows))
+        text = T5Config(
+            dim, dim, 2 * dim, 1, dim // TEXT_HEAD, stage.text_length, vocabulary=len(vocabulary.rows)
+        )
         self.tower, self.text = SiglipVision(stage.config), T5Encoder(text)
         self.picture_norms = nn.ModuleList(LayerNorm(dim, 1e-5) for _ in LEVELS)
         self.picture_heads = nn.ModuleList(Linear(dim, dim) for _ in LEVELS)

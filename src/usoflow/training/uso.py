@@ -261,11 +261,26 @@ class Teaching:
     expert: Base | None = None
     before: Base | None = None
 
-    def velocity(self, batch: Batch, x: Tensor, sigma: Tensor, *, guidance: float) -> Tensor:
-        """The transformer's answer to a batch, with the content and style that its use has; float32."""
-        lessons = self.lessons.sets[batch.use]
+    def text(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The prompts of a batch, encoded."""
         with torch.no_grad():
-            text = self.base.encode(*batch.ids)
+            return self.base.encode(*batch.ids)
+
+    def velocity(
+        self,
+        batch: Batch,
+        x: Tensor,
+        sigma: Tensor,
+        *,
+        guidance: float = GUIDANCE,
+        text: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """The transformer's answer to a batch, with the content and style that its use has; float32.
+
+        `text` are its prompts, where they are encoded already.
+        """
+        lessons = self.lessons.sets[batch.use]
+        text = self.text(batch) if text is None else text
         style = self.projector(lessons.states(batch.indices)) if batch.use in STYLED else None
         content = [lessons.rows("content", batch.indices)] if batch.use in PICTURED else []
         answer = self.base.velocity(
@@ -314,7 +329,7 @@ class Teaching:
         own = at_rest(straight, got, away, self.stage.guidance)
         if self.before is None or batch.use != "subject":
             return own
-        known = dataclasses.replace(self, base=self.before).velocity(batch, x_s, sigma, guidance=GUIDANCE)
+        known = dataclasses.replace(self, base=self.before).velocity(batch, x_s, sigma)
         return (own + known) / 2
 
     def reward_loss(self, mix: Mix, recipe: Recipe, reward: StyleReward) -> LossFunction:
@@ -359,18 +374,19 @@ class Teaching:
         """From noise to a random level of a short schedule; then, with gradients, to 0 in one step."""
         stop = int(rng.integers(1, ROLLOUT_STEPS))
         levels = levels_of(ROLLOUT_STEPS)[: stop + 1]
-        x, sigma = self._denoise(batch, levels, int(rng.integers(2**62))), levels[-1]
-        return x - sigma * self.velocity(batch, x, sigma.expand(len(x)), guidance=GUIDANCE)
+        text = self.text(batch)
+        x, sigma = self._denoise(batch, text, levels, int(rng.integers(2**62))), levels[-1]
+        return x - sigma * self.velocity(batch, x, sigma.expand(len(x)), text=text)
 
     def sample(self, batch: Batch, *, seed: int) -> Tensor:
         """What a workflow makes of the lessons' conditions, in 20 steps: latents in the model's scale."""
-        return self._denoise(batch, levels_of(STEPS), seed)
+        return self._denoise(batch, self.text(batch), levels_of(STEPS), seed)
 
     @torch.no_grad()
-    def _denoise(self, batch: Batch, levels: Tensor, seed: int) -> Tensor:
+    def _denoise(self, batch: Batch, text: tuple[Tensor, Tensor], levels: Tensor, seed: int) -> Tensor:
         like = self.lessons.sets[batch.use].rows("target", batch.indices)
         x = torch.randn(like.shape, generator=torch.Generator().manual_seed(seed)).to(like.device)
-        return euler(x, levels, lambda x, sigma: self.velocity(batch, x, sigma, guidance=GUIDANCE))
+        return euler(x, levels, lambda x, sigma: self.velocity(batch, x, sigma, text=text))
 
     def loss(self, name: StageName, reward: StyleReward, *, processes: int = 1) -> LossFunction:
         """Flow matching and, from the stage's part on and now and then, the reward beside it.
@@ -378,10 +394,10 @@ class Teaching:
         Of several processes all have it in the same steps, for it takes the longest.
         """
         recipe, mix = self.stage.of(name)
-        # Without guidance to learn, the projector is taught on the base's plain answer; the LoRA, which may
-        # change that answer, always at the guidance at which workflows ask.
-        guidance = 1.0 if name == "style" and self.plain is None else GUIDANCE
-        flow = self.flow_loss(mix, recipe, guidance=guidance)
+        # Without a teacher of guidance the straight velocity is what is answered at a guidance of 1: to ask
+        # for it at the one of workflows would unlearn what is distilled
+        # (https://github.com/black-forest-labs/flux/issues/79).
+        flow = self.flow_loss(mix, recipe, guidance=1.0 if self.plain is None else GUIDANCE)
         rewarded = self.reward_loss(mix, recipe, reward)
 
         def loss_of(done: int) -> Tensor:
