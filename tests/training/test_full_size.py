@@ -247,4 +247,4 @@ def test_official_width(synth_models: Path, workshop: Workshop, fp8: bool) -> No
     name = "flux1-dev-fp8.safetensors"
     assert (synth_models / "checkpoints" / name).exists()
     for stage in ("style", "subject"):
-        assert fall(stage, synth_models, workshop, samples=8, rate=1e-3, fp8=fp8) > 0
+        assert fall(stage, synth_models, workshop, samples=8, rate=3e-4, fp8=fp8) > 0.02

@@ -56,6 +56,28 @@ def test_every_official_template_converts() -> None:
         assert load_json(template(name), registry()).prompt.nodes
 
 
+@pytest.mark.parametrize(
+    ("start", "words"),
+    [
+        (b"\xff\xd8\xff\xe0", "JPEG"),
+        (b"\0\0\0\x20ftypisom\0\0\2\0", "videos"),
+        (b"\0\0\0\x20ftypavif", "AVIF"),
+        (b"\x1aE\xdf\xa3", "videos"),
+    ],
+)
+def test_other_files_are_named(start: bytes, words: str) -> None:
+    with pytest.raises(UsoflowError, match=words) as error:
+        load_bytes(start + bytes(50), registry())
+    assert error.value.code == "not_a_workflow"
+
+
+def test_a_model_given_by_mistake_is_not_read(tmp_path: Path) -> None:
+    with (tmp_path / "flux.safetensors").open("wb") as file:
+        file.truncate(17_200_000_000)  # a hole: nothing is on the disk
+    with pytest.raises(UsoflowError, match=r"of 17\.2 GB, which no workflow has"):
+        load(tmp_path / "flux.safetensors", registry())
+
+
 @pytest.mark.parametrize("name", ["nothing", "../templates/index", "index", "", "/etc/passwd", "a\0b"])
 def test_unknown_template(name: str) -> None:
     with pytest.raises(UsoflowError) as raised:

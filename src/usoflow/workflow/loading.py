@@ -24,7 +24,13 @@ from usoflow.workflow.prompt import Prompt, looks_like_prompt
 
 TEMPLATE: Final = "template:"
 TEMPLATE_PACKAGE: Final = "comfyui_workflow_templates_json"
-JPEG: Final = b"\xff\xd8\xff"
+# Files that carry none, by a place in them and what stands there.
+FOREIGN: Final = (
+    (0, b"\xff\xd8\xff", "a JPEG carries no workflow"),
+    (4, b"ftyp", "workflows in videos, AVIF and HEIC pictures are not read"),
+    (0, b"\x1aE\xdf\xa3", "workflows in videos are not read"),
+)
+LARGEST: Final = 2**30  # bytes of a file with a workflow; models, given by mistake, are larger
 MAX_DEPTH: Final = 100
 
 
@@ -48,7 +54,7 @@ def load(source: str | Path, registry: NodeRegistry) -> LoadedWorkflow:
     if name.startswith(TEMPLATE):
         return load_json(template(name.removeprefix(TEMPLATE)), registry)
     try:
-        data = sys.stdin.buffer.read() if name == "-" else expanded(source).read_bytes()
+        data = sys.stdin.buffer.read() if name == "-" else _bytes(expanded(source))
     except (OSError, ValueError) as reason:
         why = getattr(reason, "strerror", None) or reason
         raise UsoflowError("file_not_found", f"{name}: {why}") from None
@@ -58,10 +64,19 @@ def load(source: str | Path, registry: NodeRegistry) -> LoadedWorkflow:
         raise UsoflowError(error.code, f"{name}: {error.detail}", remedy=error.remedy) from None
 
 
+def _bytes(file: Path) -> bytes:
+    size = file.stat().st_size
+    if size > LARGEST:
+        what = f"{file}: of {size / 1e9:.1f} GB, which no workflow has"
+        raise UsoflowError("not_a_workflow", what)
+    return file.read_bytes()
+
+
 def load_bytes(data: bytes, registry: NodeRegistry) -> LoadedWorkflow:
     """Load what a file holds."""
-    if data.startswith(JPEG):
-        raise UsoflowError("not_a_workflow", "a JPEG carries no workflow")
+    for place, signature, what in FOREIGN:
+        if data.startswith(signature, place):
+            raise UsoflowError("not_a_workflow", what)
     if not metadata.is_picture(data):
         return load_json(read_json(data), registry)
     found = {key: _json_or_none(text) for key, text in metadata.read(data).items()}

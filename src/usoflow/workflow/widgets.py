@@ -26,7 +26,7 @@ CONTROL: Final = "control_after_generate"
 UPLOAD: Final = "upload"
 CONTROL_FILTER: Final = "control_filter_list"  # beside the control of a choice: which options it may take
 CONTROL_VALUES: Final = ("fixed", "increment", "decrement", "randomize")
-EDITOR_ONLY: Final = (CONTROL, UPLOAD)  # fields that a prompt does not have
+EDITOR_ONLY: Final = (CONTROL, UPLOAD, CONTROL_FILTER)  # fields that a prompt does not have
 
 
 def known_values(node: DocumentNode, schema: NodeSchema) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def names_along(node: DocumentNode, schema: NodeSchema | None) -> list[str]:
 def default(schema: NodeSchema, name: str) -> Any:
     """What a field holds that the file does not store, also one that only the editor has."""
     spec = schema.input(name)
-    return _default(spec) if spec else {CONTROL: "fixed", UPLOAD: "image"}[name]
+    return _default(spec) if spec else {CONTROL: "fixed", UPLOAD: "image", CONTROL_FILTER: ""}[name]
 
 
 def is_dynamic(schema: NodeSchema | None, name: str) -> bool:
