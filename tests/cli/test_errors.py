@@ -560,8 +560,10 @@ class TestPictures:
             "inputs": {"width": 64, "height": 64, "batch_size": 3, "color": 9},
         }
         prompt = small.with_style(small.subject())
-        check(desk.run(prompt | {"style picture": three}), 3, "batch of 3", "KSampler")
-        assert desk.run(prompt | {"picture": three}).code == 0  # of references the first count
+        styled = prompt | {"style picture": three}
+        check(desk.run(small.with_inputs(styled, "empty", batch_size=4)), 3, "batch of 3", "KSampler")
+        assert desk.run(styled).code == 0  # of more than there are latents the first count
+        assert desk.run(prompt | {"picture": three}).code == 0
 
     def test_latent_of_another_model(self, desk: Desk) -> None:
         prompt = small.text_to_image()
