@@ -196,6 +196,14 @@ def test_no_map_on_cuda_has_more_numbers_than_its_kernels_take(room: int | None,
         assert (needed <= allowed) == (numbers < 2**31 and needed <= (room or needed))
 
 
+def test_decoding_on_cuda_asks_for_that(pocket_vae: AutoEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    rooms: list[int | None] = []
+    monkeypatch.setattr(AutoEncoder, "_grid", lambda self, batch, needed, room, **more: rooms.append(room))
+    monkeypatch.setattr(AutoEncoder, "_on_cuda", property(lambda self: True))
+    pocket_vae.decode(torch.zeros(1, 16, 2, 2))
+    assert rooms == [_within_kernels(None, torch.float32)]
+
+
 @pytest.mark.parametrize("room", [2_000_000, 1])
 def test_without_room_the_vae_works_in_tiles(
     pocket_vae: AutoEncoder, room: int, caplog: pytest.LogCaptureFixture

@@ -176,12 +176,12 @@ def test_what_needs_no_node_that_refuses_is_run(run: Runs, caplog: pytest.LogCap
             "IMAGE",
             "torch.zeros(8, 8, 3)",
             "PreviewImage",
-            r"a tensor \[8, 8, 3\] instead of one \[B, H, W, C\]",
+            r"a tensor \[8, 8, 3\] instead of a tensor \[B, H, W, C\]",
         ),
-        ("IMAGE", "[torch.zeros(1, 8, 8, 3)]", "PreviewImage", "a list instead"),
+        ("IMAGE", "[torch.zeros(1, 8, 8, 3)]", "PreviewImage", "of type list instead"),
         ("IMAGE", "torch.full((1, 8, 8, 3), float('nan'))", "PreviewImage", "not finite"),
         ("LATENT", "torch.zeros(1, 16, 8, 8)", "LatentUpscaleBy", "instead of {"),
-        ("MASK", "0.5", "MaskToImage", "a float instead"),
+        ("MASK", "0.5", "MaskToImage", "of type float instead"),
     ],
 )
 def test_what_is_not_as_it_promises_is_its_authors(
@@ -205,6 +205,48 @@ NODE_CLASS_MAPPINGS = {{"X": X}}
     with pytest.raises(NodeError, match=words) as caught:
         run.executor.run(Prompt.parse(prompt), ["use"], run.folders)
     assert (caught.value.code, caught.value.node_id) == ("custom_node_failed", "x")
+
+
+def test_what_may_be_left_out_may_be_none(tmp_path: Path) -> None:
+    """As switches of custom nodes give it."""
+    source = """
+import torch
+class Gives:
+    CATEGORY, RETURN_TYPES, FUNCTION = "test", ("CONDITIONING", "LATENT"), "run"
+    @classmethod
+    def INPUT_TYPES(s): return {"required": {}}
+    def run(self): return ([(torch.zeros(1, 4, 8), {})], None)
+NODE_CLASS_MAPPINGS = {"Gives": Gives}
+"""
+    (tmp_path / "gives.py").write_text(source)
+    run = Runs(with_custom(registry(), tmp_path), tmp_path / "output")
+    prompt = {"x": node("Gives"), "use": node("ReferenceLatent", conditioning=["x", 0], latent=["x", 1])}
+    run.executor.run(Prompt.parse(prompt), ["use"], run.folders)
+
+
+def test_a_check_that_fails_stops_what_needs_its_node_alone(tmp_path: Path) -> None:
+    source = """
+class Fails:
+    CATEGORY, RETURN_TYPES, FUNCTION = "test", ("IMAGE",), "run"
+    @classmethod
+    def INPUT_TYPES(s): return {"required": {}}
+    @classmethod
+    def VALIDATE_INPUTS(s): raise ValueError("not yet")
+    def run(self): return (None,)
+NODE_CLASS_MAPPINGS = {"Fails": Fails}
+"""
+    (tmp_path / "fails.py").write_text(source)
+    run = Runs(with_custom(registry(), tmp_path), tmp_path / "output")
+    prompt = {
+        "fails": node("Fails"),
+        "never": node("PreviewImage", images=["fails", 0]),
+        "empty": node("EmptyImage", width=8, height=8, batch_size=1, color=0),
+        "preview": node("PreviewImage", images=["empty", 0]),
+    }
+    assert run(prompt, "never", "preview").shown.keys() == {"preview"}
+    with pytest.raises(NodeError, match="not yet") as caught:
+        run(prompt, "never")
+    assert caught.value.code == "custom_node_failed"
 
 
 def test_types_of_its_own_hold_what_they_like(tmp_path: Path) -> None:

@@ -127,6 +127,13 @@ def test_a_run_goes_on_beside_models_in_another_place_and_at_another_rate(
     moved = shutil.copytree(small_models, tmp_path / "moved", copy_function=shutil.copyfile)
     asked = task("style", moved, workshop, fp8=False, samples=8, rate=1e-3)
     assert len(run(asked, Accelerator(cpu=True))) == 2
+    file = moved / "checkpoints" / "flux1-dev-fp8.safetensors"
+    name = "model.diffusion_model.double_blocks.0.img_attn.norm.key_norm.scale"
+    with file.open("r+b") as stream:
+        stream.seek(TensorFile.open(file).tensors[name].start)
+        stream.write(b"\x40")
+    with pytest.raises(UsoflowError, match="other settings: flux"):
+        run(asked, Accelerator(cpu=True))
 
 
 def test_what_is_distilled_is_not_unlearnt(

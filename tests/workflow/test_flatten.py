@@ -271,7 +271,7 @@ def test_file_names_with_the_value_of_a_primitive(title: str, name: str) -> None
 
 
 @pytest.mark.parametrize("type_", ["workflow>Two steps", "workflow/Two steps"])
-def test_group_nodes_are_to_be_convert(type_: str) -> None:
+def test_group_nodes_are_to_be_converted(type_: str) -> None:
     with pytest.raises(UsoflowError, match=r"node 3 is a group node \(Two steps\)") as raised:
         convert(workflow([node(3, type_)], []))
     assert raised.value.code == "workflow_invalid"
@@ -396,7 +396,7 @@ class TestSettersAndGetters:
     def test_what_nobody_sets_is_told(self) -> None:
         conversion = self.joined(node(2, "SetNode", {"IMAGE": 1}, widgets_values=["other"]))
         assert "images" not in conversion.prompt.nodes["3"].inputs
-        assert conversion.warnings == ("no node sets 'img', which another one gets",)
+        assert conversion.warnings == ("no node sets 'img', which one gets",)
 
     def test_a_setter_outside_of_a_subgraph(self) -> None:
         inner = [

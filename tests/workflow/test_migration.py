@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from reference_nodes import registry
+from usoflow.errors import UsoflowError
 from usoflow.workflow.editing import with_values
 from usoflow.workflow.loading import load_json
 from usoflow.workflow.migration import opened
@@ -62,13 +63,62 @@ def test_each_field_can_be_changed(name: str) -> None:
             assert inputs(edited.workflow) == {**sent, key: {**fields, field: value + 1}}
 
 
-@pytest.mark.parametrize("nodes", [None, 7, [7], [{"id": 1, "type": "S", "properties": {"proxyWidgets": 7}}]])
-@pytest.mark.parametrize("links", [None, 7, [7, []]])
-def test_what_is_not_as_it_should_be_is_left(nodes: Any, links: Any) -> None:
-    inner = {"id": "S", "nodes": nodes, "links": links, "inputs": links}
+def changed(**more: Any) -> dict[str, Any]:
+    """A graph whose subgraph shows a field that no link leads to."""
+    workflow = copy.deepcopy(CASES["unlinked color"][0])
+    workflow["definitions"]["subgraphs"][0] |= more
+    return workflow
+
+
+@pytest.mark.parametrize("part", ["links", "inputs", "nodes"])
+def test_what_is_not_as_it_should_be_is_refused(part: str) -> None:
+    with pytest.raises(UsoflowError) as error:
+        load_json(changed(**{part: 7}), registry())
+    assert error.value.code == "workflow_invalid"
+
+
+@pytest.mark.parametrize("subgraphs", [None, 7, [7], [{"id": "S", "nodes": [7], "links": [7, []]}]])
+def test_anything_can_be_opened(subgraphs: Any) -> None:
     host = {"id": 1, "type": "S", "properties": {"proxyWidgets": '[["1", "x"]]'}, "widgets_values": [3]}
-    for subgraphs in (None, 7, [7, inner]):
-        opened({"nodes": [host, 7], "links": links, "definitions": {"subgraphs": subgraphs}})
+    graph = {"nodes": [host, 7], "links": 7, "definitions": {"subgraphs": subgraphs}}
+    assert opened(graph) == graph
+
+
+@pytest.mark.parametrize("kind", [float, str])
+def test_ids_of_links_may_be_written_otherwise(kind: type) -> None:
+    workflow = changed()
+    inner = workflow["definitions"]["subgraphs"][0]
+    for link in inner["links"]:
+        link["id"] = kind(link["id"])
+    for slot in inner["nodes"][0]["inputs"]:
+        slot["link"] = kind(slot["link"])
+    assert inputs(workflow)["10:1"] == CASES["unlinked color"][1]["10:1"]
+    prompt = load_json(workflow, registry()).prompt.to_json()
+    assert prompt["3"]["inputs"]["images"] == ["10:1", 0]
+
+
+def test_links_that_are_not_there_lead_nowhere() -> None:
+    workflow = changed()
+    slots = workflow["definitions"]["subgraphs"][0]["nodes"][0]["inputs"]
+    slots[0]["link"] = 4  # width's; the next number that a link would get
+    slots.append({"name": "color", "type": "INT", "link": 9})
+    sent = inputs(workflow)["10:1"]
+    assert (sent["width"], sent["height"], sent["color"]) == (100, 200, 7)
+
+
+def test_many_subgraphs_within_one_another_and_many_fields_of_one_name() -> None:
+    shows = {"proxyWidgets": [["1", "x"]]}
+    deep = [
+        {"id": f"S{n}", "nodes": [{"id": 1, "type": f"S{n + 1}", "properties": shows}]} for n in range(3000)
+    ]
+    host = {"id": 1, "type": "S0", "properties": shows, "widgets_values": [3]}
+    assert opened({"nodes": [host], "definitions": {"subgraphs": deep}})
+    wide = {"id": "S", "nodes": [{"id": n, "type": "EmptyImage"} for n in range(3000)]}
+    many = {"proxyWidgets": [[str(n), "width"] for n in range(3000)]}
+    host = {"id": 1, "type": "S", "properties": many, "widgets_values": [3] * 3000}
+    found = opened({"nodes": [host], "definitions": {"subgraphs": [wide]}})
+    names = [port["name"] for port in found["definitions"]["subgraphs"][0]["inputs"]]
+    assert len(set(names)) == 3000
 
 
 def test_a_subgraph_within_itself_ends() -> None:

@@ -69,7 +69,7 @@ class Workflow:
             loaded = load(file, nodes or registry())
             source = None if str(file).startswith(TEMPLATE) else expanded(file)
         else:
-            loaded = load_value(dict(file) if isinstance(file, Mapping) else file, nodes or registry())
+            loaded = load_value(file, nodes or registry())
         others = None if nodes is registry() else nodes  # without them it can be sent to another process
         return cls(loaded.prompt, loaded.workflow, source=source, warnings=loaded.warnings, nodes=others)
 

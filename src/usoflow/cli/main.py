@@ -153,7 +153,10 @@ def _show(error: UsoflowError, *, as_json: bool = True) -> None:
             return
         except OSError:  # nobody reads it, or the disk is full: the exit code and stderr remain
             report.discard(sys.stdout)
-    for path in error.paths:
-        print(report.from_here(path))
+    try:
+        for path in error.paths:
+            print(report.from_here(path), flush=True)
+    except OSError:
+        report.discard(sys.stdout)
     report.say(f"error: {error.detail}", "red")
     report.say(error.remedy)

@@ -51,6 +51,7 @@ def _command(name: str, function: Callable[..., Any]) -> Iterator[str]:
 def _errors() -> Iterator[str]:
     """All that can go wrong, as `--json` and the server name it."""
     yield "\n## Errors\n\nAs `--json` and the server name them; messages also tell which file, node, value.\n"
+    yield "Pictures that a run saved before it failed are printed first; with `--json`, in `error.images`.\n"
     yield "| code | what it means | what to do | exit status |\n|---|---|---|---|"
     for code, kind in CATALOGUE.items():
         yield f"| `{code}` | {_cell(kind.meaning)} | {_cell(kind.remedy)} | {kind.exit_code} |"

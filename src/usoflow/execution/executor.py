@@ -215,12 +215,14 @@ class _Run:
         return kept, lines
 
     def _refused(self, node_id: str) -> NodeError | None:
-        """What a custom node has against its values."""
+        """What a custom node has against its values, if it can tell."""
         entry = self.executor.registry[self.prompt.nodes[node_id].class_type]
         try:
             refused = entry.refusal and entry.refusal(self._told(node_id))
         except (Exception, SystemExit) as error:
-            raise self._at(node_id, "custom_node_failed", f"VALIDATE_INPUTS: {error!r}") from error
+            failed = self._at(node_id, "custom_node_failed", f"VALIDATE_INPUTS: {error!r}")
+            failed.__cause__ = error
+            return failed
         return self._at(node_id, "values_refused", refused) if refused else None
 
     def _told(self, node_id: str) -> Mapping[str, Any]:
@@ -246,7 +248,10 @@ class _Run:
             peak = PeakMemory(self.executor.library.placement.device)
             outputs = self._call_within_memory(node_id)
             schema = self._schema(node_id)
-            check_custom(outputs, schema.outputs) if is_custom(schema) else check_finite(outputs)
+            if is_custom(schema):
+                check_custom(outputs, schema.outputs)
+            else:
+                check_finite(outputs)
         except NodeError:  # of the node that gave it something else than it promises
             raise
         except UsoflowError as error:
@@ -321,7 +326,8 @@ class _Run:
     def _checked(self, spec: InputSpec, given: Any, origin: str, slot: int) -> Any:
         """What a link gives, as validation would have taken it as a value; of files the node says more."""
         if not spec.is_widget:
-            if is_custom(self._schema(origin)) and (what := misfit(spec.kind.type, given)):
+            left_out = given is None and not spec.required
+            if not left_out and is_custom(self._schema(origin)) and (what := misfit(spec.kind.type, given)):
                 raise self._at(origin, "custom_node_failed", f"its output {slot} is {what}.")
             return given
         if isinstance(spec.kind, InputImage | ModelFile):

@@ -53,18 +53,18 @@ def misfit(type_: str, value: Any) -> str | None:
     sides = value.ndim if isinstance(value, Tensor) else None
     match type_:
         case "IMAGE" if sides != 4:
-            return f"{_kind(value)} instead of one [B, H, W, C]"
+            return f"{_kind(value)} instead of a tensor [B, H, W, C]"
         case "MASK" if sides not in (2, 3, 4):
-            return f"{_kind(value)} instead of one [B, H, W]"
+            return f"{_kind(value)} instead of a tensor [B, H, W]"
         case "LATENT" if not (isinstance(value, dict) and isinstance(value.get("samples"), Tensor)):
             return f'{_kind(value)} instead of {{"samples": tensor [B, C, H, W]}}'
-        case "CONDITIONING" if not isinstance(value, list):
+        case "CONDITIONING" if not isinstance(value, list | tuple):
             return f"{_kind(value)} instead of a list of pairs (tensor, dict)"
     return None
 
 
 def _kind(value: Any) -> str:
-    return f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    return f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else f"of type {type(value).__name__}"
 
 
 def _is_finite(value: Any) -> bool:

@@ -62,6 +62,8 @@ def _fit(lora: Component, transformer: Component | None) -> Iterator[str]:
         return
     pairs = pairs_for(lora, "flux", linear_layers(transformer))
     where = transformer.file.path.name
+    if pairs.strange:
+        yield f"  no low-rank pairs, and left out: {some(pairs.strange)}"
     if not pairs.total:
         yield "  nothing for the transformer: for text encoders only"
         return
@@ -73,9 +75,7 @@ def _fit(lora: Component, transformer: Component | None) -> Iterator[str]:
     if pairs.absent:
         yield f"  without a layer there: {some(pairs.absent)}"
     if pairs.repeated:
-        yield f"  there by another name, too, and applied once: {some(pairs.repeated)}"
-    if pairs.strange:
-        yield f"  no low-rank pairs, and left out: {some(pairs.strange)}"
+        yield f"  left out, for others change the same rows: {some(pairs.repeated)}"
 
 
 def _refuse_non_finite(component: Component) -> None:

@@ -54,7 +54,7 @@ def attach(
         )  # fmt: skip
     if pairs.repeated:
         logger.warning(
-            "%s: %d layers are there by two names (%s); they are applied once.",
+            "%s: %d pairs are left out (%s): others, by other names, change the same rows.",
             lora.file.path.name, len(pairs.repeated), some(pairs.repeated, 2),
         )  # fmt: skip
     if role == "flux" and pairs.strange:

@@ -163,7 +163,7 @@ class Placement:
         return module
 
     def fits(self, needed: int, *, freed: int = 0) -> bool:
-        """Whether so many bytes can be had beside what is on the device, when `freed` of it have left."""
+        """Whether so many bytes can be had beside what is on the device, less `freed` bytes of that."""
         return self.device.type != "cuda" or needed <= PART_FOR_WORK * (_free_on_gpu(self.device) + freed)
 
     @property

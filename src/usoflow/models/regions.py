@@ -69,6 +69,9 @@ class Regions:
         self._now = self._kinds[flux], _shapes(*inputs)
         many = len(self._kinds[flux]) > OF_A_NETWORK
         self._since = self._first.setdefault(self._now, NEVER if many else self._run)
+        if self._since < self._run:  # not before: to touch it imports the compiler
+            os.environ.setdefault(CACHE_VARIABLE, str(compiled_folder()))
+            torch._dynamo.config.cache_size_limit = VARIANTS  # since torch 2.12 each thread has its own
         for block in flux.blocks:
             block.way = self._compute
 
@@ -94,8 +97,6 @@ class Regions:
         return self._of(type(block))(block, *inputs)
 
     def _of(self, kind: type[Block]) -> Callable[..., Any]:
-        os.environ.setdefault(CACHE_VARIABLE, str(compiled_folder()))
-        torch._dynamo.config.cache_size_limit = VARIANTS  # since torch 2.12 each thread has its own
         if kind not in self._compiled:
             logger.info("%s: compiled now, which takes a while once.", kind.__name__)
             self._compiled[kind] = torch.compile(kind.compute, dynamic=False, fullgraph=True, options=OPTIONS)

@@ -341,8 +341,7 @@ class AutoEncoder(nn.Module):
                 f"The latent has {latent.shape[1]} channels, the VAE takes {channels}.",
                 remedy="Sample the latent first, or make it with EmptySD3LatentImage.",
             )
-        on_cuda = self.decoder.conv_in.weight.device.type == "cuda"
-        room = _within_kernels(room, dtype) if on_cuda else room
+        room = _within_kernels(room, dtype) if self._on_cuda else room
         grid = self._grid(latent, self.decoding_bytes(latent, dtype), room, after=self.config.factor)
         pixels = require_finite(self._each(self.decoder, latent, dtype, grid, between), "VAE decoding")
         return ((pixels + 1) / 2).clamp_(0, 1).movedim(1, -1).contiguous()
@@ -355,6 +354,10 @@ class AutoEncoder(nn.Module):
         wide = self.config.widths[min(1, len(self.config.widths) - 1)]
         return 4 * wide * dtype.itemsize * self.config.factor**2 * latent.shape[-2] * latent.shape[-1]
 
+    @property
+    def _on_cuda(self) -> bool:
+        return self.decoder.conv_in.weight.device.type == "cuda"
+
     def _grid(
         self, batch: Tensor, needed: int, room: int | None, *, before: int = 1, after: int = 1
     ) -> Grid | None:
@@ -365,7 +368,7 @@ class AutoEncoder(nn.Module):
         height, width = (factor * side // before for side in batch.shape[-2:])  # in pixels
         side = max(LEAST_TILE, int((room * height * width / needed) ** 0.5) // factor)
         logger.info(
-            "The VAE works in tiles of %d pixels: %dx%d at once would need %.1f GB, and there are %.1f.",
+            "The VAE works in tiles of %d pixels: %dx%d at once would need %.1f GB, and %.1f may be taken.",
             side * factor, width, height, needed / 1e9, room / 1e9,
         )  # fmt: skip
         return Grid(side, side // OVERLAP, before, after)

@@ -47,6 +47,7 @@ from usoflow.models.placement import Placement
 from usoflow.models.style_projector import StyleProjector
 from usoflow.models.text import ClipText, T5Encoder
 from usoflow.models.vae import AutoEncoder
+from usoflow.models.weights import read_tensors
 from usoflow.settings import Folders, check_writable, find_folders
 from usoflow.training.base import Base, BaseStage
 from usoflow.training.captions import Ids, end_positions
@@ -290,9 +291,13 @@ def _settings(task: Task, flux: Component) -> dict[str, Any]:
 
 
 def _identity(model: Component) -> str:
-    """What tells one file of the official width from another, wherever it lies: its header and size."""
+    """What tells one transformer from another, wherever its file lies: header, size and the small tensors."""
     tensors = sorted((name, info.shape, info.dtype, info.start) for name, info in model.tensors.items())
-    return hashlib.sha256(repr((model.file.bytes, tensors)).encode()).hexdigest()
+    digest = hashlib.sha256(repr((model.file.bytes, tensors)).encode())
+    small = [name for name in model.tensors if name.endswith("norm.key_norm.scale")]
+    for name, tensor in sorted(read_tensors(model, small).items()):
+        digest.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _folders(task: Task) -> Folders:
@@ -370,7 +375,8 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("usoflow").setLevel(logging.INFO)
     try:
         with want_of_memory_told("Use --fp8, a smaller --side, or a card with more memory."):
             main()

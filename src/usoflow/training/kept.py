@@ -6,7 +6,7 @@ import hashlib
 import os
 import textwrap
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,20 @@ def whole(path: Path) -> Iterator[Path]:
 
     So what is there was never cut short by an interruption or a full disk, and may be the sign that a stage
     is done. Its name ends as that of `path`, for what goes by the ending.
+
+    Raises:
+        UsoflowError: "output_unwritable", as on a full disk.
     """
     partial = path.with_name(f"part-{path.name}")
     try:
         yield partial
-    except BaseException:
-        partial.unlink(missing_ok=True)
+        durable.put(partial, path)
+    except BaseException as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        if isinstance(error, OSError | SafetensorError):
+            raise unwritable(path, error) from None
         raise
-    durable.put(partial, path)
 
 
 def new_array(path: Path, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> npt.NDArray[Any]:
@@ -63,17 +69,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     """A safetensors file.
 
     Raises:
-        UsoflowError: "output_unwritable", as on a full disk.
+        UsoflowError: "output_unwritable".
     """
-    try:
-        with whole(path) as partial:
-            save_file(dict(tensors), partial, metadata=metadata)
-    except SafetensorError as error:
-        raise unwritable(path, error) from None
+    with whole(path) as partial:
+        save_file(dict(tensors), partial, metadata=metadata)
 
 
 def unwritable(path: Path, reason: Exception) -> UsoflowError:
-    """The error of a file of which a library says in words of its own that it cannot be written."""
+    """The error of a file that cannot be written, in whatever words that is told."""
     what = f"{path} cannot be written: {textwrap.shorten(str(reason), 200)}."
     return UsoflowError("output_unwritable", what)
 

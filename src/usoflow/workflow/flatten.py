@@ -37,7 +37,8 @@ SETTERS: Final = ("SetNode", "easy setNode")
 GETTERS: Final = ("GetNode", "easy getNode")
 PRIMITIVE: Final = "PrimitiveNode"
 GROUP_NODES: Final = ("workflow>", "workflow/")  # how the types of old files begin that are no subgraphs yet
-EDITOR_NODES: Final = (*REROUTES, *SETTERS, *GETTERS, PRIMITIVE, "Note", "MarkdownNote")
+EDITOR_NODES: Final = (REROUTES[0], PRIMITIVE, "Note", "MarkdownNote")
+NEVER_SENT: Final = (*EDITOR_NODES, *REROUTES, *SETTERS, *GETTERS)  # nodes that only an editor knows
 MAX_NODES: Final = 100_000  # subgraphs in subgraphs multiply; a small file can unfold without end
 
 
@@ -104,7 +105,7 @@ def all_nodes(document: Document) -> dict[str, str]:
         scope.prefix + node.id: _type(document, node)
         for scope in _levels(document, whole=True)
         for node in scope.graph.nodes.values()
-        if node.type not in EDITOR_NODES
+        if node.type not in NEVER_SENT
     }
 
 
@@ -234,7 +235,7 @@ class _Flattener:
         return place
 
     def _is_executed(self, node: DocumentNode) -> bool:
-        return not (node.skipped or node.type in EDITOR_NODES or node.type in self._document.subgraphs)
+        return not (node.skipped or node.type in NEVER_SENT or node.type in self._document.subgraphs)
 
     def _behind(
         self, scope: _Scope, link: Link, origin: DocumentNode | None, wanted: str
@@ -259,12 +260,13 @@ class _Flattener:
     def _behind_setter(self, scope: _Scope, name: Any, wanted: str) -> tuple[_Scope, Link | None, str] | None:
         """The link into the setter of this name, of this level or the nearest around it."""
         level: _Scope | None = scope
-        while level is not None:
+        while level is not None and name is not None:
             for node in level.graph.nodes.values():
                 if node.type in SETTERS and node.mode != MUTED and node.inputs and _held(node) == name:
                     return level, _link(level, node.inputs[0]), wanted
             level = level.parent
-        self._warn(f"no node sets {name!r}, which another one gets")
+        unset = "a node gets a value of no name" if name is None else f"no node sets {name!r}, which one gets"
+        self._warn(unset)
         return None
 
     def _host_input(
@@ -345,10 +347,7 @@ def _as_the_editor_writes(value: object) -> str:
 
 
 def host_values(host: DocumentNode, subgraph: Subgraph) -> dict[str, Any]:
-    """Values of the fields that a subgraph's node shows, by the name of the subgraph's input.
-
-    `proxyWidgetErrorQuarantine` is ignored: with it the editor overwrites edits on every load.
-    """
+    """Values of the fields that a subgraph's node shows, by the name of the subgraph's input."""
     stored = widgets.by_name(shown_names(host, subgraph), host.values, host.named_values)
     return {name: value for name, value in stored.items() if name and value is not None}
 

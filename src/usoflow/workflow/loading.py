@@ -10,6 +10,7 @@ import json
 import math
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -67,7 +68,7 @@ def load(source: str | Path, registry: NodeRegistry) -> LoadedWorkflow:
 def _bytes(file: Path) -> bytes:
     size = file.stat().st_size
     if size > LARGEST:
-        what = f"{file}: of {size / 1e9:.1f} GB, which no workflow has"
+        what = f"{file} has {size / 1e9:.1f} GB, more than any workflow"
         raise UsoflowError("not_a_workflow", what)
     return file.read_bytes()
 
@@ -94,10 +95,16 @@ def load_value(data: object, registry: NodeRegistry) -> LoadedWorkflow:
     Raises UsoflowError("not_a_workflow") for what JSON cannot hold.
     """
     try:
-        text = json.dumps(data)
+        text = json.dumps(data, default=_as_dict)
     except (TypeError, ValueError, RecursionError) as reason:
         raise UsoflowError("not_a_workflow", f"it cannot be JSON ({str(reason)[:200]})") from None
     return load_json(read_json(text), registry)
+
+
+def _as_dict(value: object) -> dict[Any, Any]:
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"{type(value).__name__} is not of JSON")
 
 
 def _json_or_none(text: str) -> Any:

@@ -30,9 +30,9 @@ def opened(workflow: Raw) -> Raw:
     """
     copied = copy.deepcopy(workflow)
     definitions = copied.get("definitions")
-    subgraphs = list(_objects(definitions.get("subgraphs") if isinstance(definitions, dict) else None))
-    by_id = {str(subgraph.get("id")): subgraph for subgraph in subgraphs}
-    for level in (copied, *subgraphs):
+    found = list(_objects(definitions.get("subgraphs") if isinstance(definitions, dict) else None))
+    subgraphs = {str(item.get("id")): _Subgraph(item) for item in found if _is_whole(item)}
+    for level in (copied, *found):
         for node in _objects(level.get("nodes")):
             if isinstance(properties := node.get("properties"), dict):
                 properties.pop(QUARANTINE, None)
@@ -40,8 +40,75 @@ def opened(workflow: Raw) -> Raw:
             values = stored if isinstance(stored, list) else []
             for (key, field), value in zip(_shown(node), values, strict=False):
                 if value is not None:
-                    _lead(node, key, field, by_id)
+                    _lead(node, key, field, subgraphs)
     return copied
+
+
+class _Subgraph:
+    """A definition that gets inputs, with what is looked up in it again and again."""
+
+    def __init__(self, raw: Raw) -> None:
+        self.id = str(raw.get("id"))
+        self.nodes = {str(node.get("id")): node for node in _objects(raw.get("nodes"))}
+        self._raw = raw
+        self._names = {str(port.get("name")) for port in _objects(raw.get("inputs"))}
+        self._link_ids = {number for link in raw.get("links") or () if (number := _id_of(link)) is not None}
+        slots = (slot for node in self.nodes.values() for slot in _objects(node.get("inputs")))
+        named = (_whole(slot.get("link")) for slot in slots)  # also of links that are not there
+        self._last = max((0, *self._link_ids, *filter(None, named)))
+
+    def give_input(self, host: Raw, key: str, field: str) -> bool:
+        """An input for a field of a node within; False if a link leads there already."""
+        node = self.nodes[key]
+        ports, links = _list_of(self._raw, "inputs"), _list_of(self._raw, "links")
+        slots = _list_of(node, "inputs")
+        slot = _named(slots, field)
+        if slot is None:
+            slot = {"name": field, "type": "*", "link": None}
+            slots.append(slot)
+        if _whole(slot.get("link")) in self._link_ids:
+            return False
+        slot.setdefault("widget", {"name": field})
+        self._last += 1
+        slot["link"] = self._last
+        self._link_ids.add(self._last)
+        links.append(
+            {
+                "id": self._last,
+                "origin_id": int(INPUT_NODE),
+                "origin_slot": len(ports),
+                "target_id": node.get("id"),
+                "target_slot": slots.index(slot),
+                "type": slot.get("type"),
+            }
+        )
+        name = self._free(field)
+        port = uuid.uuid5(uuid.NAMESPACE_OID, f"{self.id}/{key}/{field}")
+        ports.append({"id": str(port), "name": name, "type": slot.get("type"), "linkIds": [self._last]})
+        outer = host.setdefault("inputs", [])
+        if isinstance(outer, list) and _named(outer, name) is None:
+            outer.append({"name": name, "type": slot.get("type"), "widget": {"name": name}, "link": None})
+        return True
+
+    def _free(self, name: str) -> str:
+        number = 0
+        while (free := f"{name}_{number}" if number else name) in self._names:
+            number += 1
+        self._names.add(free)
+        return free
+
+
+def _lead(host: Raw, key: str, field: str, subgraphs: Mapping[str, _Subgraph]) -> None:
+    """Inputs from a subgraph's node down to a field that it shows, as far as no link leads there yet."""
+    if field in EDITOR_ONLY or field.startswith(PREVIEW):
+        return
+    pending = [(host, key)]
+    while pending:
+        outer, key = pending.pop()
+        subgraph = subgraphs.get(str(outer.get("type")))
+        if subgraph and key in subgraph.nodes and subgraph.give_input(outer, key, field):
+            node = subgraph.nodes[key]
+            pending += [(node, below) for below, name in _shown(node) if name == field]
 
 
 def _shown(host: Raw) -> tuple[tuple[str, str], ...]:
@@ -50,64 +117,30 @@ def _shown(host: Raw) -> tuple[tuple[str, str], ...]:
     return promoted_fields(properties.get("proxyWidgets")) if isinstance(properties, dict) else ()
 
 
-def _lead(host: Raw, key: str, field: str, subgraphs: Mapping[str, Raw]) -> None:
-    """Inputs from a subgraph's node down to a field that it shows, where no link leads there yet."""
-    subgraph = subgraphs.get(str(host.get("type")))
-    inner = _objects(subgraph.get("nodes")) if subgraph else ()
-    node = next((node for node in inner if str(node.get("id")) == key), None)
-    if subgraph is None or node is None or field in EDITOR_ONLY or field.startswith(PREVIEW):
-        return
-    if _give_input(host, subgraph, node, field):
-        for below, name in _shown(node):
-            if name == field:
-                _lead(node, below, field, subgraphs)
-
-
-def _give_input(host: Raw, subgraph: Raw, node: Raw, field: str) -> bool:
-    """An input of the subgraph for a field of a node within; False if a link leads there already."""
-    slots = _list_of(node, "inputs")
-    slot = _named(slots, field)
-    if slot is None:
-        slot = {"name": field, "type": "*", "widget": {"name": field}, "link": None}
-        slots.append(slot)
-    if slot.get("link") is not None:
-        return False
-    ports, links = _list_of(subgraph, "inputs"), _list_of(subgraph, "links")
-    name = _free(field, [port.get("name") for port in _objects(ports)])
-    link = 1 + max((_number(item) for item in links), default=0)
-    slot["link"] = link
-    target = node.get("id")
-    links.append(
-        {
-            "id": link,
-            "origin_id": int(INPUT_NODE),
-            "origin_slot": len(ports),
-            "target_id": target,
-            "target_slot": slots.index(slot),
-            "type": slot.get("type"),
-        }
+def _is_whole(subgraph: Raw) -> bool:
+    """Whether what is changed in it is as it should be."""
+    graphs = (subgraph, *_objects(subgraph.get("nodes")))
+    return isinstance(subgraph.get("links") or [], list) and all(
+        isinstance(graph.get("inputs") or [], list) for graph in graphs
     )
-    port_id = uuid.uuid5(uuid.NAMESPACE_OID, f"{subgraph.get('id')}/{target}/{field}")
-    ports.append({"id": str(port_id), "name": name, "type": slot.get("type"), "linkIds": [link]})
-    if _named(outer := _list_of(host, "inputs"), name) is None:
-        outer.append({"name": name, "type": slot.get("type"), "widget": {"name": name}, "link": None})
-    return True
+
+
+def _id_of(link: Any) -> int | None:
+    if isinstance(link, dict):
+        return _whole(link.get("id"))
+    return _whole(link[0]) if isinstance(link, list) and link else None
+
+
+def _whole(value: Any) -> int | None:
+    """An id, which some writers send as 1.0 or "1"."""
+    try:
+        return int(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
 
 
 def _named(slots: list[Any], name: str) -> Raw | None:
     return next((slot for slot in _objects(slots) if slot.get("name") == name), None)
-
-
-def _free(name: str, taken: list[Any]) -> str:
-    number = 0
-    while (free := f"{name}_{number}" if number else name) in taken:
-        number += 1
-    return free
-
-
-def _number(link: Any) -> int:
-    found = link.get("id") if isinstance(link, dict) else next(iter(link), 0) if isinstance(link, list) else 0
-    return found if isinstance(found, int) else 0
 
 
 def _list_of(item: Raw, key: str) -> list[Any]:
