@@ -13,7 +13,8 @@ import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from usoflow.workflow.document import INPUT_NODE, promoted_fields
+from usoflow.workflow.document import INPUT_NODE, OWN_INPUT, promoted_fields
+from usoflow.workflow.flatten import PRIMITIVE
 from usoflow.workflow.widgets import EDITOR_ONLY
 
 QUARANTINE: Final = "proxyWidgetErrorQuarantine"
@@ -60,6 +61,8 @@ class _Subgraph:
     def give_input(self, host: Raw, key: str, field: str) -> bool:
         """An input for a field of a node within; False if a link leads there already."""
         node = self.nodes[key]
+        if node.get("type") == PRIMITIVE:
+            return self._take_over(host, node, field)
         ports, links = _list_of(self._raw, "inputs"), _list_of(self._raw, "links")
         slots = _list_of(node, "inputs")
         slot = _named(slots, field)
@@ -82,13 +85,33 @@ class _Subgraph:
                 "type": slot.get("type"),
             }
         )
+        self._add_port(host, key, field, slot.get("type"), [self._last])
+        return True
+
+    def _take_over(self, host: Raw, primitive: Raw, field: str) -> bool:
+        """An input in the place of a PrimitiveNode: it feeds what that fed."""
+        key, place = str(primitive.get("id")), len(_list_of(self._raw, "inputs"))
+        taken = [link for link in _objects(self._raw.get("links")) if str(link.get("origin_id")) == key]
+        for link in taken:
+            link |= {"origin_id": int(INPUT_NODE), "origin_slot": place}
+        for output in _objects(primitive.get("outputs")):
+            output["links"] = []
+        if taken:
+            links = [link.get("id") for link in taken]
+            name = self._add_port(host, key, field, taken[0].get("type"), links)
+            shown = [[OWN_INPUT, name] if entry == (key, field) else list(entry) for entry in _shown(host)]
+            host["properties"]["proxyWidgets"] = shown
+        return False  # there is nothing behind it
+
+    def _add_port(self, host: Raw, key: str, field: str, type_: Any, links: list[Any]) -> str:
+        """An input of the subgraph and, if it has none of that name, of the node that stands for it."""
         name = self._free(field)
         port = uuid.uuid5(uuid.NAMESPACE_OID, f"{self.id}/{key}/{field}")
-        ports.append({"id": str(port), "name": name, "type": slot.get("type"), "linkIds": [self._last]})
+        _list_of(self._raw, "inputs").append({"id": str(port), "name": name, "type": type_, "linkIds": links})
         outer = host.setdefault("inputs", [])
         if isinstance(outer, list) and _named(outer, name) is None:
-            outer.append({"name": name, "type": slot.get("type"), "widget": {"name": name}, "link": None})
-        return True
+            outer.append({"name": name, "type": type_, "widget": {"name": name}, "link": None})
+        return name
 
     def _free(self, name: str) -> str:
         number = 0
