@@ -43,6 +43,13 @@ def taking(types: str) -> str:
     return "\n".join([*lines, "NODE_CLASS_MAPPINGS = {'X': X}"])
 
 
+def giving(types: str, values: str) -> str:
+    """Source of a class X without inputs that gives these values."""
+    lines = [f"class X(Plain):\n    RETURN_TYPES = {types}", f"    def run(self): return {values}"]
+    inputs = "    @classmethod\n    def INPUT_TYPES(s): return {'required': {}}"
+    return "\n".join(["import torch", HEAD, *lines, inputs, "NODE_CLASS_MAPPINGS = {'X': X}"])
+
+
 @pytest.fixture
 def nodes() -> NodeRegistry:
     """Ours and the examples."""
@@ -155,14 +162,18 @@ def test_validate_inputs_decides_about_the_inputs_that_it_names(run: Runs) -> No
     assert (caught.value.code, caught.value.node_id) == ("values_refused", "grey")
 
 
-def test_what_needs_no_node_that_refuses_is_run(run: Runs, caplog: pytest.LogCaptureFixture) -> None:
-    prompt = {
-        "grey": node("Grey", size=17, level=0.5),
-        "never": node("PreviewImage", images=["grey", 0]),
+def with_another_output(name: str, given: dict[str, Any]) -> dict[str, Any]:
+    """A prompt of two outputs, of which `never` needs this node and `preview` does not."""
+    return {
+        name: given,
+        "never": node("PreviewImage", images=[name, 0]),
         "empty": node("EmptyImage", width=8, height=8, batch_size=1, color=0),
         "preview": node("PreviewImage", images=["empty", 0]),
     }
-    done = run(prompt, "never", "preview")
+
+
+def test_what_needs_no_node_that_refuses_is_run(run: Runs, caplog: pytest.LogCaptureFixture) -> None:
+    done = run(with_another_output("grey", node("Grey", size=17, level=0.5)), "never", "preview")
     assert done.shown.keys() == {"preview"}
     assert done.warnings == ("left out, with what needs it: Grey (node grey): the size 17 is odd",)
     assert done.warnings[0] in caplog.text
@@ -187,16 +198,7 @@ def test_what_needs_no_node_that_refuses_is_run(run: Runs, caplog: pytest.LogCap
 def test_what_is_not_as_it_promises_is_its_authors(
     tmp_path: Path, type_: str, given: str, consumer: str, words: str
 ) -> None:
-    source = f"""
-import torch
-class X:
-    CATEGORY, RETURN_TYPES, FUNCTION = "test", ("{type_}",), "run"
-    @classmethod
-    def INPUT_TYPES(s): return {{"required": {{}}}}
-    def run(self): return ({given},)
-NODE_CLASS_MAPPINGS = {{"X": X}}
-"""
-    (tmp_path / "x.py").write_text(source)
+    (tmp_path / "x.py").write_text(giving(f"({type_!r},)", f"({given},)"))
     run = Runs(with_custom(registry(), tmp_path), tmp_path / "output")
     name = {"PreviewImage": "images", "LatentUpscaleBy": "samples", "MaskToImage": "mask"}[consumer]
     prompt = {"x": node("X"), "use": node(consumer, **{name: ["x", 0]})}
@@ -209,18 +211,10 @@ NODE_CLASS_MAPPINGS = {{"X": X}}
 
 def test_what_may_be_left_out_may_be_none(tmp_path: Path) -> None:
     """As switches of custom nodes give it."""
-    source = """
-import torch
-class Gives:
-    CATEGORY, RETURN_TYPES, FUNCTION = "test", ("CONDITIONING", "LATENT"), "run"
-    @classmethod
-    def INPUT_TYPES(s): return {"required": {}}
-    def run(self): return ([(torch.zeros(1, 4, 8), {})], None)
-NODE_CLASS_MAPPINGS = {"Gives": Gives}
-"""
+    source = giving('("CONDITIONING", "LATENT")', "([(torch.zeros(1, 4, 8), {})], None)")
     (tmp_path / "gives.py").write_text(source)
     run = Runs(with_custom(registry(), tmp_path), tmp_path / "output")
-    prompt = {"x": node("Gives"), "use": node("ReferenceLatent", conditioning=["x", 0], latent=["x", 1])}
+    prompt = {"x": node("X"), "use": node("ReferenceLatent", conditioning=["x", 0], latent=["x", 1])}
     run.executor.run(Prompt.parse(prompt), ["use"], run.folders)
 
 
@@ -237,12 +231,7 @@ NODE_CLASS_MAPPINGS = {"Fails": Fails}
 """
     (tmp_path / "fails.py").write_text(source)
     run = Runs(with_custom(registry(), tmp_path), tmp_path / "output")
-    prompt = {
-        "fails": node("Fails"),
-        "never": node("PreviewImage", images=["fails", 0]),
-        "empty": node("EmptyImage", width=8, height=8, batch_size=1, color=0),
-        "preview": node("PreviewImage", images=["empty", 0]),
-    }
+    prompt = with_another_output("fails", node("Fails"))
     assert run(prompt, "never", "preview").shown.keys() == {"preview"}
     with pytest.raises(NodeError, match="not yet") as caught:
         run(prompt, "never")
@@ -250,18 +239,10 @@ NODE_CLASS_MAPPINGS = {"Fails": Fails}
 
 
 def test_types_of_its_own_hold_what_they_like(tmp_path: Path) -> None:
-    source = """
-import torch
-class Gives:
-    CATEGORY, RETURN_TYPES, FUNCTION = "test", ("BIAS", "IMAGE"), "run"
-    @classmethod
-    def INPUT_TYPES(s): return {"required": {}}
-    def run(self): return (torch.full((4,), float("-inf")), torch.zeros(1, 8, 8, 3))
-NODE_CLASS_MAPPINGS = {"Gives": Gives}
-"""
-    (tmp_path / "gives.py").write_text(source)
+    values = '(torch.full((4,), float("-inf")), torch.zeros(1, 8, 8, 3))'
+    (tmp_path / "gives.py").write_text(giving('("BIAS", "IMAGE")', values))
     run = Runs(with_custom(registry(), tmp_path), tmp_path / "output")
-    assert run({"x": node("Gives"), "use": node("PreviewImage", images=["x", 1])}, "use").shown["use"].images
+    assert run({"x": node("X"), "use": node("PreviewImage", images=["x", 1])}, "use").shown["use"].images
 
 
 def test_ranges_and_options_are_checked_before_it_runs(nodes: NodeRegistry) -> None:

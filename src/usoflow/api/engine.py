@@ -12,7 +12,7 @@ import itertools
 import secrets
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property
@@ -25,8 +25,6 @@ from usoflow.api.official import RANDOM_SEEDS, TEMPLATE, Request, adapted, build
 from usoflow.api.result import Result
 from usoflow.api.workflow import Workflow, WorkflowSource, check_picture, plain
 from usoflow.errors import UsoflowError
-from usoflow.execution.progress import NodeFinished
-from usoflow.nodes.context import Shown
 from usoflow.settings import Folders, bytes_of, expanded, find_folders, temp_folder
 from usoflow.workflow.loading import TEMPLATE as TEMPLATE_PREFIX
 
@@ -213,26 +211,14 @@ class Engine:
             self.start()
             executor = self._executor  # which a listener may take away by `close`
             assert executor is not None
-            shown: list[Shown] = []
-
-            def listen(event: Event) -> None:
-                if isinstance(event, NodeFinished) and event.shown:
-                    shown.append(event.shown)
-                if progress is not None:
-                    progress(event)
-
-            try:
-                done = executor.run(
-                    job.workflow.prompt,
-                    job.targets,
-                    job.folders,
-                    workflow=job.workflow.ui,
-                    listen=listen,
-                    cancellation=cancellation,
-                )
-            except UsoflowError as error:
-                error.paths = _paths(shown, job.folders)
-                raise
+            done = executor.run(
+                job.workflow.prompt,
+                job.targets,
+                job.folders,
+                workflow=job.workflow.ui,
+                listen=progress or (lambda event: None),
+                cancellation=cancellation,
+            )
             return _result(job, done, executor.library.placement)
 
     @contextmanager
@@ -353,14 +339,9 @@ class Engine:
         )
 
 
-def _paths(shown: Iterable[Shown], folders: Folders) -> tuple[Path, ...]:
-    paths = (image.path(folders) for node in shown for image in node.images)
-    return tuple(path.absolute() for path in paths if path is not None)
-
-
 def _result(job: Job, done: RunResult, placement: Placement) -> Result:
     return Result(
-        paths=_paths(done.shown.values(), job.folders),
+        paths=tuple(path for shown in done.shown.values() for path in shown.paths(job.folders)),
         seeds=job.workflow.seeds,
         seconds=done.seconds,
         shown=done.shown,

@@ -7,7 +7,6 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -177,8 +176,13 @@ class _Run:
                 key = key_of[node_id]
                 if key not in known:
                     known[key] = self._run_node(node_id)
-                    cache.put(key, known[key], node_id, self._written(known[key]))
+                    record = _shown(known[key])
+                    cache.put(key, known[key], node_id, record.paths(self.folders) if record else ())
                 self.outputs[node_id] = known[key]
+        except UsoflowError as error:
+            written = (node.shown for node in self.finished if node.shown)
+            error.paths = tuple(path for each in written for path in each.paths(self.folders))
+            raise
         finally:
             not_asked_for = self.prompt.nodes.keys() - key_of.keys()
             cache.keep_only(set(key_of.values()), not_asked_for)
@@ -191,13 +195,6 @@ class _Run:
         present = {(node_id, node.class_type) for node_id, node in self.prompt.nodes.items()}
         for gone in self.executor.instances.keys() - present:
             del self.executor.instances[gone]
-
-    def _written(self, outputs: Outputs) -> Iterator[Path]:
-        """The pictures that a node has written; its other outputs are in memory."""
-        shown = _shown(outputs)
-        for image in shown.images if shown else ():
-            if path := image.path(self.folders):
-                yield path
 
     def _without_refused(self, targets: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
         """The outputs that need no custom node that does not take its values, asked before any is run.

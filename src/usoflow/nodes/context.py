@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol, Self
@@ -91,6 +91,12 @@ class Shown:
     images: tuple[SavedImage, ...] = ()
     other: Mapping[str, Any] = field(default_factory=dict)
     outputs: tuple[Any, ...] = ()
+
+    def paths(self, folders: Folders) -> Iterator[Path]:
+        """Where its pictures are, as far as they are in these folders."""
+        for image in self.images:
+            if path := image.path(folders):
+                yield path.absolute()
 
     def record(self) -> dict[str, Any]:
         """As JSON."""

@@ -58,10 +58,8 @@ def new_array(path: Path, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> npt.N
                 os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
             except OSError as error:
                 path.unlink()
-                raise UsoflowError(
-                    "output_unwritable", f"{path} cannot be written: {error.strerror}.",
-                    remedy=f"Have {array.nbytes / 1e9:.1f} GB free there.",
-                ) from None  # fmt: skip
+                remedy = f"Have {array.nbytes / 1e9:.1f} GB free there."
+                raise unwritable(path, error, remedy=remedy) from None
     return array
 
 
@@ -75,10 +73,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
         save_file(dict(tensors), partial, metadata=metadata)
 
 
-def unwritable(path: Path, reason: Exception) -> UsoflowError:
+def unwritable(path: Path, error: Exception, *, remedy: str | None = None) -> UsoflowError:
     """The error of a file that cannot be written, in whatever words that is told."""
-    what = f"{path} cannot be written: {textwrap.shorten(str(reason), 200)}."
-    return UsoflowError("output_unwritable", what)
+    reason = getattr(error, "strerror", None) or textwrap.shorten(str(error), 200)
+    return UsoflowError("output_unwritable", f"{path} cannot be written: {reason}.", remedy=remedy)
 
 
 def fingerprint(*made_by: nn.Module | str | int) -> str:

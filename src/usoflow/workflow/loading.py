@@ -53,7 +53,7 @@ def load(source: str | Path, registry: NodeRegistry) -> LoadedWorkflow:
     """
     name = str(source)
     if name.startswith(TEMPLATE):
-        return load_json(template(name.removeprefix(TEMPLATE)), registry)
+        return load_json(_template(name.removeprefix(TEMPLATE)), registry)
     try:
         data = sys.stdin.buffer.read() if name == "-" else _bytes(expanded(source))
     except (OSError, ValueError) as reason:
@@ -171,7 +171,12 @@ def _check_depth(data: object) -> None:
 
 
 def template(name: str) -> dict[str, Any]:
-    """An official template as decoded JSON. Raises UsoflowError("template_unknown")."""
+    """An official template as the editor has it. Raises UsoflowError("template_unknown")."""
+    return opened(_template(name))
+
+
+def _template(name: str) -> dict[str, Any]:
+    """The same as it is stored."""
     from importlib import resources
 
     folder = resources.files(TEMPLATE_PACKAGE) / "templates"
@@ -181,7 +186,7 @@ def template(name: str) -> dict[str, Any]:
     data = read_json(file.read_bytes())
     if not isinstance(data, dict) or not document.looks_like_workflow(data):
         raise UsoflowError("template_unknown", f"{name!r} is not the template of a workflow")
-    return opened(data)
+    return data
 
 
 def _beside(workflow: object) -> dict[str, Any] | None:

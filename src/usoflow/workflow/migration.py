@@ -39,7 +39,7 @@ def opened(workflow: Raw) -> Raw:
                 properties.pop(QUARANTINE, None)
             stored = node.get("widgets_values")
             values = stored if isinstance(stored, list) else []
-            for (key, field), value in zip(_shown(node), values, strict=False):
+            for (key, field), value in zip(_promoted(node), values, strict=False):
                 if value is not None:
                     _lead(node, key, field, subgraphs)
     return copied
@@ -99,7 +99,7 @@ class _Subgraph:
         if taken:
             links = [link.get("id") for link in taken]
             name = self._add_port(host, key, field, taken[0].get("type"), links)
-            shown = [[OWN_INPUT, name] if entry == (key, field) else list(entry) for entry in _shown(host)]
+            shown = [[OWN_INPUT, name] if entry == (key, field) else list(entry) for entry in _promoted(host)]
             host["properties"]["proxyWidgets"] = shown
         return False  # there is nothing behind it
 
@@ -131,10 +131,10 @@ def _lead(host: Raw, key: str, field: str, subgraphs: Mapping[str, _Subgraph]) -
         subgraph = subgraphs.get(str(outer.get("type")))
         if subgraph and key in subgraph.nodes and subgraph.give_input(outer, key, field):
             node = subgraph.nodes[key]
-            pending += [(node, below) for below, name in _shown(node) if name == field]
+            pending += [(node, below) for below, name in _promoted(node) if name == field]
 
 
-def _shown(host: Raw) -> tuple[tuple[str, str], ...]:
+def _promoted(host: Raw) -> tuple[tuple[str, str], ...]:
     """The fields of nodes within that a subgraph's node shows."""
     properties = host.get("properties")
     return promoted_fields(properties.get("proxyWidgets")) if isinstance(properties, dict) else ()
