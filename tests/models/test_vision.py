@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import SiglipVisionConfig, SiglipVisionModel
+from transformers import SiglipConfig as SiglipConfigOfBoth
+from transformers import SiglipModel, SiglipVisionConfig, SiglipVisionModel
 
 from golden import synth
 from golden.compare import Golden
@@ -20,10 +21,12 @@ from networks import relative
 from usoflow.errors import UsoflowError
 from usoflow.models import vision
 from usoflow.models.checkpoint import Component, TensorFile
+from usoflow.models.inspection import inspect
 from usoflow.models.vision import SiglipConfig, SiglipVision, preprocess
 from usoflow.models.weights import build
 
 CONFIG = SiglipConfig(dim=32, mlp_dim=40, layers=4, heads=4, patch=5, grid=3, image_size=17, eps=1e-3)
+TEXT = {"hidden_size": CONFIG.dim, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +58,22 @@ def state_of(oracle: SiglipVisionModel) -> dict[str, Tensor]:
 def component_of(path: Path, state: dict[str, Tensor], **declared: object) -> Component:
     save_file(state, path, metadata={"usoflow.config": json.dumps({"siglip": declared})})
     return TensorFile.open(path).component("siglip")
+
+
+def test_the_tower_of_a_whole_siglip(oracle: SiglipVisionModel, tmp_path: Path) -> None:
+    """As Google publishes it, and bytedance/USO loads it: with a text encoder, which is nobody's here."""
+    whole = SiglipModel(SiglipConfigOfBoth(text_config=TEXT, vision_config=oracle.config))
+    state = {name: t.clone().contiguous() for name, t in whole.state_dict().items()} | state_of(oracle)
+    component = component_of(tmp_path / "whole.safetensors", state, heads=CONFIG.heads, eps=CONFIG.eps)
+    own = component_of(tmp_path / "own.safetensors", state_of(oracle), heads=CONFIG.heads, eps=CONFIG.eps)
+    assert component.file.components() == {"siglip": component}
+    assert component.file.describe() == "SigLIP vision tower, SigLIP's text encoder"
+    assert "every value is finite" in "".join(inspect(tmp_path / "whole.safetensors", None))
+    assert component.tensors.keys() == own.tensors.keys()
+    size = CONFIG.grid * CONFIG.patch
+    picture = torch.rand(1, 3, size, size)
+    ours, theirs = (load(part)(picture, layers=[-2]).hidden[-2] for part in (component, own))
+    assert torch.equal(ours, theirs)
 
 
 @pytest.fixture

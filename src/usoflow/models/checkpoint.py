@@ -142,11 +142,7 @@ class TensorFile:
         if self.of_diffusers():
             return "a model in the layout of diffusers"
         held = [KIND_NAMES[kind] for kind in self._prefixes]
-        others = [
-            words
-            for kind, (_, words) in OTHER_FAMILIES.items()
-            if (prefix := self._signed(kind)) is not None and self._of_other_family(kind, prefix)
-        ]
+        others = [OTHER_FAMILIES[kind][1] for kind in self._others]
         return ", ".join([*held, *others]) or "nothing usoflow knows"
 
     @property
@@ -176,6 +172,12 @@ class TensorFile:
             found.pop("lora", None)
         return found
 
+    @property
+    def _others(self) -> Mapping[str, str]:
+        """The kinds of which the file holds one of another family, with what precedes its names."""
+        signed = ((kind, self._signed(kind)) for kind in OTHER_FAMILIES)
+        return {k: prefix for k, prefix in signed if prefix is not None and self._of_other_family(k, prefix)}
+
     def _prefix(self, kind: str) -> str | None:
         prefix = self._signed(kind)
         return None if prefix is None or self._of_other_family(kind, prefix) else prefix
@@ -191,7 +193,7 @@ class TensorFile:
     def _refuse_strays(self, found: Mapping[str, str]) -> None:
         if not found:
             return
-        prefixes = tuple(found.values())
+        prefixes = (*found.values(), *self._others.values())
         strays = [
             n for n in self.tensors if not n.startswith(prefixes) and not matches_any(n, IGNORED_ANYWHERE)
         ]

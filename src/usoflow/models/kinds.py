@@ -30,6 +30,7 @@ OTHER_FAMILIES: Mapping[str, tuple[str, str]] = MappingProxyType(
         "vae": ("quant_conv.weight", "a VAE of another family (of Stable Diffusion)"),
         "t5": ("encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight", "umT5"),
         "siglip": ("embeddings.class_embedding", "CLIP's vision tower"),
+        "clip_l": ("text_model.head.weight", "SigLIP's text encoder"),
     }
 )
 
@@ -55,6 +56,6 @@ SINGLE_FILES = (
     " flux1-dev.safetensors and ae.safetensors of the same repository."
 )
 
-# Tensors of no model in an all-in-one file: CLIP's training temperature and ComfyUI's "this file is
-# scaled fp8" marker.
-IGNORED_ANYWHERE = ("*logit_scale", "*scaled_fp8")
+# Tensors of no model in an all-in-one file: the training temperatures of CLIP and SigLIP, and ComfyUI's "this
+# file is scaled fp8" marker.
+IGNORED_ANYWHERE = ("*logit_scale", "*logit_bias", "*scaled_fp8")
