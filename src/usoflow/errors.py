@@ -91,7 +91,7 @@ CATALOGUE: Mapping[str, ErrorKind] = MappingProxyType(
             "The file is not a picture that can be read.", "Use a PNG, JPEG or WebP picture.", EXIT_INPUT
         ),
         "image_too_large": ErrorKind(
-            "The picture has more pixels than are read.", "Scale it down first.", EXIT_INPUT
+            "The picture has more pixels than the limit.", "Scale it down first.", EXIT_INPUT
         ),
         # --- running --------------------------------------------------------------------------------
         "non_finite": ErrorKind(
@@ -157,12 +157,12 @@ CATALOGUE: Mapping[str, ErrorKind] = MappingProxyType(
             EXIT_USAGE,
         ),
         "host_refused": ErrorKind(
-            "The server is asked for under another name.",
+            "The Host header names another server.",
             "Open it at 127.0.0.1, let a proxy ask for it by that name, or start it with --token.",
             EXIT_USAGE,
         ),
         "origin_refused": ErrorKind(
-            "A page of another site asks.",
+            "The request comes from a page of another site.",
             "Use the server's own page; behind a proxy, Host and Origin must name the same address.",
             EXIT_USAGE,
         ),
@@ -175,7 +175,7 @@ CATALOGUE: Mapping[str, ErrorKind] = MappingProxyType(
             "The request is not of the form that the API takes.", "See /docs of the server.", EXIT_USAGE
         ),
         "body_too_large": ErrorKind(
-            "The request is larger than is taken.", "Send a smaller picture or workflow.", EXIT_USAGE
+            "The request is larger than the limit.", "Send a smaller picture or workflow.", EXIT_USAGE
         ),
         "file_exists": ErrorKind(
             "There is a file of this name.", "Choose another name, or overwrite=true.", EXIT_USAGE
@@ -187,6 +187,7 @@ CATALOGUE: Mapping[str, ErrorKind] = MappingProxyType(
         "server_stopping": ErrorKind(
             "The server takes no more jobs.", "Send it again when the server has started again.", EXIT_RUN
         ),
+        "job_unknown": ErrorKind("There is no job of this id.", "The route /jobs lists them.", EXIT_USAGE),
         "job_exists": ErrorKind("There is a job of this id.", "Choose another prompt_id.", EXIT_USAGE),
         # --- model files ----------------------------------------------------------------------------
         "model_missing": ErrorKind(
@@ -200,7 +201,7 @@ CATALOGUE: Mapping[str, ErrorKind] = MappingProxyType(
             EXIT_MODEL,
         ),
         "model_damaged": ErrorKind(
-            "The file is not a valid safetensors file.", "Download the file again.", EXIT_MODEL
+            "The file, or what it declares of itself, is damaged.", "Download the file again.", EXIT_MODEL
         ),
         "model_values": ErrorKind(
             "The file has values that are not finite (NaN or infinite).",
@@ -272,7 +273,7 @@ CATALOGUE: Mapping[str, ErrorKind] = MappingProxyType(
             EXIT_WORKFLOW,
         ),
         "reference_method": ErrorKind(
-            "References are to be placed by a method that there is not.",
+            "The method of placing references is unknown.",
             "Use uxo/uno, offset or index.",
             EXIT_WORKFLOW,
         ),
@@ -283,12 +284,12 @@ CATALOGUE: Mapping[str, ErrorKind] = MappingProxyType(
         ),
         # --- training, and what is computed with pictures ----------------------------------------------
         "training_data": ErrorKind(
-            "The drawings that the pocket models are trained on cannot be had.",
+            "The drawings that the pocket models are trained on could not be fetched.",
             "Check that npm runs and that the network is there; `usoflow train render` fetches them.",
             EXIT_INPUT,
         ),
         "training_config": ErrorKind(
-            "The training file cannot be read.",
+            "The training file, or what a stage left in the work folder, does not fit this run.",
             "Compare it with training/configs/pocket.toml of the package.",
             EXIT_USAGE,
         ),

@@ -218,8 +218,12 @@ def existing_part(folder: Path) -> Path | None:
     return None
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(folder: Path, named_by: str = "--output or USOFLOW_OUTPUT") -> None:
     """Before minutes are spent on what could not be kept there.
+
+    Args:
+        folder: may yet have to be made.
+        named_by: what another one is chosen with.
 
     Raises:
         UsoflowError: `output_unwritable`.
@@ -228,8 +232,8 @@ def check_writable(folder: Path) -> None:
     if there is None or not (os.path.isdir(there) and os.access(there, os.W_OK | os.X_OK)):
         raise UsoflowError(
             "output_unwritable",
-            f"{folder} is no folder that can be written to.",
-            remedy="Let it be one, or name another with --output or USOFLOW_OUTPUT.",
+            f"{folder} is not a folder that can be written to.",
+            remedy=f"Make it one, or choose another with {named_by}.",
         )
 
 
@@ -294,7 +298,7 @@ def _extra_paths(file: Path) -> Iterator[tuple[str, list[Path], bool]]:
         base = expanded(os.path.expandvars(_text(entries, "base_path", where) or file.parent))
         base = base if base.is_absolute() else file.parent / base
         for kind, names in MODEL_FOLDERS.items():
-            for key in (kind, *names):
+            for key in names:
                 lines = _text(entries, key, where).split("\n")
                 paths = [base / line.strip() for line in lines if line.strip()]
                 yield kind, paths, entries.get("is_default") is True

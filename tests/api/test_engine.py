@@ -7,7 +7,7 @@ import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -20,6 +20,11 @@ from usoflow import Engine, UsoflowError, Workflow
 from usoflow.api.engine import _loras
 from usoflow.execution.progress import Cancellation, NodeProgress, NodeStarted
 from usoflow.settings import POCKET_MODELS
+
+
+class Size(NamedTuple):
+    width: Any
+    height: Any
 
 
 @pytest.fixture
@@ -200,7 +205,7 @@ def test_generating_can_be_stopped(engine: Engine) -> None:
 def test_numbers_of_numpy_are_numbers(engine: Engine, file: Path) -> None:
     """They are written into the picture, as JSON."""
     given = {"seed": np.int64(3), "steps": np.int32(1), "guidance": np.float32(2.5)}
-    result = engine.generate("a fox", size=(np.int64(32), 32), **given)
+    result = engine.generate("a fox", size=Size(np.int64(32), 32), **given)
     assert result.seeds == (3,)
     assert json.loads(result.images[0].info["workflow"])
     workflow = Workflow.load(file).set("KSampler.steps", np.int64(1)).with_seed(torch.tensor(9))

@@ -91,7 +91,7 @@ def check(done: Done, code: int, *words: str) -> None:
     [
         ("--models", 2, "Check the path."),
         ("--subject", 5, "Check the path."),
-        ("--output", 2, "name another with --output"),
+        ("--output", 2, "choose another with --output"),
         ("--save-workflow", 2, "Check the folder"),
     ],
 )

@@ -47,7 +47,7 @@ def tree(small_models: Path, tmp_path: Path) -> Path:
 def test_what_is_no_file(tmp_path: Path) -> None:
     for name in ("mine.safetensors", str(tmp_path)):
         done = usoflow("models", "check", name)
-        assert (done.code, done.err.count("is no file")) == (2, 1)
+        assert (done.code, done.err.count("is not a file")) == (2, 1)
 
 
 def test_a_folder_is_only_made_for_who_agrees(tmp_path: Path) -> None:

@@ -89,7 +89,16 @@ def test_an_output_that_cannot_be_made_is_told_at_once(
     (tmp_path / "link").symlink_to(tmp_path / "nothing")
     done = usoflow(*command, "--models", small_models, "--output", tmp_path / place)
     assert (done.code, done.out) == (2, "")
-    assert "no folder that can be written to" in done.err
+    assert "not a folder that can be written to" in done.err
+
+
+@pytest.mark.parametrize("command", [("train", "render"), ("evaluate",)], ids=lambda c: c[0])
+def test_a_work_folder_that_cannot_be_made_is_told_at_once(tmp_path: Path, command: tuple[str, ...]) -> None:
+    """Before 600 MB of drawings are fetched; no variable names it."""
+    (tmp_path / "file").touch()
+    done = usoflow(*command, "--work", tmp_path / "file")
+    assert (done.code, done.out) == (2, "")
+    assert done.err.endswith("Make it one, or choose another with --work.\n")
 
 
 def test_a_graph_is_not_lost_to_its_prompt(tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def test_denoise_takes_the_end_of_a_longer_schedule(name: str) -> None:
 @pytest.mark.parametrize("denoise", [1e-9, 5e-324, 0.000_199])
 def test_an_endless_schedule_is_refused(denoise: float) -> None:
     """Its last steps would be all that is used of it."""
-    with pytest.raises(UsoflowError, match="20 steps of a denoise") as caught:
+    with pytest.raises(UsoflowError, match="20 steps at a denoise") as caught:
         sigmas("simple", 20, denoise, schedule=FLUX)
     assert caught.value.code == "prompt_invalid"
     assert "larger denoise" in caught.value.remedy

@@ -43,8 +43,8 @@ def check(workflow: Workflow, folders: Folders, nodes: NodeRegistry) -> Job:
     """Validate a workflow against the nodes and files that there are. Imports no torch.
 
     Raises:
-        UsoflowError: `prompt_invalid` or `model_missing`, with every reason and its remedy; `save_failed`,
-            `path_outside`.
+        UsoflowError: `prompt_invalid`, `model_missing` or `image_missing`, with every reason and its remedy;
+            `output_unwritable`, `path_outside`.
     """
 
     def remedy(folder: str, name: str) -> str:

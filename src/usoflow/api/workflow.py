@@ -265,9 +265,10 @@ def _decoded(text: str) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """What JSON can hold: numbers of numpy and torch become Python's, also those of a pair."""
+    """What JSON can hold: numbers of numpy and torch become Python's, also those of a pair of any kind."""
     if isinstance(value, tuple | list):
-        return type(value)(plain(part) for part in value)
+        parts = [plain(part) for part in value]
+        return parts if isinstance(value, list) else tuple(parts)
     item = getattr(value, "item", None)
     return item() if callable(item) and getattr(value, "shape", None) == () else value
 

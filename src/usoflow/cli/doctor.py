@@ -148,7 +148,6 @@ def _memory() -> Iterator[Finding]:
 
 def _folders(folders: Folders) -> Iterator[Finding]:
     from usoflow.catalogue import missing, pull_command
-    from usoflow.errors import UsoflowError
     from usoflow.settings import check_writable, existing_part
 
     lacking = [file.name for file in missing(folders)]

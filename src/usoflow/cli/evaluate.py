@@ -34,7 +34,8 @@ def evaluate(
         raise typer.BadParameter(f"{size} is no multiple of 16.", param_hint="--size")
     from usoflow.settings import check_writable, find_folders
 
-    check_writable(output)
+    check_writable(output, "--output")
+    check_writable(work, "--work")
     from usoflow.models.library import ModelLibrary
     from usoflow.models.placement import Placement
     from usoflow.training.plan import Plan

@@ -119,8 +119,13 @@ def _check_working_folder() -> None:
 
 def _refused_by_system(error: OSError) -> UsoflowError | None:
     """What is wrong with a file or standard output; None for a defect of ours."""
-    if error.filename is not None:  # most likely one that this user may not read
-        return UsoflowError("file_not_found", f"{error.filename}: {error.strerror}.")
+    if error.filename is not None:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # else most likely not for this user
+        return UsoflowError(
+            "output_unwritable" if full else "file_not_found",
+            f"{error.filename}: {error.strerror}.",
+            remedy=None if full else "Check the path and its permissions.",
+        )
     if error.errno == errno.ENOSPC:
         report.discard(sys.stdout)
         return UsoflowError("output_unwritable", f"Standard output: {error.strerror}.")

@@ -64,7 +64,7 @@ def pull(
     yes: Annotated[bool, typer.Option("--yes", help="Agree to the licences without being asked.")] = False,
 ) -> None:
     """Download what is missing of the tutorial's files, continuing what broke off."""
-    from usoflow.api.download import name_to_keep, pull
+    from usoflow.api import download
     from usoflow.catalogue import missing
     from usoflow.settings import find_folders, named_models
 
@@ -78,7 +78,7 @@ def pull(
         for file in wanted:
             print(f"{file.name}  {file.size}\n  {file.url}\n  licence: {file.licence}")
             target = folders.models[file.folder][0] / file.name
-            if kept := name_to_keep(target):
+            if kept := download.name_to_keep(target):
                 print(f"  {target} holds something else: it is kept as {kept.name}")
             elif target.exists():
                 print(f"  replaces {target}, which is damaged")
@@ -86,7 +86,7 @@ def pull(
             _confirm()
         for file in wanted:
             with _bar(file.name) as progress:
-                written = pull(file, folders, progress)
+                written = download.pull(file, folders, progress)
             print(f"wrote {written}", flush=True)
     if not wanted:
         print("All files of the tutorial are there.")
@@ -113,7 +113,7 @@ def check(
         what = f"{file} is a folder in the layout of diffusers."
         raise UsoflowError("model_kind", what, remedy=SINGLE_FILES)
     if not os.path.isfile(file):
-        raise UsoflowError("file_not_found", f"{file} is no file; its place is part of its name.")
+        raise UsoflowError("file_not_found", f"{file} is not a file; give its whole path.")
     header = TensorFile.open(file)  # what it tells is told before torch is imported
     for name, info in header.tensors.items() if tensors else ():
         print(f"{name}  {list(info.shape)}  {info.dtype}")

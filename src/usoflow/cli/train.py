@@ -9,6 +9,7 @@ import typer
 
 from usoflow.cli.options import Device, need_training, path
 from usoflow.errors import UsoflowError
+from usoflow.settings import check_writable
 
 
 def train(
@@ -37,6 +38,7 @@ def train(
     They learn from emoji drawings. FLUX.1 itself is taught by `python -m usoflow.training.full_size`.
     """
     need_training()
+    check_writable(work, "--work")
     import torch
 
     from usoflow.models.placement import Placement

@@ -119,7 +119,8 @@ class TensorFile:
         """The models in this file by kind (keys of `SIGNATURES`).
 
         Raises:
-            UsoflowError: `tensor_unknown` if a tensor belongs to no recognised model.
+            UsoflowError: `tensor_unknown` if a tensor belongs to no recognised model; `model_damaged` for
+                declarations that are none.
         """
         return self._components
 
@@ -127,7 +128,8 @@ class TensorFile:
         """The model of this kind.
 
         Raises:
-            UsoflowError: `model_kind` if the file holds none, naming what it holds instead; `tensor_unknown`.
+            UsoflowError: `model_kind` if the file holds none, naming what it holds instead; `tensor_unknown`,
+                `model_damaged`.
         """
         if kind not in self._prefixes or self.of_diffusers():
             raise UsoflowError(

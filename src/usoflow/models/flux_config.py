@@ -37,8 +37,8 @@ class FluxConfig:
         """Widths and depths from tensor shapes, rope axes and theta from the file's declaration.
 
         Raises:
-            UsoflowError: `tensor_missing`, `tensor_shape`, `block_gap`; `model_unsupported` if it is one
-                that usoflow does not run: quantised by bitsandbytes, or one of FLUX.1's tools.
+            UsoflowError: `model_damaged`, `tensor_missing`, `tensor_shape`, `block_gap`;
+                `model_unsupported` if it is one that usoflow does not run: quantised by bitsandbytes, or one of FLUX.1's tools.
         """
         if any(name.endswith(".absmax") for name in component.tensors):
             raise UsoflowError(

@@ -170,7 +170,7 @@ class ModelLibrary:
             return tiled(decode, latents, tiles).movedim(1, -1).contiguous()
 
     def style_tokens(self, projector: Component, states: Mapping[int, Tensor]) -> Tensor:
-        """Hidden states of the vision tower, by layer, to style tokens [B, 192, hidden]."""
+        """Hidden states of the vision tower, by layer, to style tokens [B, tokens, hidden]."""
 
         def project() -> Tensor:
             module = self._module(projector, load_projector)

@@ -91,7 +91,9 @@ class Placement:
         if chosen.type == "cuda":
             chosen = _current_gpu()
         if dtype not in ("auto", *DTYPES):
-            raise UsoflowError("device_unavailable", f"{dtype!r} is none of auto, {', '.join(DTYPES)}.")
+            raise UsoflowError(
+                "device_unavailable", f"{dtype!r} is not a dtype: choose auto, {', '.join(DTYPES)}."
+            )
         dtype_ = _best_dtype(chosen) if dtype == "auto" else DTYPES[dtype]
         compiled = chosen.type == "cuda" if compiled is None else compiled
         return cls(chosen, dtype_, budget, compiled, fastest=dtype == "auto")

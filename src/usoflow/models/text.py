@@ -134,7 +134,7 @@ class ClipTextConfig:
         """Sizes from tensor shapes; `heads` and `eps` declared, else official.
 
         Raises:
-            UsoflowError: `tensor_missing`, `tensor_shape`, `block_gap`, `model_unsupported`.
+            UsoflowError: `model_damaged`, `tensor_missing`, `tensor_shape`, `block_gap`, `model_unsupported`.
         """
         name = "text_model.embeddings.{}_embedding.weight"
         vocabulary, dim = component.shape(name.format("token"), 2)
@@ -246,7 +246,7 @@ class T5Config:
         """Sizes from tensor shapes; `eps` and `min_length` declared, else official.
 
         Raises:
-            UsoflowError: `tensor_missing`, `tensor_shape`, `block_gap`, `model_unsupported`.
+            UsoflowError: `model_damaged`, `tensor_missing`, `tensor_shape`, `block_gap`, `model_unsupported`.
         """
         first = "encoder.block.0.layer."
         vocabulary, dim = component.shape("shared.weight", 2)

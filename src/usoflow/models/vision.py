@@ -59,7 +59,7 @@ class SiglipConfig:
         """Sizes from tensor shapes; `heads`, `image_size` and `eps` declared, else official.
 
         Raises:
-            UsoflowError: `tensor_missing`, `tensor_shape`, `block_gap`, `model_unsupported`.
+            UsoflowError: `model_damaged`, `tensor_missing`, `tensor_shape`, `block_gap`, `model_unsupported`.
         """
         positions, dim = component.shape("embeddings.position_embedding.weight", 2)
         patch = component.shape("embeddings.patch_embedding.weight", 4)[-1]

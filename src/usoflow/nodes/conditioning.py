@@ -57,7 +57,7 @@ def encode_vision(
     *,
     context: NodeContext,
 ) -> ClipVisionOutput:
-    """Shows a picture to the vision tower."""
+    """Encodes a picture with the vision encoder."""
     return context.library.encode_vision(clip_vision.siglip, image, crop)
 
 
@@ -108,13 +108,13 @@ def reference_method(
 
 @node("FluxDisableGuidance", category="advanced/conditioning/flux")
 def disable_guidance(conditioning: Conditioning) -> Conditioning:
-    """Leaves FLUX's built-in guidance away altogether."""
+    """Disables FLUX's built-in guidance."""
     return with_option(conditioning, "guidance", None)
 
 
 @node("ConditioningCombine", category="conditioning", display_name="Conditioning (Combine)")
 def combine(conditioning_1: Conditioning, conditioning_2: Conditioning) -> Conditioning:
-    """Asks for both: the model is asked for each, and their mean is taken."""
+    """Combines two conditionings: the model predicts for each, and the mean is taken."""
     return [*conditioning_1, *conditioning_2]
 
 
@@ -157,9 +157,10 @@ def average(
 def _require_one_width(conditioning: Conditioning, other: Tensor) -> None:
     widths = {text.shape[-1] for text, _ in conditioning} | {other.shape[-1]}
     if len(widths) > 1:
+        told = " and ".join(map(str, sorted(widths)))
         raise UsoflowError(
             "models_mismatch",
-            f"The prompts are of text encoders that give {' and '.join(map(str, sorted(widths)))} numbers.",
+            f"The prompts come from different text encoders (widths {told}).",
         )
 
 

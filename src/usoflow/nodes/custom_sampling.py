@@ -32,7 +32,7 @@ def model_sampling_flux(
 
 @node("KSamplerSelect", category="sampling/custom_sampling/samplers")
 def select_sampler(sampler_name: Annotated[str, Choice(SAMPLER_NAMES)]) -> Sampler:
-    """The algorithm."""
+    """Selects the sampling algorithm."""
     return sampler_name
 
 
@@ -43,11 +43,11 @@ def basic_scheduler(
     steps: Annotated[int, Int(min=1, max=10000)] = 20,
     denoise: Annotated[float, Float(min=0.0, max=1.0, step=0.01)] = 1.0,
 ) -> Sigmas:
-    """The noise levels of a run."""
+    """The noise levels (sigmas) of a run."""
     from usoflow.nodes.denoising import schedule_of
     from usoflow.sampling.schedule import sigmas
 
-    # `ddim_uniform` may give more levels than asked for, which KSampler takes and this node does not.
+    # `ddim_uniform` may give more sigmas than asked for, which KSampler takes and this node does not.
     return sigmas(scheduler, steps, denoise, schedule=schedule_of(model))[-(steps + 1) :]
 
 
@@ -57,13 +57,13 @@ def basic_scheduler(
     output_names=("high_sigmas", "low_sigmas"),
 )
 def split_sigmas(sigmas: Sigmas, step: Annotated[int, Int(min=0, max=10000)] = 0) -> tuple[Sigmas, Sigmas]:
-    """Cuts noise levels in two; the level between the parts belongs to both."""
+    """Splits sigmas in two; the one between the parts belongs to both."""
     return sigmas[: step + 1], sigmas[step:]
 
 
 @node("BasicGuider", category="sampling/custom_sampling/guiders")
 def basic_guider(model: Model, conditioning: Conditioning) -> Guider:
-    """A model and what it is asked for."""
+    """Guides the model by one conditioning."""
     return GuiderHandle(model, conditioning)
 
 
@@ -74,13 +74,13 @@ def cfg_guider(
     negative: Conditioning,
     cfg: Annotated[float, Float(min=0.0, max=100.0, step=0.1, round=0.01)] = 8.0,
 ) -> Guider:
-    """A model, what it is asked for, and what to keep away from."""
+    """Guides the model towards one conditioning and away from another (classifier-free guidance)."""
     return GuiderHandle(model, positive, negative, cfg)
 
 
 @node("RandomNoise", category="sampling/custom_sampling/noise")
 def random_noise(noise_seed: Annotated[int, SEED] = 0) -> Noise:
-    """Noise of a seed."""
+    """Random noise from a seed."""
     return NoiseHandle(noise_seed)
 
 
@@ -104,10 +104,8 @@ def sampler_custom_advanced(
     *,
     context: NodeContext,
 ) -> tuple[Latent, Latent]:
-    """Denoises a latent: as it is at the last level, and as the model last estimated it without noise."""
+    """Denoises a latent: as it is at the last sigma, and as the model last estimated it without noise."""
     from usoflow.nodes.denoising import denoise_latent
 
-    denoised = denoise_latent(
-        guider, latent_image, noise, sampler, sigmas, library=context.library, report=context.report
-    )
+    denoised = denoise_latent(guider, latent_image, noise, sampler, sigmas, context)
     return {**latent_image, "samples": denoised.samples}, {**latent_image, "samples": denoised.estimate}

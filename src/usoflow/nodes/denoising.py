@@ -21,7 +21,7 @@ from usoflow.models.flux_config import FluxConfig
 from usoflow.models.library import ModelLibrary
 from usoflow.models.references import DEFAULT_METHOD
 from usoflow.models.vae import LatentFormat
-from usoflow.nodes.context import Report
+from usoflow.nodes.context import NodeContext
 from usoflow.nodes.handles import NoiseHandle
 from usoflow.nodes.image import in_turn
 from usoflow.nodes.sockets import Conditioning, Guider, Latent, Model
@@ -42,8 +42,8 @@ class Denoised:
     """What a run gives: float32 [B, 16, H, W], unscaled, on the CPU.
 
     Attributes:
-        samples: the latent at the last level.
-        estimate: the last estimate of the noiseless latent; the same where the last level is 0.
+        samples: the latent at the last sigma.
+        estimate: the last estimate of the noiseless latent; the same where the last sigma is 0.
     """
 
     samples: Tensor
@@ -66,10 +66,8 @@ def denoise_latent(
     latent: Latent,
     noise: NoiseHandle,
     sampler_name: str,
-    levels: Tensor,
-    *,
-    library: ModelLibrary,
-    report: Report,
+    sigmas: Tensor,
+    context: NodeContext,
 ) -> Denoised:
     """Denoise a latent.
 
@@ -79,16 +77,15 @@ def denoise_latent(
             `noise_mask` limits what is made anew, `batch_index` tells which noise each gets.
         noise: what is drawn; of the step noise too.
         sampler_name: a key of `SAMPLERS`.
-        levels: float32 [steps + 1]; with fewer than 2 the latent is given back.
-        library: where the models come from.
-        report: is told each step; what it raises ends the run.
+        sigmas: float32 [steps + 1]; with fewer than 2 the latent is given back.
+        context: its library has the models; its `report` is told each step, and what it raises ends the run.
 
     Raises:
         UsoflowError: `latent_channels`, `batch_mismatch`, `non_finite`, and what loading models raises.
     """
-    model = guider.model
+    model, library = guider.model, context.library
     samples = _with_channels(latent["samples"], FluxConfig.from_component(model.flux).channels)
-    if len(levels) < 2:
+    if len(sigmas) < 2:
         return Denoised(samples, samples)
     style = _style_tokens(model, len(samples), library)  # first: where memory is short, they need it alone
     flux = library.flux(model.flux, model.loras, model.weight_dtype)
@@ -103,12 +100,12 @@ def denoise_latent(
     def watch(step: StepReport) -> None:
         nonlocal estimate
         estimate = step.denoised
-        report(step.index + 1, step.total, format_.from_model(step.denoised))
+        context.report(step.index + 1, step.total, format_.from_model(step.denoised))
 
     denoised = sample(
         guidance,
         SAMPLERS[sampler_name],
-        levels,
+        sigmas,
         noise=_drawn(noise, samples, latent.get("batch_index")).to(device),
         latent=start.to(device),
         step_noise=step_noise(noise.seed),
@@ -232,10 +229,10 @@ def _velocity(
 
 
 def _sigma_range(options: dict[str, Any], schedule: FluxSchedule) -> tuple[float, float]:
-    """First and last sigma of an entry, rounded to float32 as the levels of the schedule are."""
+    """First and last sigma of an entry, rounded to float32 as those of the schedule are."""
     percents = (options.get("start_percent", 0.0), options.get("end_percent", 1.0))
-    levels = [schedule.percent_to_sigma(p) for p in percents]
-    first, last = torch.tensor(levels, device="cpu", dtype=torch.float32).tolist()
+    exact = [schedule.percent_to_sigma(p) for p in percents]
+    first, last = torch.tensor(exact, device="cpu", dtype=torch.float32).tolist()
     return first, last
 
 

@@ -36,13 +36,13 @@ def load_image_mask(
 
 @node("MaskToImage", category="mask", display_name="Convert Mask to Image")
 def mask_to_image(mask: Mask) -> Image:
-    """A grey picture of a mask."""
+    """Makes a grey picture of a mask."""
     return mask.reshape(-1, mask.shape[-2], mask.shape[-1], 1).expand(-1, -1, -1, 3)
 
 
 @node("ImageToMask", category="mask", display_name="Convert Image to Mask")
 def image_to_mask(image: Image, channel: Annotated[str, Choice(_CHANNELS)]) -> Mask:
-    """One channel of a picture as a mask."""
+    """Takes one channel of a picture as a mask."""
     index = _CHANNELS.index(channel)
     if index >= image.shape[3]:
         raise UsoflowError("channel_missing", f"The picture has {image.shape[3]} channels, and no {channel}.")
@@ -51,5 +51,5 @@ def image_to_mask(image: Image, channel: Annotated[str, Choice(_CHANNELS)]) -> M
 
 @node("InvertMask", category="mask")
 def invert_mask(mask: Mask) -> Mask:
-    """What was in becomes out."""
+    """Inverts a mask."""
     return 1.0 - mask

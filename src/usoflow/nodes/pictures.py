@@ -196,7 +196,7 @@ def write_pictures(
     """Write a batch as PNG files.
 
     Args:
-        images: [B, H, W, 3], clipped to 0..1 and truncated to 8 bits.
+        images: [B, H, W, C] of 1, 3 or 4 channels, clipped to 0..1 and truncated to 8 bits.
         root: the output folder.
         prefix: start of the file names; may lead into subfolders of `root`, and may hold %width%, %height%,
             %year%, %month%, %day%, %hour%, %minute%, %second%, and in the name %batch_num%, from 0 on.

@@ -25,32 +25,34 @@ SEED = Int(min=0, max=2**64 - 1, control_after_generate=True)
 def k_sampler(
     model: Model,
     seed: Annotated[int, SEED, Tip("Same seed, same noise.")] = 0,
-    steps: Annotated[int, Int(min=1, max=10000), Tip("How often the model is asked.")] = 20,
+    steps: Annotated[
+        int, Int(min=1, max=10000), Tip("Number of denoising steps: more are slower and finer.")
+    ] = 20,
     cfg: Annotated[
         float,
         Float(min=0.0, max=100.0, step=0.1, round=0.01),
         Tip("Strength of the negative prompt; at 1, as FLUX is made for, there is none."),
     ] = 8.0,
     *,
-    sampler_name: Annotated[str, Choice(SAMPLER_NAMES), Tip("The algorithm.")],
+    sampler_name: Annotated[str, Choice(SAMPLER_NAMES), Tip("The sampling algorithm.")],
     scheduler: Annotated[str, Choice(SCHEDULER_NAMES), Tip("How noise decreases from step to step.")],
     positive: Annotated[Conditioning, Tip("What the picture is to show.")],
     negative: Annotated[Conditioning, Tip("What it is not to show.")],
     latent_image: Annotated[Latent, Tip("Where to begin: empty, or a picture to change.")],
     denoise: Annotated[
-        float, Float(min=0.0, max=1.0, step=0.01), Tip("How much of the latent is made anew.")
+        float,
+        Float(min=0.0, max=1.0, step=0.01),
+        Tip("1 starts from pure noise; less keeps more of the latent."),
     ] = 1.0,
     context: NodeContext,
 ) -> Latent:
     """Denoises a latent."""
     from usoflow.nodes.denoising import denoise_latent, schedule_of
-    from usoflow.sampling.schedule import sigmas
+    from usoflow.sampling import schedule
 
-    levels = sigmas(scheduler, steps, denoise, schedule=schedule_of(model))
+    sigmas = schedule.sigmas(scheduler, steps, denoise, schedule=schedule_of(model))
     guider, noise = GuiderHandle(model, positive, negative, cfg), NoiseHandle(seed)
-    denoised = denoise_latent(
-        guider, latent_image, noise, sampler_name, levels, library=context.library, report=context.report
-    )
+    denoised = denoise_latent(guider, latent_image, noise, sampler_name, sigmas, context)
     return {**latent_image, "samples": denoised.samples}
 
 
@@ -74,13 +76,12 @@ def k_sampler_advanced(
 ) -> Latent:
     """Denoises a latent over some of the steps of a run; what noise is left may go on to the next sampler."""
     from usoflow.nodes.denoising import denoise_latent, schedule_of
-    from usoflow.sampling.schedule import sigmas, window
+    from usoflow.sampling import schedule
 
-    levels = sigmas(scheduler, steps, 1.0, schedule=schedule_of(model))
-    levels = window(levels, start_at_step, end_at_step, leftover=return_with_leftover_noise == "enable")
+    leftover = return_with_leftover_noise == "enable"
+    sigmas = schedule.sigmas(scheduler, steps, 1.0, schedule=schedule_of(model))
+    sigmas = schedule.window(sigmas, start_at_step, end_at_step, leftover=leftover)
     noise = NoiseHandle(noise_seed, initial=add_noise == "enable")
     guider = GuiderHandle(model, positive, negative, cfg)
-    denoised = denoise_latent(
-        guider, latent_image, noise, sampler_name, levels, library=context.library, report=context.report
-    )
+    denoised = denoise_latent(guider, latent_image, noise, sampler_name, sigmas, context)
     return {**latent_image, "samples": denoised.samples}

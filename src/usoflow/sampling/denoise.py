@@ -1,6 +1,6 @@
 """One run: noise and latent in, denoised latent out.
 
-The sampling nodes call `sample` with what the other modules here give: levels (`schedule`), noise
+The sampling nodes call `sample` with what the other modules here give: sigmas (`schedule`), noise
 (`noise`), an algorithm (`samplers`) and a denoiser (`guidance.Guidance`).
 """
 
@@ -19,7 +19,7 @@ from usoflow.sampling.samplers import Denoise, Sampler
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """Progress: step `index` (from 0) of `total`, at noise level `sigma`, estimates x0 as `denoised`."""
+    """Progress: step `index` (from 0) of `total`, at `sigma`, estimates x0 as `denoised`."""
 
     index: int
     total: int
@@ -43,7 +43,7 @@ def sample(
     watch: Watch,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Denoise `latent` from level sigmas[0] to level sigmas[-1].
+    """Denoise `latent` from sigmas[0] to sigmas[-1].
 
     Args:
         denoise: the model with its guidance.
@@ -61,19 +61,19 @@ def sample(
     Raises:
         UsoflowError: "non_finite", naming the step.
     """
-    sigmas = sigmas.unique_consecutive()  # a very long schedule repeats levels, between which nothing is done
+    sigmas = sigmas.unique_consecutive()  # a very long schedule repeats some, between which nothing is done
     total = len(sigmas) - 1
     if total < 1:
         return latent
 
     def on_step(index: int, denoised: Tensor) -> None:
-        level = float(sigmas[index])
+        sigma = float(sigmas[index])
         if not bool(torch.isfinite(denoised).all()):
             raise UsoflowError(
                 "non_finite",
-                f"Sampling gave values that are not finite: step {index + 1} of {total}, sigma {level:.4f}.",
+                f"Sampling gave values that are not finite: step {index + 1} of {total}, sigma {sigma:.4f}.",
             )
-        watch(StepReport(index, total, level, denoised))
+        watch(StepReport(index, total, sigma, denoised))
 
     x = sigmas[0] * noise + (1 - sigmas[0]) * latent
     if mask is not None:

@@ -69,17 +69,17 @@ Scheduler = Callable[[FluxSchedule, int], Tensor]
 
 
 def sigmas(name: str, steps: int, denoise: float, *, schedule: FluxSchedule) -> Tensor:
-    """The levels of a run, descending.
+    """The sigmas (noise levels) of a run, descending.
 
     Args:
         name: a key of `SCHEDULERS`.
         steps: how many steps to take, >= 1.
         denoise: 1 starts from pure noise; less takes the last `steps` of int(steps / denoise) steps;
-            0 gives no levels at all.
+            0 gives none at all.
         schedule: the model's time shift.
 
     Returns:
-        float32 [steps + 1] ending in 0, or [0]. As in the reference `ddim_uniform` may give more levels than
+        float32 [steps + 1] ending in 0, or [0]. As in the reference `ddim_uniform` may give more than
         asked for, and `beta` fewer, where two of them would be the same.
 
     Raises:
@@ -93,29 +93,29 @@ def sigmas(name: str, steps: int, denoise: float, *, schedule: FluxSchedule) -> 
     if not whole <= MOST_STEPS:
         raise UsoflowError(
             "prompt_invalid",
-            f"{steps} steps of a denoise of {denoise:g} are the last of {whole:.0f}, more than {MOST_STEPS}.",
+            f"{steps} steps at a denoise of {denoise:g} need a schedule of {whole:.0f}, more than {MOST_STEPS}.",
             remedy="Use a larger denoise, or 0 to leave the latent as it is.",
         )
     return SCHEDULERS[name](schedule, int(whole))[-(steps + 1) :]
 
 
-def window(levels: Tensor, first: int, last: int, *, leftover: bool) -> Tensor:
-    """The levels of the steps first..last of a run (`last` is not run).
+def window(sigmas: Tensor, first: int, last: int, *, leftover: bool) -> Tensor:
+    """The sigmas of the steps first..last of a run (`last` is not run).
 
     Args:
-        levels: [steps + 1], descending.
+        sigmas: [steps + 1], descending.
         first: number of the first step, from 0.
         last: number of the step to stop before; a number beyond the run's end is its end.
-        leftover: keep the noise at the end; else the last step goes to level 0.
+        leftover: keep the noise at the end; else the last step goes to 0.
 
     Returns:
         [last - first + 1], or nothing where there is no step.
     """
-    if last < len(levels) - 1:
-        levels = levels[: last + 1]
+    if last < len(sigmas) - 1:
+        sigmas = sigmas[: last + 1]
         if not leftover:
-            levels = torch.cat([levels[:-1], torch.zeros(1, **_CPU32)])
-    return levels[first:] if first < len(levels) - 1 else torch.empty(0, **_CPU32)
+            sigmas = torch.cat([sigmas[:-1], torch.zeros(1, **_CPU32)])
+    return sigmas[first:] if first < len(sigmas) - 1 else torch.empty(0, **_CPU32)
 
 
 def resolution_shift(width: int, height: int, *, base: float, most: float) -> float:

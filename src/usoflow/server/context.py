@@ -157,6 +157,7 @@ STATUS: Mapping[str, int] = {
     "file_exists": 409,
     "image_missing": 404,
     "file_not_found": 404,
+    "job_unknown": 404,
     "template_unknown": 404,
 }
 

@@ -60,7 +60,7 @@ class Guard:
             if answer is not None:
                 return answer
         length = headers.get("content-length", "0")
-        if not length.isdigit() or int(length) > self._settings.limits.body:
+        if not (length.isascii() and length.isdecimal()) or int(length) > self._settings.limits.body:
             return JSONResponse(error_body(self._too_large()), 413)
         return None
 

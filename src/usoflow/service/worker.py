@@ -16,7 +16,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
@@ -54,43 +54,24 @@ class WorkerSettings:
 
     def to_argument(self) -> str:
         """As one command line argument."""
-        folders = self.folders
-        record = {
-            "models": {kind: list(map(_absolute, roots)) for kind, roots in folders.models.items()},
-            "inputs": list(map(_absolute, folders.inputs)),
-            "output": _absolute(folders.output),
-            "temp": _absolute(folders.temp),
-            "named": _absolute(folders.named) if folders.named else None,
-            "store": _absolute(self.store),
-            "device": self.device,
-            "dtype": self.dtype,
-            "budget": self.budget,
-            "custom_nodes": _absolute(self.custom_nodes) if self.custom_nodes else None,
-            "compiled": self.compiled,
-        }
-        return json.dumps(record)
+        return json.dumps(asdict(self), default=lambda path: str(path.absolute()))
 
     @classmethod
     def from_argument(cls, argument: str) -> WorkerSettings:
         """Back from `to_argument`."""
         record = json.loads(argument)
+        there = record.pop("folders")
         folders = Folders(
-            models={kind: tuple(map(Path, roots)) for kind, roots in record["models"].items()},
-            inputs=tuple(map(Path, record["inputs"])),
-            output=Path(record["output"]),
-            temp=Path(record["temp"]),
-            named=Path(record["named"]) if record["named"] else None,
+            models={kind: tuple(map(Path, roots)) for kind, roots in there["models"].items()},
+            inputs=tuple(map(Path, there["inputs"])),
+            output=Path(there["output"]),
+            temp=Path(there["temp"]),
+            given_images={name: Path(path) for name, path in there["given_images"].items()},
+            named=Path(there["named"]) if there["named"] else None,
         )
-        custom = Path(record["custom_nodes"]) if record["custom_nodes"] else None
-        return cls(
-            folders,
-            Path(record["store"]),
-            record["device"],
-            record["dtype"],
-            record["budget"],
-            custom,
-            record["compiled"],
-        )
+        custom = record.pop("custom_nodes")
+        store = Path(record.pop("store"))
+        return cls(folders, store, custom_nodes=Path(custom) if custom else None, **record)
 
 
 class Pipe:
@@ -309,10 +290,6 @@ def _system(device: Any) -> dict[str, Any]:
 def _frames(error: BaseException) -> tuple[str, ...]:
     """The traceback of what went wrong inside a node, for a report of the defect."""
     return tuple(traceback.format_exception(error.__cause__)) if error.__cause__ else ()
-
-
-def _absolute(path: Path) -> str:
-    return str(path.absolute())
 
 
 if __name__ == "__main__":

@@ -339,7 +339,10 @@ def _learned(task: Task, teaching: Teaching) -> dict[str, nn.Parameter]:
         return dict(projector.requires_grad_(True).named_parameters())
     aligned = task.workshop.folder / OUTPUT["style"]
     if not aligned.exists():
-        raise UsoflowError("file_not_found", f"{aligned} is not there: run the stage style first.")
+        raise UsoflowError(
+            "training_config", f"The stage style was not run in {aligned.parent}.",
+            remedy="Run it first: `python -m usoflow.training.full_size style` with the same --work.",
+        )  # fmt: skip
     projector.load_state_dict({name: value.float() for name, value in load_file(aligned).items()})
     return lora_parameters(add_lora(teaching.base.flux, task.rank, 0, task.recipe.seed))
 
@@ -366,9 +369,9 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
             said.stage, said.models, workshop, said.side, said.fp8, said.lessons, said.style_tokens,
             said.rank, recipe,
         )  # fmt: skip
-        check_writable(said.work)
     except (ValueError, UsoflowError) as error:
         parser.error(str(error))
+    check_writable(said.work, "--work")
     # The others wait while one process reads, draws and encodes: longer than they would by default.
     patient = InitProcessGroupKwargs(timeout=timedelta(days=1))
     return run(task, Accelerator(mixed_precision="no", kwargs_handlers=[patient]))

@@ -135,7 +135,8 @@ def cache(
     """Encode scenes 0 to `count` of `seed` at `side` pixels, unless they are there.
 
     Raises:
-        UsoflowError: "training_config" if there are more or fewer.
+        UsoflowError: "training_config" if there are more or fewer, or of other networks or settings;
+            "output_unwritable".
     """
     if not (folder / "captions.json").exists():  # it is written last
         folder.mkdir(parents=True, exist_ok=True)

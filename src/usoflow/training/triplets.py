@@ -280,7 +280,8 @@ def cache_triplets(
     """Encode lessons 0 to `count` of a use, unless they are there.
 
     Raises:
-        UsoflowError: "training_config" if there are more or fewer.
+        UsoflowError: "training_config" if there are more or fewer, or of other networks or settings;
+            "output_unwritable".
     """
     if not (folder / "styles.json").exists():  # it is written last
         folder.mkdir(parents=True, exist_ok=True)

@@ -84,7 +84,7 @@ def cancel(server: ServerOf, job_id: str) -> Json:
 
 
 def _no_job(job_id: str) -> UsoflowError:
-    return UsoflowError("file_not_found", f"There is no job {job_id}.", remedy="/jobs lists them.")
+    return UsoflowError("job_unknown", f"There is no job {job_id}.")
 
 
 def _cancel(server: Server, job_id: str) -> bool:

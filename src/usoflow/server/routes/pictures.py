@@ -20,13 +20,11 @@ from usoflow.errors import UsoflowError
 from usoflow.schema.values import image_location
 from usoflow.server import files
 from usoflow.server.context import Json, Server, ServerOf
-from usoflow.server.sending import file_answer
+from usoflow.server.sending import HARMLESS, file_answer
 from usoflow.settings import IMAGE_SUFFIXES, can_be_told, inside
 
 router = APIRouter(tags=["pictures"])
 
-# A file is data: a browser neither runs nor frames it, whatever is in it.
-HARMLESS = {"Content-Security-Policy": "default-src 'none'; sandbox", "Cache-Control": "no-cache"}
 NAMELESS: Final = "application/octet-stream"  # of what is no picture
 
 # What .NET, for one, adds to a name that is not ASCII (RFC 6266); its plain one then is unreadable.
@@ -94,7 +92,6 @@ def view(
             request,
             path,
             media_type=kind or NAMELESS,
-            headers=HARMLESS,
             filename=inside(name).name,
             disposition="inline" if kind else "attachment",
         )
