@@ -38,7 +38,8 @@ class FluxConfig:
 
         Raises:
             UsoflowError: `model_damaged`, `tensor_missing`, `tensor_shape`, `block_gap`;
-                `model_unsupported` if it is one that usoflow does not run: quantised by bitsandbytes, or one of FLUX.1's tools.
+                `model_unsupported` if it is one that usoflow does not run: quantised by bitsandbytes, or one
+                of FLUX.1's tools.
         """
         if any(name.endswith(".absmax") for name in component.tensors):
             raise UsoflowError(

@@ -86,7 +86,8 @@ class VaeConfig:
 
         Raises:
             UsoflowError: "model_damaged", "tensor_missing" if a tensor that tells a size is not there,
-                "tensor_shape" if it tells none, "block_gap" if the levels or blocks are not numbered without a gap,
+                "tensor_shape" if it tells none, "block_gap" if the levels or blocks are not numbered without
+                a gap,
                 "model_unsupported" if the groups do not divide a width.
         """
         levels = range(max(component.count("encoder.down.{}."), 1))

@@ -93,7 +93,7 @@ def sigmas(name: str, steps: int, denoise: float, *, schedule: FluxSchedule) -> 
     if not whole <= MOST_STEPS:
         raise UsoflowError(
             "prompt_invalid",
-            f"{steps} steps at a denoise of {denoise:g} need a schedule of {whole:.0f}, more than {MOST_STEPS}.",
+            f"{steps} steps at a denoise of {denoise:g} need {whole:.0f} in all, more than {MOST_STEPS}.",
             remedy="Use a larger denoise, or 0 to leave the latent as it is.",
         )
     return SCHEDULERS[name](schedule, int(whole))[-(steps + 1) :]

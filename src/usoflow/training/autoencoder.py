@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from usoflow.models.vae import AutoEncoder, LatentFormat, VaeConfig
 from usoflow.training.drawings import Sprites
 from usoflow.training.initial import initialise
-from usoflow.training.loop import LossFunction, Recipe, Training, swap
+from usoflow.training.loop import LossFunction, Recipe, Training, trained
 from usoflow.training.scenes import Picture, compose, draw_scene, generator, held_out_scene
 from usoflow.training.sheets import contact_sheet, loss_curve
 
@@ -125,20 +126,16 @@ def train(
 ) -> AutoEncoder:
     """Run the stage to its end from wherever its folder is, and write `folded.pt`, sheets and PSNR."""
     module = new_autoencoder(stage)
-    training = Training(dict(module.named_parameters()), stage.recipe, folder)
-    training.resume()
 
-    def report() -> None:
+    def report(training: Training) -> None:
         loss_curve(folder / "loss.png", *zip(*training.log, strict=True), title="VAE")
-        trained = swap(training.parameters, training.average)
-        numbers = evaluate(module, sprites, side=stage.side, count=64, sheet=folder / "sheet.png")
-        swap(training.parameters, trained)
+        with training.averaged():
+            numbers = evaluate(module, sprites, side=stage.side, count=64, sheet=folder / "sheet.png")
         with (folder / "psnr.jsonl").open("a") as file:
             file.write(json.dumps({"done": training.done, "psnr": numbers}) + "\n")
 
-    training.run(loss_function(module, sprites, stage, dtype), after_save=report)
-    swap(training.parameters, training.average)
-    return module
+    loss_of = loss_function(module, sprites, stage, dtype)
+    return trained(module, stage.recipe, folder, lambda: nullcontext(loss_of), report)
 
 
 @torch.no_grad()

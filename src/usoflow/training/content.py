@@ -8,7 +8,8 @@ to be, and is a little wrong about that: so it learns shapes, not places.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from usoflow.training.drawings import Sprites
-from usoflow.training.loop import LossFunction, Recipe, Training, swap
+from usoflow.training.loop import LossFunction, Recipe, seeded, trained
 from usoflow.training.painting import Pictures, painted, softened
 from usoflow.training.reward import RewardStage
 from usoflow.training.scenes import Placed, Scene, draw_scene, generator
@@ -85,16 +86,16 @@ def content_scene(world: World, index: int) -> Scene:
 def train_content_encoder(sprites: Sprites, stage: RewardStage, folder: Path, *, side: int) -> ContentEncoder:
     """Run the stage to its end from wherever its folder is."""
     recipe, world = stage.recipe, sprites.world
-    torch.manual_seed(recipe.seed)
-    encoder = ContentEncoder(len(world.lesson_subjects))
-    training = Training(dict(encoder.named_parameters()), recipe, folder)
-    training.resume()
-    if training.done < recipe.samples:
+    with seeded(recipe.seed):
+        encoder = ContentEncoder(len(world.lesson_subjects))
+
+    @contextmanager
+    def lessons() -> Iterator[LossFunction]:
         scenes = [content_scene(world, i) for i in range(stage.drawn)]
         with painted(sprites, scenes, side, folder / "drawn.npy") as pictures:
-            training.run(_loss(encoder, recipe, pictures, scenes, world), after_save=lambda: None)
-    swap(training.parameters, training.average)
-    return encoder.requires_grad_(False)
+            yield _loss(encoder, recipe, pictures, scenes, world)
+
+    return trained(encoder, recipe, folder, lessons)
 
 
 def _loss(

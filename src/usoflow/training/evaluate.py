@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from usoflow.training.backgrounds import BACKGROUNDS
 from usoflow.training.drawings import Sprites
-from usoflow.training.loop import Recipe, Training, swap
+from usoflow.training.loop import Recipe, seeded, trained
 from usoflow.training.scenes import Scene, draw_calm_scene, draw_scene, full_caption, pictures_of
 
 JUDGE_SEED = 990_001  # of the judge's scenes: no other stage draws from it
@@ -90,10 +91,8 @@ def answers(sprites: Sprites, scenes: Sequence[Scene]) -> tuple[Tensor, Tensor]:
 
 def train_judge(sprites: Sprites, recipe: Recipe, folder: Path) -> Judge:
     """Train the judge to the recipe's end, from wherever its folder is."""
-    torch.manual_seed(recipe.seed)
-    judge = Judge(len(sprites.world.core), len(BACKGROUNDS))
-    training = Training(dict(judge.named_parameters()), recipe, folder)
-    training.resume()
+    with seeded(recipe.seed):
+        judge = Judge(len(sprites.world.core), len(BACKGROUNDS))
 
     def loss_of(done: int) -> Tensor:
         scenes = [single_scene(sprites, JUDGE_SEED, done + i) for i in range(recipe.batch)]
@@ -101,9 +100,7 @@ def train_judge(sprites: Sprites, recipe: Recipe, folder: Path) -> Judge:
         right = answers(sprites, scenes)
         return F.cross_entropy(subject, right[0]) + F.cross_entropy(background, right[1])
 
-    training.run(loss_of, after_save=lambda: None)
-    swap(training.parameters, training.average)
-    return judge.eval()
+    return trained(judge, recipe, folder, lambda: nullcontext(loss_of))
 
 
 def questions(sprites: Sprites, count: int) -> list[Question]:

@@ -13,10 +13,10 @@ import pickle
 import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ from usoflow.models.placement import is_out_of_memory
 from usoflow.training.kept import unwritable, whole
 
 logger = logging.getLogger(__name__)
+
+M = TypeVar("M", bound=nn.Module)
 
 CPU = torch.device("cpu")
 READ_EVERY = 16  # steps
@@ -181,6 +183,13 @@ class Training:
                 self.save()
                 after_save()
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The averaged weights in place of those that learn, for as long as they are looked at."""
+        learning = swap(self.parameters, self.average)
+        yield
+        swap(self.parameters, learning)
+
     def step(self, loss_of: LossFunction) -> Tensor:
         """One step of the optimiser; returns the loss."""
         start = time.monotonic()
@@ -267,6 +276,39 @@ class Training:
         self.done, self.seconds = state["done"], state["seconds"]
         self.log = [(int(done), float(loss)) for done, loss in state["log"]]
         return True
+
+
+def trained(
+    network: M,
+    recipe: Recipe,
+    folder: Path,
+    lessons: Callable[[], AbstractContextManager[LossFunction]],
+    after_save: Callable[[Training], None] = lambda training: None,
+) -> M:
+    """Train a network to the recipe's end, from wherever its folder is; with averaged weights, frozen.
+
+    Args:
+        network: with its first weights; what of it needs no gradient does not learn.
+        recipe: length and speed.
+        folder: where the state is kept.
+        lessons: gives the loss, and takes away at the end what was drawn for it; not asked if all is learnt.
+        after_save: told at each saved state.
+    """
+    training = Training({n: p for n, p in network.named_parameters() if p.requires_grad}, recipe, folder)
+    training.resume()
+    if training.done < recipe.samples:
+        with lessons() as loss_of:
+            training.run(loss_of, after_save=lambda: after_save(training))
+    swap(training.parameters, training.average)
+    return network.requires_grad_(False).eval()
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """For first weights that torch draws; what comes after draws as if nothing had been."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def require_finite(values: Iterable[Tensor], done: int, remedy: str) -> None:

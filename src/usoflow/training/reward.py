@@ -8,6 +8,8 @@ what varies fast with their input (arXiv 1806.08734); so the encoder is given wa
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from usoflow.models.vae import AutoEncoder, LatentFormat
 from usoflow.training.colours import waves_of
 from usoflow.training.drawings import Sprites
-from usoflow.training.loop import LossFunction, Recipe, Training, swap
+from usoflow.training.loop import LossFunction, Recipe, seeded, trained
 from usoflow.training.painting import Pictures, painted, softened
 from usoflow.training.scenes import Scene, draw_scene, generator
 from usoflow.training.triplets import RENDERED, seen_styles
@@ -109,17 +111,17 @@ def train_style_encoder(sprites: Sprites, stage: RewardStage, folder: Path, *, s
     """Run the stage to its end from wherever its folder is."""
     recipe, world = stage.recipe, sprites.world
     styles = (*world.seen_sets, *world.seen_renderings)
-    torch.manual_seed(recipe.seed)
-    encoder = StyleEncoder(len(styles))
-    training = Training(dict(encoder.named_parameters()), recipe, folder)
-    training.resume()
-    if training.done < recipe.samples:
+    with seeded(recipe.seed):
+        encoder = StyleEncoder(len(styles))
+
+    @contextmanager
+    def lessons() -> Iterator[LossFunction]:
         scenes = [style_scene(world, i) for i in range(stage.drawn)]
         numbers = torch.tensor([styles.index(scene.rendering or scene.drawing_set) for scene in scenes])
         with painted(sprites, scenes, side, folder / "drawn.npy") as pictures:
-            training.run(_loss(encoder, recipe, pictures, numbers), after_save=lambda: None)
-    swap(training.parameters, training.average)
-    return encoder.requires_grad_(False)
+            yield _loss(encoder, recipe, pictures, numbers)
+
+    return trained(encoder, recipe, folder, lessons)
 
 
 def _loss(encoder: StyleEncoder, recipe: Recipe, pictures: Pictures, styles: Tensor) -> LossFunction:

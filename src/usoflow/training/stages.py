@@ -28,7 +28,6 @@ from usoflow.training.loop import (
     load_average,
     read_state,
     stage_missing,
-    swap,
 )
 from usoflow.training.plan import Plan
 from usoflow.training.scenes import caption, compose, draw_scene, pictures_of
@@ -229,8 +228,7 @@ class Workshop:
 
         def report() -> None:
             loss_curve(training.folder / "loss.png", *zip(*training.log, strict=True), title=name)
-            trained = swap(training.parameters, training.average)
-            show(str(training.folder / f"sheet-{training.done:07d}"))
-            swap(training.parameters, trained)
+            with training.averaged():
+                show(str(training.folder / f"sheet-{training.done:07d}"))
 
         training.run(loss_of, after_save=report)

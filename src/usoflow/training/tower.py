@@ -12,7 +12,8 @@ and the text encoder are not part of USO.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from usoflow.training.colours import LEAST_DIM, know_colours
 from usoflow.training.drawings import Sprites
 from usoflow.training.initial import initialise
 from usoflow.training.looks import look_words
-from usoflow.training.loop import CPU, Recipe, Training, swap
+from usoflow.training.loop import CPU, LossFunction, Recipe, trained
 from usoflow.training.painting import Pictures, painted
 from usoflow.training.scenes import Scene, content_words, draw_scene, generator, style_words
 from usoflow.training.triplets import LOOKED, RENDERED, seen_styles
@@ -187,13 +188,12 @@ def train_tower(
     """Run the stage to its end from wherever its folder is."""
     world, side = sprites.world, stage.config.image_size
     contrast = new_contrast(world, stage).to(device)
-    learned = {name: p for name, p in contrast.named_parameters() if p.requires_grad}
-    training = Training(learned, stage.recipe, folder)
-    training.resume()
-    if training.done < stage.recipe.samples:
+
+    @contextmanager
+    def lessons() -> Iterator[LossFunction]:
         scenes = [tower_scene(world, i) for i in range(stage.drawn)]
         with painted(sprites, scenes, side, folder / "drawn.npy") as pictures:
             captioned = Captioned.of(scenes, pictures, contrast, world)
-            training.run(functools.partial(captioned.loss, contrast, stage.recipe), after_save=lambda: None)
-    swap(training.parameters, training.average)
-    return contrast.tower.requires_grad_(False)
+            yield functools.partial(captioned.loss, contrast, stage.recipe)
+
+    return trained(contrast, stage.recipe, folder, lessons).tower

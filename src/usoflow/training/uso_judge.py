@@ -7,6 +7,7 @@ everybody measures with the same.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from usoflow.training.backgrounds import BACKGROUNDS
 from usoflow.training.drawings import Sprites
 from usoflow.training.kept import write_tensors
-from usoflow.training.loop import LossFunction, Recipe, Training, swap
+from usoflow.training.loop import LossFunction, Recipe, seeded, trained
 from usoflow.training.package import stored
 from usoflow.training.painting import softened
 from usoflow.training.scenes import Scene, alone, generator, pictures_of
@@ -110,13 +111,9 @@ def layout_of(scene: Scene) -> tuple[float, float, float]:
 
 def train_uso_judge(sprites: Sprites, recipe: Recipe, folder: Path) -> UsoJudge:
     """Train the judge to the recipe's end, from wherever its folder is."""
-    torch.manual_seed(recipe.seed)
-    judge = UsoJudge(sprites.world)
-    training = Training(dict(judge.named_parameters()), recipe, folder)
-    training.resume()
-    training.run(_loss(judge, sprites, recipe), after_save=lambda: None)
-    swap(training.parameters, training.average)
-    return judge.eval()
+    with seeded(recipe.seed):
+        judge = UsoJudge(sprites.world)
+    return trained(judge, recipe, folder, lambda: nullcontext(_loss(judge, sprites, recipe)))
 
 
 def write_uso_judge(judge: UsoJudge, folder: Path) -> None:
