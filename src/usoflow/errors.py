@@ -163,7 +163,8 @@ CATALOGUE: Mapping[str, ErrorKind] = MappingProxyType(
         ),
         "origin_refused": ErrorKind(
             "The request comes from a page of another site.",
-            "Use the server's own page; behind a proxy, Host and Origin must name the same address.",
+            "Use the server's own page; a proxy must pass the Host header on as the browser sent it (nginx:"
+            " proxy_set_header Host $http_host).",
             EXIT_USAGE,
         ),
         "token_needed": ErrorKind(

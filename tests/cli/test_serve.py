@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import signal
 import socket
+import time
 from pathlib import Path
 
 import httpx2 as httpx
@@ -29,6 +31,35 @@ def test_beyond_this_machine_a_token_is_needed(
         address = (tmp_path / "log").read_text().split()[1]
         assert ("?token=" in address) == (not given)
         assert httpx.get(address + added, follow_redirects=False).status_code == 303
+        if given:
+            return
+        server.kill()
+        server.start()
+        assert httpx.get(address, follow_redirects=False).status_code == 303  # open pages go on
+        assert (tmp_path / "state" / "token").stat().st_mode & 0o777 == 0o600
+    finally:
+        server.kill()
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs SIGHUP")
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_terminal_that_is_closed_is_no_crash(small_models: Path, tmp_path: Path, ignored: bool) -> None:
+    """The end is that of SIGTERM, by which nothing is lost; nohup keeps it away."""
+    (tmp_path / "input").mkdir()
+    server = RealServer(small_models, tmp_path, options=("--no-ui",))
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        server.start()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    try:
+        assert server.process
+        server.process.send_signal(signal.SIGHUP)
+        if ignored:
+            time.sleep(0.5)
+            assert server.answers()
+        else:
+            assert server.process.wait(30) == -signal.SIGTERM
     finally:
         server.kill()
 

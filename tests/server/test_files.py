@@ -9,8 +9,10 @@ import os
 import shutil
 import sys
 import tempfile
+import threading
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from PIL import Image, features
 
 from forbidden import forbid
 from server.conftest import Serve
+from usoflow.server import files
+from usoflow.server.app import DECODED_AT_ONCE
 from usoflow.server.context import Limits
 from usoflow.server.routes import user
 
@@ -101,7 +105,7 @@ def test_a_model_file_put_there_is_offered_at_once(
 )
 def test_only_pictures_are_taken(client: TestClient, place: Path, data: bytes, name: str) -> None:
     status, answer = upload(client, data, name)
-    assert (status, answer["error"]["type"]) == (400, "image_invalid")  # type: ignore[index]
+    assert (status, answer["error"]["type"]) == (415, "image_invalid")  # type: ignore[index]
     assert list((place / "input").iterdir()) == []
 
 
@@ -164,11 +168,57 @@ def test_what_browsers_call_blob_is_named_by_its_content(
     assert mask.json()["name"] == "blob.png"
 
 
+def test_few_pictures_are_decoded_at_once(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each may need a GB; and whoever asks for something else meanwhile does not wait."""
+    upload(client, picture(), "a.png")
+    at_once, most, going_on = 0, 0, threading.Event()
+
+    def slow(data: bytes, pixels: int) -> Image.Image:
+        nonlocal at_once, most
+        at_once += 1
+        most = max(most, at_once)
+        going_on.wait(10)
+        at_once -= 1
+        return Image.open(io.BytesIO(data))
+
+    monkeypatch.setattr(files, "upright", slow)
+    with ThreadPoolExecutor(60) as pool:
+        ask = {"filename": "a.png", "type": "input"}
+        asked = [pool.submit(client.get, "/view", params={**ask, "preview": f"webp;{n}"}) for n in range(60)]
+        assert client.get("/view", params=ask).status_code == 200
+        assert client.get("/queue").status_code == 200
+        going_on.set()
+        assert {answer.result().status_code for answer in asked} == {200}
+    assert most == DECODED_AT_ONCE
+
+
+def test_what_is_made_of_a_picture_is_made_once(client: TestClient, place: Path) -> None:
+    upload(client, picture(), "a.png")
+    for more in ({"preview": "webp;50"}, {"channel": "rgb"}):
+        ask = {"filename": "a.png", "type": "input", **more}
+        first = client.get("/view", params=ask)
+        known = {"If-None-Match": first.headers["etag"]}
+        assert client.get("/view", params=ask, headers=known).status_code == 304
+        assert client.get("/view", params={**ask, "rand": "1"}, headers=known).status_code == 200
+        upload(client, picture((9, 9)), "a.png", overwrite="true")
+        again = client.get("/view", params=ask, headers=known)
+        assert again.status_code == 200
+        assert again.content != first.content
+        upload(client, picture(), "a.png", overwrite="true")
+
+
+def test_a_refused_upload_is_told_in_the_log(client: TestClient, caplog: pytest.LogCaptureFixture) -> None:
+    """The editor's own words are only those of the status."""
+    with caplog.at_level("INFO", "usoflow"):
+        upload(client, b"no picture", "a.png")
+    assert "An upload was refused: The file is not a picture. Use a PNG, JPEG or WebP picture." in caplog.text
+
+
 def test_too_many_pixels_are_refused_before_they_are_read(serve: Serve) -> None:
     client = serve(limits=Limits(pixels=1000))
     assert upload(client, picture((30, 30)))[0] == 200
     status, answer = upload(client, picture((100, 100)))
-    assert (status, answer["error"]["type"]) == (400, "image_too_large")  # type: ignore[index]
+    assert (status, answer["error"]["type"]) == (413, "image_too_large")  # type: ignore[index]
 
 
 OUTSIDE = [
@@ -342,7 +392,7 @@ def test_a_picture_that_is_cut_short_is_no_crash(client: TestClient, place: Path
     (place / "output" / "cut.png").write_bytes(whole[: len(whole) // 2])
     for more in ("preview=webp;90", "channel=rgb", "channel=a"):
         answer = client.get(f"/view?filename=cut.png&{more}")
-        assert (answer.status_code, answer.json()["error"]["type"]) == (400, "image_invalid"), more
+        assert (answer.status_code, answer.json()["error"]["type"]) == (415, "image_invalid"), more
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names of files are text")
@@ -466,7 +516,7 @@ def test_other_kinds_of_pictures_are_not_taken(client: TestClient, kind: str) ->
     data = io.BytesIO()
     Image.new("RGB", (16, 16)).save(data, kind)
     status, answer = upload(client, data.getvalue(), "a.png")
-    assert (status, answer["error"]["type"]) == (400, "image_invalid")  # type: ignore[index]
+    assert (status, answer["error"]["type"]) == (415, "image_invalid")  # type: ignore[index]
 
 
 def turned(colour: tuple[int, ...] = (255, 0, 0, 255)) -> bytes:

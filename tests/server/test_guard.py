@@ -70,12 +70,22 @@ def test_token(serve: Serve) -> None:
     assert entered.status_code == 303
     assert entered.headers["location"] == "./?template=uso"  # also where a proxy has it in a folder
     cookie = entered.headers["set-cookie"].lower()
+    assert "max-age=" in cookie  # who closes the browser need not look for the token again
     assert "httponly" in cookie
     assert "samesite=lax" in cookie  # a link of another site opens the editor
     assert client.get("/api/queue").status_code == 200  # the cookie
     assert client.get("/api/queue", headers={"host": "127.0.0.1:8189"}).status_code == 401  # another server's
     with client.websocket_connect(SOCKET) as socket:
         assert socket.receive_json()["type"] == "status"
+
+
+def test_a_person_without_the_token_is_asked_for_it(serve: Serve) -> None:
+    client = serve(token="correct-horse", listen="0.0.0.0")
+    page = client.get("/", headers={"accept": "text/html,*/*"})
+    assert (page.status_code, page.headers["content-type"]) == (401, "text/html; charset=utf-8")
+    assert '<input name="token" type="password"' in page.text
+    assert client.get("/", headers={"accept": "*/*"}).json()["error"]["type"] == "token_needed"
+    assert client.get("/queue", headers={"accept": "text/html"}).json()["error"]["type"] == "token_needed"
 
 
 @pytest.mark.parametrize("token", ["schlüssel", "a\nb"])

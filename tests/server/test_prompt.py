@@ -124,6 +124,13 @@ def test_queue_order_front_and_delete(client: TestClient) -> None:
     client.post("/queue", json={"delete": [second, running]})
     assert client.get(f"/jobs/{second}").json()["status"] == "cancelled"
     assert second not in client.get("/history").json()  # it has not run
+    listed = client.get("/jobs").json()
+    assert second not in [job["id"] for job in listed["jobs"]]
+    assert listed["pagination"]["total"] == len(listed["jobs"]) == 4
+    (message,) = client.get(f"/jobs/{second}").json()["execution_status"]["messages"]
+    assert message[0] == "execution_interrupted"
+    assert message[1]["timestamp"]
+    assert message[1].keys() >= {"prompt_id", "node_id", "node_type", "executed"}
     assert client.get("/prompt").json() == {"exec_info": {"queue_remaining": 4}}
     client.post("/queue", json={"clear": True})
     client.post("/interrupt")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import functools
 import socket
 import threading
@@ -82,6 +84,57 @@ def test_a_connection_that_is_not_used_for_a_while_is_kept(
             assert client.getresponse().read()
             time.sleep(4 * HURRY)
         assert client.sock is connection  # and not another one
+
+
+@pytest.mark.parametrize("begun", [b"", b"GET /queue HTT"])
+@pytest.mark.parametrize("asked_before", [False, True])
+def test_who_opens_a_connection_and_asks_nothing_is_let_go(
+    place: Path, small_models: Path, monkeypatch: pytest.MonkeyPatch, begun: bytes, asked_before: bool
+) -> None:
+    """Each takes one of the files that may be open."""
+    monkeypatch.setattr(serving, "HEAD", HURRY)
+    monkeypatch.setattr(serving, "KEEP_ALIVE", 2 * HURRY)
+    with served(application(settings_of(small_models, place), Actor()), monkeypatch) as connection:
+        if asked_before:
+            connection.sendall(b"GET /health/live HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert b"200 OK" in connection.recv(10_000)
+        begin = time.monotonic()
+        connection.sendall(begun)
+        assert connection.recv(10_000) == b""
+        assert time.monotonic() - begin > HURRY / 2
+
+
+def test_a_socket_and_a_long_answer_are_not_let_go(
+    place: Path, small_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving, "HEAD", HURRY)
+    monkeypatch.setattr(system, "PATIENCE", 4 * HURRY)
+    app = application(settings_of(small_models, place), Unknown())
+    with served(app, monkeypatch) as connection:
+        connection.sendall(UPGRADE.encode())
+        until(lambda: len(app.state.server.hub) == 1)
+        with socket.create_connection(connection.getpeername(), timeout=10) as other:
+            other.sendall(b"GET /system_stats HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert b"200 OK" in other.recv(10_000)
+        assert len(app.state.server.hub) == 1
+
+
+def test_where_no_more_files_may_be_open_that_is_told_once(
+    place: Path, small_models: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = application(settings_of(small_models, place), Actor()).state.server
+    found = serving._Server(uvicorn.Config(FastAPI()), server)
+    loop = asyncio.new_event_loop()
+    try:
+        for _ in range(100):
+            full = OSError(errno.EMFILE, "Too many open files")
+            found._complain(loop, {"message": "socket.accept() out of system resource", "exception": full})
+        assert caplog.messages == ["No further connection can be taken: Too many open files."]
+        found._complain(loop, {"message": "a defect"})
+        assert "a defect" in caplog.messages
+    finally:
+        loop.close()
+        server.store.close()
 
 
 def test_one_process_may_have_one_application_after_another(place: Path, small_models: Path) -> None:

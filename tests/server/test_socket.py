@@ -143,7 +143,7 @@ def test_who_comes_back_learns_where_the_job_is(client: TestClient) -> None:
         received(socket, ("progress", "sampler"))
     with client.websocket_connect(f"{SOCKET}?clientId=me") as socket:
         messages = received(socket, ("executing", "sampler"))
-        assert [m["type"] for m in messages] == ["status", "progress_state", "executing"]
+        assert [m["type"] for m in messages] == ["status", "execution_start", "progress_state", "executing"]
         assert messages[0]["data"]["status"]["exec_info"]["queue_remaining"] == 1
         client.post("/interrupt")
         kinds = [m["type"] for m in received(socket, ("executing", None)) if isinstance(m, dict)]

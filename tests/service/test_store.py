@@ -179,6 +179,27 @@ def test_history_is_pruned(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> 
     assert [job.id for job in store.jobs(FINAL)] == ["3", "2"]
 
 
+def test_what_never_began_pushes_out_nothing_that_ran(
+    store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "MAX_HISTORY", 4)
+    monkeypatch.setattr(store_module, "MAX_UNBEGUN", 2)
+    for number in range(2):
+        add(store, f"ran {number}")
+        store.start_next()
+        store.finish(f"ran {number}", State.COMPLETED)
+    for number in range(5):
+        add(store, f"unbegun {number}")
+        store.cancel_pending()
+    assert [job.id for job in store.jobs(FINAL)] == ["unbegun 4", "unbegun 3", "ran 1", "ran 0"]
+    assert [job.id for job in store.jobs(FINAL, unbegun=False)] == ["ran 1", "ran 0"]
+    assert (store.count(FINAL), store.count(FINAL, unbegun=False)) == (4, 2)
+    add(store, "stopped")
+    store.start_next()
+    store.finish("stopped", State.CANCELLED)
+    assert "stopped" in [job.id for job in store.jobs(FINAL, unbegun=False)]
+
+
 def test_after_a_crash_the_job_runs_again_and_its_files_are_gone(store: JobStore, tmp_path: Path) -> None:
     add(store, "a", front=True)
     add(store, "b")

@@ -8,6 +8,8 @@ import socket
 import sys
 import threading
 import webbrowser
+from contextlib import suppress
+from pathlib import Path
 from typing import Annotated
 from urllib.parse import quote
 
@@ -65,16 +67,16 @@ def serve(
     if not listen:  # the system takes it for every address that it has
         raise UsoflowError("address_unusable", "--listen is empty.")
     budget = None if vram is None else bytes_of(vram)
+    state = expanded(os.environ.get(STATE_VARIABLE) or platformdirs.user_data_path("usoflow") / "server")
     token = token or None  # of an empty variable, say
     made_up = None
     if listen not in LOOPBACK and token is None:
-        token = made_up = secrets.token_urlsafe(16)
-    state = os.environ.get(STATE_VARIABLE) or platformdirs.user_data_path("usoflow") / "server"
+        token = made_up = _own_token(state / "token")
     folders = find_folders(models=models, inputs=inputs, output=output)
     check_writable(folders.output)
     settings = ServerSettings(
         folders=folders,
-        state=expanded(state),
+        state=state,
         listen=listen,
         token=token,
         ui=ui,
@@ -92,6 +94,21 @@ def serve(
     if ui:
         _open_browser(addresses[0] + _query(token))
     serve_app(app, bound)
+
+
+def _own_token(file: Path) -> str:
+    """One that is made up once: pages that were open before go on after a restart."""
+    with suppress(OSError, UnicodeDecodeError):
+        if known := file.read_text("ascii").strip():
+            return known
+    made = secrets.token_urlsafe(16)
+    with suppress(OSError):  # what is wrong with the folder is told where the jobs are kept
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(
+            os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="ascii"
+        ) as kept_in:
+            kept_in.write(made)
+    return made
 
 
 def _query(token: str | None) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, asynccontextmanager
 
+from anyio import CapacityLimiter
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
@@ -32,6 +34,9 @@ from usoflow.service.store import JobStore
 from usoflow.service.supervisor import Event, Running, Supervisor
 from usoflow.service.worker import WorkerSettings
 
+logger = logging.getLogger(__name__)
+
+DECODED_AT_ONCE = 2  # pictures
 RETRY_AFTER = 5  # seconds, while the queue is full or the server restarts
 
 
@@ -115,6 +120,7 @@ def _server(settings: ServerSettings, store: JobStore, engine: Engine) -> Server
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     server: Server = app.state.server
     server.hub.open()
+    server.decoding = CapacityLimiter(DECODED_AT_ONCE)
     with server.log.attached():
         server.supervisor.start()
         yield
@@ -125,6 +131,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 def _answer_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, UsoflowError)
+    if request.url.path.startswith("/upload/"):  # the editor tells its user little more than "Upload failed"
+        logger.info("An upload was refused: %s %s", error.detail, error.remedy)
     status = STATUS.get(error.code, 400)
     headers = {"Retry-After": str(RETRY_AFTER)} if status in (429, 503) else None
     return JSONResponse(error_body(error), status, headers)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
+from anyio import CapacityLimiter
 from fastapi import Depends
 from starlette.requests import HTTPConnection
 
@@ -105,6 +106,7 @@ class Server:
     log: LogBuffer
     uploads: Uploads = field(default_factory=Uploads, init=False)
     opened: ExitStack = field(default_factory=ExitStack, init=False)
+    decoding: CapacityLimiter = field(init=False)  # of the event loop; each picture may need a GB
     _counting: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     @property
@@ -152,6 +154,8 @@ STATUS: Mapping[str, int] = {
     "server_stopping": 503,
     "state_unusable": 503,
     "body_too_large": 413,
+    "image_too_large": 413,  # of these two the editor shows no more than what the number means
+    "image_invalid": 415,
     "save_failed": 507,
     "job_exists": 409,
     "file_exists": 409,

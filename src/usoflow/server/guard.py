@@ -13,13 +13,19 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import cookie_parser
-from starlette.responses import JSONResponse, RedirectResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from usoflow.errors import UsoflowError
 from usoflow.server.context import LOOPBACK, ServerSettings, error_body
 
 COOKIE: Final = "usoflow_token"
+COOKIE_SECONDS: Final = 30 * 24 * 3600  # that a browser knows the token
+TOKEN_PAGE: Final = """<!doctype html><html lang="en"><meta charset="utf-8"><title>usoflow</title>
+<body style="font: 16px sans-serif; margin: 20vh auto; max-width: 30em">
+<p>This server wants the token that it was started with: the address that it printed has it.</p>
+<form><input name="token" type="password" size="30" autofocus required> <button>Open</button></form>
+"""
 PREFIX: Final = "/api"
 OPEN_PATHS: Final = ("/health/live", "/health/ready")
 POLICY: Final = "object-src 'none'; base-uri 'self'; frame-ancestors 'self'"
@@ -76,12 +82,14 @@ class Guard:
             here = "./"  # whatever a proxy calls it
             answer = RedirectResponse(f"{here}?{rest}" if rest else here, 303)
             # Lax: who follows a link of another site is let in; `_is_foreign` refuses all else.
-            answer.set_cookie(name, token, httponly=True, samesite="lax", path="/")
+            answer.set_cookie(name, token, COOKIE_SECONDS, httponly=True, samesite="lax", path="/")
             return answer
         cookie = cookie_parser(headers.get("cookie", "")).get(name, "")
         bearer = re.sub("^bearer ", "", headers.get("authorization", ""), flags=re.IGNORECASE)
         if _same(bearer, token) or _same(cookie, token):
             return None
+        if scope["path"] == "/" and "text/html" in headers.get("accept", ""):
+            return HTMLResponse(TOKEN_PAGE, 401)
         return _refused(401, UsoflowError("token_needed", "The request has no token, or a wrong one."))
 
     def _limited(self, receive: Receive) -> Receive:

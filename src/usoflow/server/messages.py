@@ -7,7 +7,7 @@ from typing import Any
 
 from usoflow.server.hub import Key, Outgoing
 from usoflow.service.engine import Cached, Finished, Progress, Started
-from usoflow.service.jobs import Job, State, now
+from usoflow.service.jobs import Job, State, now, nowhere
 from usoflow.service.supervisor import Event, Running
 
 
@@ -17,7 +17,7 @@ def messages_of(running: Running, event: Event) -> Iterator[Outgoing]:
     about = {"prompt_id": job.id}
     match event:
         case State.IN_PROGRESS:
-            yield Outgoing("execution_start", {**about, "timestamp": now()})
+            yield execution_start(job)
         case State():
             yield Outgoing(*_end(job))
             yield Outgoing("executing", {**about, "node": None})
@@ -42,6 +42,11 @@ def _executed(job: Job, node: str, output: Mapping[str, Any]) -> Outgoing:
     return Outgoing("executed", {**about, "output": output})
 
 
+def execution_start(job: Job) -> Outgoing:
+    """That a job runs."""
+    return Outgoing("execution_start", {"prompt_id": job.id, "timestamp": job.started})
+
+
 def executing(job: Job, node: str) -> Outgoing:
     """Which node runs."""
     return Outgoing("executing", {"node": node, "display_node": node, "prompt_id": job.id})
@@ -56,11 +61,11 @@ def progress_state(running: Running) -> Outgoing:
 
 def history_entry(job: Job, prompt: list[Any]) -> dict[str, Any]:
     """One value of `/history`."""
-    messages: list[list[Any]] = [
+    begun: list[list[Any]] = [
         ["execution_start", {"prompt_id": job.id, "timestamp": job.started}],
         ["execution_cached", {"nodes": job.cached, "prompt_id": job.id, "timestamp": job.started}],
-        list(_end(job)),
     ]
+    messages = [*(begun if job.started else []), list(_end(job))]
     completed = job.state == State.COMPLETED
     status = {"status_str": "success" if completed else "error", "completed": completed, "messages": messages}
     meta = {node: _place(node) for node in job.outputs}
@@ -76,7 +81,8 @@ def _end(job: Job) -> tuple[str, dict[str, Any]]:
     """How a job ended, as a message."""
     kinds = {State.COMPLETED: "execution_success", State.FAILED: "execution_error"}
     about = {"prompt_id": job.id, "timestamp": job.ended}
-    return kinds.get(job.state, "execution_interrupted"), {**about, **(job.error or {})}
+    where = {} if job.state == State.COMPLETED else job.error or nowhere(job.id)
+    return kinds.get(job.state, "execution_interrupted"), {**about, **where}
 
 
 def _progress(running: Running, event: Progress) -> Iterator[Outgoing]:

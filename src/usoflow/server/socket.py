@@ -14,7 +14,7 @@ from starlette.concurrency import run_in_threadpool
 
 from usoflow.server.context import Server, ServerOf
 from usoflow.server.hub import LONGEST_NAME, Client, Outgoing, status_message
-from usoflow.server.messages import executing, progress_state
+from usoflow.server.messages import executing, execution_start, progress_state
 from usoflow.server.routes.system import features
 
 router = APIRouter()
@@ -61,6 +61,7 @@ def _greet(server: Server, client: Client, waiting: int) -> None:
     client.put(status_message(waiting, client.sid))
     running = server.supervisor.running
     if running and running.job.client == client.sid:
+        client.put(execution_start(running.job))
         client.put(progress_state(running))
         if running.node:
             client.put(executing(running.job, running.node))

@@ -99,6 +99,11 @@ def reported(files: Sequence[Path], outputs: Mapping[str, Any]) -> set[Path]:
     return found
 
 
+def nowhere(job_id: str) -> dict[str, Any]:
+    """The event `execution_interrupted` of a job that had not begun, or no longer has anybody who knows."""
+    return {"prompt_id": job_id, "node_id": "", "node_type": "", "executed": []}
+
+
 def now() -> int:
     """Milliseconds since 1970."""
     return int(time.time() * 1000)

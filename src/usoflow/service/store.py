@@ -20,11 +20,12 @@ from typing import Any
 
 from usoflow.errors import UsoflowError
 from usoflow.nodes.context import PARTIAL_SUFFIX
-from usoflow.service.jobs import FINAL, WAITING, Job, Request, State, now, reported
+from usoflow.service.jobs import FINAL, WAITING, Job, Request, State, now, nowhere, reported
 
 logger = logging.getLogger(__name__)
 
 MAX_HISTORY = 10_000  # final jobs that are kept
+MAX_UNBEGUN = 500  # of these, such as were cancelled before they began
 PATIENCE = 30.0  # seconds to wait for another process's transaction
 MAX_ATTEMPTS = 3  # of a job; whatever ends the server each time may well be the job itself
 
@@ -67,6 +68,8 @@ _JOBS = f"SELECT {_COLUMNS} FROM jobs"
 _NEXT = "SELECT id FROM jobs WHERE state = 'pending' ORDER BY number, row LIMIT 1"
 # `+state` keeps SQLite from its index, by which it would sort all final jobs: by row it stops at the limit.
 _OLDEST = "SELECT row FROM jobs WHERE +state IN ('completed', 'failed', 'cancelled') ORDER BY row LIMIT ?"
+_UNBEGUN = "state = 'cancelled' AND started IS NULL"
+_LISTED = f"NOT ({_UNBEGUN})"
 
 
 class JobStore:
@@ -91,7 +94,7 @@ class JobStore:
                 self._connection.close()
                 raise
         except (OSError, sqlite3.Error) as error:
-            raise UsoflowError("state_unusable", f"{path} cannot be used: {error}.") from None
+            raise _unusable(path, error) from None
 
     def _prepare(self) -> None:
         self._connection.row_factory = sqlite3.Row
@@ -173,16 +176,19 @@ class JobStore:
         offset: int = 0,
         descending: bool = True,
         by_duration: bool = False,
+        unbegun: bool = True,
     ) -> list[Job]:
         """Jobs in some states by time of acceptance, or by how long they ran; `limit` -1 is all.
 
-        Jobs that have not ended, or never began, are the shortest.
+        Jobs that have not ended, or never began, are the shortest; without `unbegun` those are left out that
+        were cancelled before they began.
         """
         order = "DESC" if descending else "ASC"
         by = f"ended - started {order}, row {order}" if by_duration else f"row {order}"
         state = "state" if set(states) <= set(WAITING) else "+state"  # as for _OLDEST
+        listed = "" if unbegun else f" AND {_LISTED}"
         return self._select(
-            f"{_JOBS} WHERE {state} IN {_marks(states)} ORDER BY {by} LIMIT ? OFFSET ?",
+            f"{_JOBS} WHERE {state} IN {_marks(states)}{listed} ORDER BY {by} LIMIT ? OFFSET ?",
             (*states, limit, offset),
         )
 
@@ -195,18 +201,25 @@ class JobStore:
             (*FINAL, limit, offset),
         )
 
-    def count(self, states: Collection[State]) -> int:
-        """How many jobs are in these states."""
+    def count(self, states: Collection[State], *, unbegun: bool = True) -> int:
+        """How many jobs are in these states (`unbegun` as for `jobs`)."""
         with self._held() as connection:
-            query = f"SELECT count(*) FROM jobs WHERE state IN {_marks(states)}"
+            listed = "" if unbegun else f" AND {_LISTED}"
+            query = f"SELECT count(*) FROM jobs WHERE state IN {_marks(states)}{listed}"
             return int(connection.execute(query, tuple(states)).fetchone()[0])
 
     def cancel_pending(self, job_ids: Collection[str] | None = None) -> int:
-        """Cancel those of the jobs (None: of all) that have not begun; returns how many."""
+        """Cancel those of the jobs (None: of all) that have not begun; returns how many.
+
+        Of such jobs the last `MAX_UNBEGUN` are kept: they displace none that ran.
+        """
         chosen, values = _chosen(job_ids)
         with self._transaction() as run:
             query = f"UPDATE jobs SET state = 'cancelled', ended = ? WHERE state = 'pending' {chosen}"
-            return run(query, (now(), *values)).rowcount
+            cancelled = run(query, (now(), *values)).rowcount
+            older = f"SELECT row FROM jobs WHERE {_UNBEGUN} ORDER BY ended DESC, row DESC LIMIT -1 OFFSET ?"
+            run(f"DELETE FROM jobs WHERE row IN ({older})", (MAX_UNBEGUN,))
+            return cancelled
 
     def forget(self, job_ids: Collection[str] | None = None) -> None:
         """Delete those of the jobs (None: of all) that are final. Their pictures stay."""
@@ -271,7 +284,7 @@ class JobStore:
         """
         with self._held() as connection:  # so that nobody notes a stop between the two
             if connection.execute("SELECT 1 FROM jobs WHERE id = ? AND stop", (job_id,)).fetchone():
-                self.finish(job_id, State.CANCELLED, _nowhere(job_id))
+                self.finish(job_id, State.CANCELLED, nowhere(job_id))
                 return False
             with self._transaction() as run:
                 self._drop(self._files(job_id))
@@ -340,7 +353,7 @@ class JobStore:
             try:
                 yield self._connection
             except (OSError, sqlite3.Error) as error:
-                raise UsoflowError("state_unusable", f"{self._path} cannot be used: {error}.") from error
+                raise _unusable(self._path, error) from error
 
     @contextmanager
     def _transaction(self) -> Iterator[Callable[..., sqlite3.Cursor]]:
@@ -376,9 +389,11 @@ class JobStore:
         return [Path(os.fsdecode(row["path"])) for row in rows]
 
 
-def _nowhere(job_id: str) -> dict[str, Any]:
-    """The event `execution_interrupted` of a job of which nobody knows any more where it was."""
-    return {"prompt_id": job_id, "node_id": "", "node_type": "", "executed": []}
+def _unusable(path: Path, error: Exception) -> UsoflowError:
+    """With the remedy for a full disk, where it seems to be one: what is on it is whole."""
+    full = getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
+    advice = f"Make room on the disk of {path.parent}; no job that was accepted is lost." if full else None
+    return UsoflowError("state_unusable", f"{path} cannot be used: {error}.", remedy=advice)
 
 
 def _job(row: sqlite3.Row) -> Job:

@@ -184,7 +184,8 @@ class Supervisor:
         outcome = self._outcome(running)
         self.running = None
         if outcome is None:
-            self._insist(lambda: self._store.requeue(job.id))
+            if self._insist(lambda: self._store.requeue(job.id)):
+                logger.info("Job %s is pending again: it runs after the next start of the server.", job.id)
             return
         if running.stop and isinstance(outcome, Failed) and outcome.code == "worker_died":
             outcome = Cancelled()  # as it was asked to, before it came to it

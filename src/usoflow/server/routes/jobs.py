@@ -30,7 +30,8 @@ def jobs(
 ) -> JSONResponse:
     """A page of jobs in some states (default: all), the newest first.
 
-    By `sort_by=execution_time` those that ran longest are first.
+    By `sort_by=execution_time` those that ran longest are first. Who has cleared the queue does not want to
+    see what was in it: jobs that were cancelled before they began are in no list, only at `/jobs/ID`.
     """
     names_ = [name for name in status.split(",") if name]
     unknown = sorted(set(names_) - set(State))
@@ -45,8 +46,9 @@ def jobs(
         offset=offset,
         descending=sort_order == "desc",
         by_duration=sort_by in DURATIONS,
+        unbegun=False,
     )
-    total = server.store.count(states)
+    total = server.store.count(states, unbegun=False)
     more = offset + len(found) < total
     page = {"offset": offset, "limit": limit, "total": total, "has_more": more}
     return JSONResponse({"jobs": [summary(job) for job in found], "pagination": page})

@@ -6,24 +6,27 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, TypeVar
 from urllib.parse import unquote
 
+from anyio import to_thread
 from fastapi import APIRouter, Form, Request, UploadFile
 from fastapi.responses import Response
 from PIL import Image
+from starlette.concurrency import run_in_threadpool
 
 from usoflow.errors import UsoflowError
 from usoflow.schema.values import image_location
 from usoflow.server import files
 from usoflow.server.context import Json, Server, ServerOf
-from usoflow.server.sending import HARMLESS, file_answer
+from usoflow.server.sending import file_answer, remade_answer
 from usoflow.settings import IMAGE_SUFFIXES, can_be_told, inside
 
 router = APIRouter(tags=["pictures"])
+T = TypeVar("T")
 
 NAMELESS: Final = "application/octet-stream"  # of what is no picture
 
@@ -33,8 +36,13 @@ EXTENDED: Final = re.compile(r";\s*filename\*\s*=\s*(utf-8|iso-8859-1)'[^']*'([^
 FormText = Annotated[str, Form()]
 
 
+async def _in_turn(server: Server, work: Callable[[], T]) -> T:
+    """What decodes a picture: few at once, and in none of the threads that other routes need."""
+    return await to_thread.run_sync(work, limiter=server.decoding)
+
+
 @router.post("/upload/image")
-def upload_image(
+async def upload_image(
     server: ServerOf,
     image: UploadFile,
     type: FormText = "input",
@@ -42,14 +50,18 @@ def upload_image(
     overwrite: FormText = "",
 ) -> Json:
     """Put a picture into the input folder (or output, temp)."""
-    data = image.file.read()
-    picture = files.read(data, server.settings.limits.pixels)
-    name = _with_suffix(_name(image), picture.format or "")
-    return _stored(server, name, data, type, subfolder, overwrite)
+
+    def put() -> Json:
+        data = image.file.read()
+        picture = files.read(data, server.settings.limits.pixels)
+        name = _with_suffix(_name(image), picture.format or "")
+        return _stored(server, name, data, type, subfolder, overwrite)
+
+    return await _in_turn(server, put)
 
 
 @router.post("/upload/mask")
-def upload_mask(
+async def upload_mask(
     server: ServerOf,
     image: UploadFile,
     original_ref: FormText,
@@ -59,17 +71,21 @@ def upload_mask(
 ) -> Json:
     """Put a copy of a picture, with the transparency of the upload, into the input folder."""
     pixels = server.settings.limits.pixels
-    mask = files.upright(image.file.read(), pixels).convert("RGBA").getchannel("A")
-    full = files.upright(_original(server, original_ref), pixels).convert("RGBA")
-    full.putalpha(mask.resize(full.size, Image.Resampling.LANCZOS))
-    buffer = io.BytesIO()
-    full.save(buffer, "PNG", compress_level=4)
-    name = _with_suffix(_name(image), "PNG")
-    return _stored(server, name, buffer.getvalue(), type, subfolder, overwrite)
+
+    def put() -> Json:
+        mask = files.upright(image.file.read(), pixels).convert("RGBA").getchannel("A")
+        full = files.upright(_original(server, original_ref), pixels).convert("RGBA")
+        full.putalpha(mask.resize(full.size, Image.Resampling.LANCZOS))
+        buffer = io.BytesIO()
+        full.save(buffer, "PNG", compress_level=4)
+        name = _with_suffix(_name(image), "PNG")
+        return _stored(server, name, buffer.getvalue(), type, subfolder, overwrite)
+
+    return await _in_turn(server, put)
 
 
 @router.get("/view")
-def view(
+async def view(
     server: ServerOf,
     request: Request,
     filename: str = "",
@@ -79,22 +95,26 @@ def view(
     channel: str = "",
 ) -> Response:
     """A picture, as it is, or re-encoded (`preview=webp;90`), or its colours or transparency (`channel`)."""
-    folder, name = image_location(filename)
-    path = files.find(server.folders, folder if name != filename else type, subfolder, name)
-    kind, pixels = files.content_type(path), server.settings.limits.pixels
-    if kind and preview:
-        return _encoded(*files.preview(files.content(path, name), preview, pixels))
-    if kind and channel in ("rgb", "a"):
-        return _encoded(*files.channel(files.content(path, name), channel, pixels))
-    with files.reading(name):
-        path.open("rb").close()  # while it can still be said that this cannot be done
-        return file_answer(
-            request,
-            path,
-            media_type=kind or NAMELESS,
-            filename=inside(name).name,
-            disposition="inline" if kind else "attachment",
-        )
+
+    def answer() -> Response:
+        folder, name = image_location(filename)
+        path = files.find(server.folders, folder if name != filename else type, subfolder, name)
+        kind, pixels = files.content_type(path), server.settings.limits.pixels
+        with files.reading(name):
+            if kind and preview:
+                return remade_answer(request, path, lambda: files.preview(path.read_bytes(), preview, pixels))
+            if kind and channel in ("rgb", "a"):
+                return remade_answer(request, path, lambda: files.channel(path.read_bytes(), channel, pixels))
+            path.open("rb").close()  # while it can still be said that this cannot be done
+            return file_answer(
+                request,
+                path,
+                media_type=kind or NAMELESS,
+                filename=inside(name).name,
+                disposition="inline" if kind else "attachment",
+            )
+
+    return await (_in_turn(server, answer) if preview or channel else run_in_threadpool(answer))
 
 
 @router.get("/internal/files/{type}")
@@ -112,10 +132,6 @@ def _times(root: Path) -> Iterator[tuple[float, str]]:
                 with suppress(OSError):
                     if os.path.isfile(path):
                         yield path.stat().st_mtime, path.name
-
-
-def _encoded(data: bytes, kind: str) -> Response:
-    return Response(data, media_type=kind, headers=HARMLESS)
 
 
 def _name(image: UploadFile) -> str:

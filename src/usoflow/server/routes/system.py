@@ -18,6 +18,7 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, generate_latest
 from starlette.concurrency import run_in_threadpool
 
+from usoflow import __version__
 from usoflow.server.context import Json, Server, ServerOf
 from usoflow.server.routes.body import ObjectBody
 from usoflow.server.ui import EDITOR
@@ -65,7 +66,7 @@ async def system_stats(server: ServerOf) -> Json:
             "python_version": sys.version,
             "pytorch_version": device.get("pytorch_version", "not loaded yet"),
             "embedded_python": False,
-            "argv": ["usoflow", "serve"],
+            "argv": [f"usoflow-{__version__}", "serve"],  # which the editor puts into reports
         },
         "devices": [_device(device, total, free)],
     }

@@ -27,6 +27,9 @@ STYLE = "user.css"
 # What the editor asks for at its start and would report as missing.
 FIRST_FILES = {STYLE: b"", "comfy.templates.json": b"[]"}
 FIRST_FOLDERS = ("workflows", "subgraphs")
+# What is of a browser, not of the user: one that has no graph to show yet would open the editor's own
+# example, whose models and nodes are not here, instead of the templates.
+OF_A_BROWSER = "Comfy.TutorialCompleted"
 
 
 def prepare(folder: Path) -> None:
@@ -47,7 +50,7 @@ def users() -> Json:
 @router.get("/settings")
 def settings(server: ServerOf) -> Json:
     """All settings of the editor."""
-    return server.store.settings()
+    return {key: value for key, value in server.store.settings().items() if key != OF_A_BROWSER}
 
 
 @router.get("/settings/{key:path}")
