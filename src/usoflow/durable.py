@@ -1,7 +1,8 @@
-"""Files that a loss of power leaves whole: what is said to be there has come to the disk."""
+"""Files that a loss of power leaves whole: what is said to be there has come to the disk; and checksums."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +19,12 @@ def put(partial: Path, whole: Path) -> None:
     if os.name == "posix":  # elsewhere a folder cannot be opened
         with suppress(OSError), _opened(whole.parent) as folder:  # nor where it may not be read
             os.fsync(folder)  # which some network drives do not do
+
+
+def sha256(path: Path) -> str:
+    """The checksum of a file, in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @contextmanager

@@ -118,16 +118,17 @@ class Folders:
         """
         path = self._picture(folder, name)
         if path is None:
-            looked = ", ".join(str(root) for root in self._picture_roots(folder))
+            looked = ", ".join(str(root) for root in self.picture_roots(folder))
             raise UsoflowError("image_missing", f"The picture {name} was not found (looked in {looked}).")
         return path
 
     def _picture(self, folder: str, name: str) -> Path | None:
         given = self.given_images.get(name) if folder == "input" else None
-        return given or _find(self._picture_roots(folder), name)
+        return given or _find(self.picture_roots(folder), name)
 
-    def _picture_roots(self, folder: str) -> Sequence[Path]:
-        return {"input": self.inputs, "output": (self.output,), "temp": (self.temp,)}[folder]
+    def picture_roots(self, folder: str) -> tuple[Path, ...]:
+        """Where the pictures of "input", "output" or "temp" are; nowhere, for any other name."""
+        return {"input": self.inputs, "output": (self.output,), "temp": (self.temp,)}.get(folder, ())
 
 
 def find_folders(

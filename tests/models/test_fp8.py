@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from networks import lora_of, relative, require_exact_branches, transformer_of, velocity
 from usoflow.models import fp8
 from usoflow.models.flux import Modulation
-from usoflow.models.library import LoraUse, ModelLibrary
+from usoflow.models.library import ModelLibrary
+from usoflow.models.lora_layouts import LoraUse
 from usoflow.models.placement import Placement
 from usoflow.models.residence import multiply_in_fp8
 from usoflow.models.weights import Linear

@@ -16,7 +16,8 @@ from torch import Tensor
 from usoflow.errors import UsoflowError
 from usoflow.models.checkpoint import QUANTISED, Component, TensorFile
 from usoflow.models.flux import Flux
-from usoflow.models.library import LoraUse, ModelLibrary
+from usoflow.models.library import ModelLibrary
+from usoflow.models.lora_layouts import LoraUse
 from usoflow.models.placement import Placement
 from usoflow.models.quantised import dequantise
 from usoflow.models.weights import Embedding, Linear, assemble

@@ -12,7 +12,8 @@ from networks import lora_of, relative, transformer_of, velocity
 from usoflow.api.engine import Engine
 from usoflow.models import kernels
 from usoflow.models.flux import Flux
-from usoflow.models.library import LoraUse, ModelLibrary
+from usoflow.models.library import ModelLibrary
+from usoflow.models.lora_layouts import LoraUse
 from usoflow.models.placement import Placement
 
 pytestmark = [

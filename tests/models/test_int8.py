@@ -18,8 +18,9 @@ from networks import lora_of, relative, require_exact_branches, transformer_of, 
 from usoflow.models import int8
 from usoflow.models.flux import Modulation
 from usoflow.models.kernels import Scratch
-from usoflow.models.library import LoraUse, ModelLibrary
+from usoflow.models.library import ModelLibrary
 from usoflow.models.loading import load_flux
+from usoflow.models.lora_layouts import LoraUse
 from usoflow.models.placement import Placement
 from usoflow.models.residence import Sizes, settle_on_cpu
 from usoflow.models.weights import Linear

@@ -23,8 +23,9 @@ from usoflow.models import pages, vae
 from usoflow.models.checkpoint import CONFIG_KEY, Component, TensorFile
 from usoflow.models.flux import Flux
 from usoflow.models.flux_config import FluxConfig
-from usoflow.models.library import LoraUse, ModelLibrary
+from usoflow.models.library import ModelLibrary
 from usoflow.models.loading import load_clip, load_flux, load_vae
+from usoflow.models.lora_layouts import LoraUse
 from usoflow.models.placement import Placement, is_out_of_memory, widen_fp8
 from usoflow.models.residence import stored_bytes
 from usoflow.models.text import TextEncoding

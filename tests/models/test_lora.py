@@ -14,9 +14,10 @@ from untrained import FLUX, write_untrained
 from usoflow.errors import UsoflowError
 from usoflow.models.checkpoint import Component, TensorFile
 from usoflow.models.flux import Flux
-from usoflow.models.library import LoraUse, ModelLibrary
+from usoflow.models.library import ModelLibrary
 from usoflow.models.loading import load_flux
 from usoflow.models.lora import attach
+from usoflow.models.lora_layouts import LoraUse
 from usoflow.models.placement import Placement
 from usoflow.models.weights import Linear
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from networks import lora_of, transformer_of
-from usoflow.models.library import LoraUse, ModelLibrary
+from usoflow.models.library import ModelLibrary
 from usoflow.models.loading import load_flux
+from usoflow.models.lora_layouts import LoraUse
 from usoflow.models.passage import MOST_PINNED_AT_ONCE, Buffer, Passage, pinned_together
 from usoflow.models.placement import Placement
 

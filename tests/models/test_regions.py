@@ -23,7 +23,8 @@ from networks import lora_of, transformer_of
 from usoflow.models import int8, regions
 from usoflow.models.checkpoint import Component
 from usoflow.models.flux import Flux
-from usoflow.models.library import LoraUse, ModelLibrary
+from usoflow.models.library import ModelLibrary
+from usoflow.models.lora_layouts import LoraUse
 from usoflow.models.passage import Passage
 from usoflow.models.placement import Placement
 from usoflow.models.residence import multiply_in_fp8

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import re
 import shutil
@@ -21,6 +20,7 @@ import certifi
 
 from usoflow.api.workflow import free_name
 from usoflow.catalogue import KnownFile
+from usoflow.durable import sha256
 from usoflow.errors import UsoflowError
 from usoflow.file_lock import taken
 from usoflow.models.checkpoint import TensorFile
@@ -200,7 +200,7 @@ def _blocks(source: _Source, part: Path) -> Iterator[bytes]:
 def _verify(file: KnownFile, source: _Source, part: Path) -> None:
     """What is wrong is removed, so that the next download begins anew."""
     try:
-        if _SHA256.match(source.etag) and _sha256(part) != source.etag:
+        if _SHA256.match(source.etag) and sha256(part) != source.etag:
             raise UsoflowError("model_damaged", f"{file.name} is not what the hub has: its checksum differs.")
         arrived = TensorFile.open(part)
         if not file.holds <= set(arrived.components()):
@@ -212,8 +212,3 @@ def _verify(file: KnownFile, source: _Source, part: Path) -> None:
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -12,6 +12,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from usoflow.models import pages
+
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"  # proc(5): resets the high water mark of the resident set
@@ -43,7 +45,7 @@ def kept_memory() -> Iterator[None]:
     finally:
         libc.mallopt(_M_MMAP_THRESHOLD, _GLIBC_MOST)
         libc.mallopt(_M_TRIM_THRESHOLD, 2 * _GLIBC_MOST)
-        libc.malloc_trim(0)
+        pages.trim()
 
 
 def _glibc() -> ctypes.CDLL | None:

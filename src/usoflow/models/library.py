@@ -11,7 +11,6 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch
@@ -31,7 +30,7 @@ from usoflow.models.loading import (
     tokenizers_of,
 )
 from usoflow.models.lora import attach
-from usoflow.models.lora_layouts import is_for_text
+from usoflow.models.lora_layouts import LoraUse, is_for_text
 from usoflow.models.passage import give_back_pinned
 from usoflow.models.placement import Placement
 from usoflow.models.regions import Regions
@@ -49,14 +48,6 @@ M = TypeVar("M", bound=nn.Module)
 E = TypeVar("E")
 L = TypeVar("L", Flux, ClipText, T5Encoder)  # what LoRAs are for
 Key = tuple[Any, ...]  # fingerprint of the file, kind of component, variant
-
-
-@dataclass(frozen=True, slots=True)
-class LoraUse:
-    """A LoRA file and its strength."""
-
-    lora: Component
-    strength: float
 
 
 class ModelLibrary:

@@ -107,6 +107,14 @@ _OUTSIDE: Mapping[str, tuple[tuple[str, str], ...]] = MappingProxyType(
 
 
 @dataclass(frozen=True, slots=True)
+class LoraUse:
+    """A LoRA file and its strength."""
+
+    lora: Component
+    strength: float
+
+
+@dataclass(frozen=True, slots=True)
 class Pair:
     """One low-rank pair.
 

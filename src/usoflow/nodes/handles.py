@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from usoflow.models.checkpoint import Component
-    from usoflow.models.library import LoraUse
+    from usoflow.models.lora_layouts import LoraUse
     from usoflow.models.vision import VisionOutput
     from usoflow.sampling.step_cache import EasyCacheSettings
 

@@ -9,7 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from usoflow.nodes import resize
 from usoflow.nodes.context import PREVIEW_PREFIX, NodeContext, SavedImage, Shown
+from usoflow.nodes.feather import margin_mask
 from usoflow.nodes.sockets import Image, Mask
 from usoflow.schema.node import node
 from usoflow.schema.specs import InputImage, Int, Text, Tip
@@ -58,12 +60,12 @@ def preview_image(images: Image, *, context: NodeContext) -> Shown:
     return _write(images, context.folders.temp, "temp", prefix, context, compression=_PREVIEW_COMPRESSION)
 
 
-def clear_previews(temp: Path, *, age: float = PREVIEWS_KEPT) -> None:
-    """Remove PreviewImage's pictures older than `age` seconds: another process may show newer ones."""
+def clear_previews(temp: Path) -> None:
+    """Remove PreviewImage's pictures of before yesterday: another process may show newer ones."""
     for name in glob.glob(f"{PREVIEW_PREFIX}*.png", root_dir=temp):
         picture = temp / name
         with suppress(OSError):
-            if time.time() - picture.stat().st_mtime > age:
+            if time.time() - picture.stat().st_mtime > PREVIEWS_KEPT:
                 picture.unlink()
 
 
@@ -96,8 +98,6 @@ def batch(image1: Image, image2: Image) -> Image:
     """Puts pictures behind each other; those of `image2` are scaled and cropped to the size of `image1`."""
     import torch
 
-    from usoflow.nodes import resize
-
     height, width = image1.shape[1:3]
     if image2.shape[1:3] != image1.shape[1:3]:
         image2 = resize.scale(image2, width, height, "bilinear", crop="center")
@@ -129,8 +129,6 @@ def pad_for_outpaint(
 ) -> tuple[Image, Mask]:
     """Adds grey margins; the mask is 1 there and falls off within the picture along them."""
     from torch.nn import functional as F
-
-    from usoflow.nodes.feather import margin_mask
 
     sides = (left, right, top, bottom)
     padded = F.pad(image, (0, 0, *sides), value=_GREY)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Annotated
 
+from usoflow.nodes import resize
 from usoflow.nodes.sockets import Image
 from usoflow.schema.node import node
 from usoflow.schema.specs import Choice, Float, Int
@@ -32,8 +33,6 @@ def scale(
     crop: Annotated[str, Choice(("disabled", "center"))],
 ) -> Image:
     """Scales to a size; a side of 0 follows from the proportions."""
-    from usoflow.nodes import resize
-
     return resize.scale(image, width, height, upscale_method, crop=crop)
 
 
@@ -44,8 +43,6 @@ def scale_by(
     scale_by: Annotated[float, Float(min=0.01, max=8.0, step=0.01)] = 1.0,
 ) -> Image:
     """Scales both sides by a factor."""
-    from usoflow.nodes import resize
-
     height, width = (round(side * scale_by) for side in image.shape[1:3])
     return resize.resize(image, width, height, upscale_method)
 
@@ -58,8 +55,6 @@ def scale_to_total_pixels(
     resolution_steps: Annotated[int, Int(min=1, max=256)] = 1,
 ) -> Image:
     """Scales to a number of pixels (1 megapixel is 1024 x 1024), each side to a multiple of the steps."""
-    from usoflow.nodes import resize
-
     factor = math.sqrt(megapixels * _MEGAPIXEL / (image.shape[1] * image.shape[2]))
     height, width = (round(side * factor / resolution_steps) * resolution_steps for side in image.shape[1:3])
     return resize.resize(image, width, height, upscale_method)
@@ -74,16 +69,12 @@ def scale_to_max_dimension(
     largest_size: Annotated[int, _SIDE] = 512,
 ) -> Image:
     """Scales so that the longer side has this many pixels."""
-    from usoflow.nodes import resize
-
     return resize.scale_to_max_dimension(image, largest_size, upscale_method)
 
 
 @node("FluxKontextImageScale", category="advanced/conditioning/flux")
 def kontext_scale(image: Image) -> Image:
     """Scales and crops to the training size of FLUX.1 Kontext that is nearest in proportions."""
-    from usoflow.nodes import resize
-
     proportions = image.shape[2] / image.shape[1]
     width, height = min(KONTEXT_SIZES, key=lambda size: abs(proportions - size[0] / size[1]))
     return resize.scale(image, width, height, "lanczos", crop="center")

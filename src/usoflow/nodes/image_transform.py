@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated
 
+from usoflow.nodes import resize
 from usoflow.nodes.image import in_turn, with_channels
 from usoflow.nodes.sockets import Image, Mask
 from usoflow.schema.node import node
@@ -99,8 +100,6 @@ def composite(
 
     What would lie outside of the destination is left away. The mask is scaled to the source.
     """
-    from usoflow.nodes import resize
-
     count, height, width, channels = destination.shape
     if resize_source:
         source = resize.resize(source, width, height, "bilinear")
@@ -115,8 +114,6 @@ def composite(
 
 def _weight(mask: Tensor | None, source: Tensor) -> Tensor:
     """How much of each of the source's pixels is laid over: [B, H, W, 1]."""
-    from usoflow.nodes import resize
-
     count, height, width = source.shape[:3]
     if mask is None:
         return source.new_ones(count, height, width, 1)
@@ -139,8 +136,6 @@ def blend(
     The modes are those of W3C's Compositing and Blending Level 1 (section 10.1), with the first picture as
     backdrop and the factor as alpha.
     """
-    from usoflow.nodes import resize
-
     height, width, channels = image1.shape[1:]
     if image2.shape[1:3] != image1.shape[1:3]:
         image2 = resize.scale(image2, width, height, "bicubic", crop="center")
@@ -187,8 +182,6 @@ def _same_batch(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 
 def _scaled_to(image: Tensor, axis: int, length: int) -> Tensor:
     """Scaled in its proportions so that the axis has this length."""
-    from usoflow.nodes import resize
-
     side = image.shape[axis]
     if side == length:  # lanczos would round the values to 8 bits
         return image

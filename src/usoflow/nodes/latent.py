@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
+from usoflow.models.tiling import Grid
 from usoflow.nodes.context import NodeContext
 from usoflow.nodes.sockets import Image, Latent, Vae
 from usoflow.schema.node import node
@@ -62,7 +63,6 @@ def vae_encode_tiled(
     context: NodeContext,
 ) -> Latent:
     """Encodes pictures in overlapping tiles, so that memory does not grow with their size."""
-    from usoflow.models.tiling import Grid
     from usoflow.models.vae import centre_crop
 
     grid = Grid(*_in_latents(tile_size, overlap), before=_DOWN, after=1)
@@ -81,7 +81,6 @@ def vae_decode_tiled(
     context: NodeContext,
 ) -> Image:
     """Decodes latents in overlapping tiles, so that memory does not grow with their size."""
-    from usoflow.models.tiling import Grid
 
     grid = Grid(*_in_latents(tile_size, overlap), before=1, after=_DOWN)
     return context.library.vae_decode(vae.vae, samples["samples"], tiles=grid)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated
 
 from usoflow.nodes.image import in_turn
+from usoflow.nodes.resize import bislerp, crop_to_proportions, resize
 from usoflow.nodes.sockets import Latent, Mask
 from usoflow.schema.node import node
 from usoflow.schema.specs import Choice, Float, Int
@@ -32,8 +33,6 @@ def upscale(
     crop: Annotated[str, Choice(("disabled", "center"))],
 ) -> Latent:
     """Scales latents to a size in pixels; a side of 0 follows from the proportions."""
-    from usoflow.nodes.resize import crop_to_proportions
-
     if width == height == 0:
         return samples
     planes = samples["samples"].movedim(1, -1)  # [B, H, W, C], as pictures are
@@ -98,8 +97,6 @@ def set_noise_mask(samples: Latent, mask: Mask) -> Latent:
 
 def _resized(planes: Tensor, width: int, height: int, method: str) -> Tensor:
     """[B, H, W, C] to [B, C, height, width]."""
-    from usoflow.nodes.resize import bislerp, resize
-
     scaled = bislerp(planes, width, height) if method == "bislerp" else resize(planes, width, height, method)
     return scaled.movedim(-1, 1).contiguous()
 

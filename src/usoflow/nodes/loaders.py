@@ -9,7 +9,7 @@ from usoflow.catalogue import missing_file_remedy
 from usoflow.errors import UsoflowError
 from usoflow.models.checkpoint import Component, TensorFile
 from usoflow.models.flux_config import FluxConfig
-from usoflow.models.lora_layouts import refuse_other_methods
+from usoflow.models.lora_layouts import LoraUse, refuse_other_methods
 from usoflow.nodes.context import NodeContext
 from usoflow.nodes.handles import (
     ClipHandle,
@@ -128,8 +128,6 @@ def load_lora_model_only(
     context: NodeContext,
 ) -> Model:
     """Adds a LoRA to the transformer. Several can follow each other."""
-    from usoflow.models.library import LoraUse
-
     lora = _lora(context, lora_name)
     return replace(model, loras=(*model.loras, LoraUse(lora, strength_model)))
 
@@ -145,8 +143,6 @@ def load_lora(
     context: NodeContext,
 ) -> tuple[Model, Clip]:
     """Adds a LoRA to transformer and text encoders. Several can follow each other."""
-    from usoflow.models.library import LoraUse
-
     lora = _lora(context, lora_name)
     with_model = replace(model, loras=(*model.loras, LoraUse(lora, strength_model)))
     return with_model, replace(clip, loras=(*clip.loras, LoraUse(lora, strength_clip)))

@@ -51,10 +51,10 @@ def within(root: Path, name: str) -> Path:
 
 def roots(folders: Folders, kind: str) -> tuple[Path, ...]:
     """The folders that a client calls "input", "output" or "temp". Raises UsoflowError `path_outside`."""
-    known = {"input": folders.inputs, "output": (folders.output,), "temp": (folders.temp,)}
-    if kind not in known:
+    found = folders.picture_roots(kind)
+    if not found:
         raise UsoflowError("path_outside", f"There is no folder {kind!r}, only input, output and temp.")
-    return known[kind]
+    return found
 
 
 def find(folders: Folders, kind: str, subfolder: str, name: str) -> Path:

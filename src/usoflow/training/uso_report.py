@@ -5,11 +5,11 @@ Asks `uso_evaluate` for everything, and decides nothing.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from usoflow.durable import sha256
 from usoflow.training.drawings import Sprites
 from usoflow.training.triplets import lesson_sheet
 from usoflow.training.uso_evaluate import CELLS, Contender, Marks, bounds, contenders, marks, questions
@@ -42,7 +42,7 @@ def evaluate(
         Marks by cell and row.
     """
     output.mkdir(parents=True, exist_ok=True)
-    files = {path.name: _sha256(path) for path in contender.files}
+    files = {path.name: sha256(path) for path in contender.files}
     tables: dict[str, dict[str, Marks]] = {}
     for name, cell in CELLS.items():
         asked = questions(sprites.world, cell, count)
@@ -80,11 +80,6 @@ def in_words(found: Marks) -> str:
 
 def _cell(found: Marks, column: str) -> str:
     return f"{100 * found[column]:.1f}" if column in found else ""
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _file(name: str) -> str:

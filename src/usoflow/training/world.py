@@ -7,26 +7,12 @@ styles are held out follows from a hash of their names, so that the split can be
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 
-HELD_OUT_SUBJECTS = 0.1  # of all subjects
-HELD_OUT_SETS = 1
-HELD_OUT_RENDERINGS = 3
 GALLERY = 100  # held-out subjects in all, things included
-
-
-def rank(name: str) -> str:
-    """The order in which names are held out: lowest first."""
-    return hashlib.sha256(f"usoflow world {name}".encode()).hexdigest()
-
-
-def lowest(names: Iterable[str], count: int) -> frozenset[str]:
-    """The `count` names that are held out."""
-    return frozenset(sorted(names, key=rank)[:count])
 
 
 @dataclass(frozen=True)
@@ -54,7 +40,7 @@ class World:
     def load(cls) -> World:
         """The world of the package.
 
-        The published split is in the file; a test compares it with `rank`.
+        The published split is in the file; a test compares it with the hash.
         """
         data = json.loads(resources.files("usoflow.training").joinpath("world.json").read_text("utf-8"))
         return cls(
