@@ -15,8 +15,8 @@ from difflib import get_close_matches
 from pathlib import PurePosixPath
 from typing import Final
 
-from usoflow.errors import UsoflowError
-from usoflow.models.checkpoint import Component, TensorFile, some
+from usoflow.errors import UsoflowError, some
+from usoflow.models.checkpoint import Component, TensorFile
 from usoflow.models.flux_config import runs
 from usoflow.settings import POCKET_MODELS, Folders
 

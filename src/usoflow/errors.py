@@ -6,7 +6,7 @@ exit status) and by the server. Knows nothing of the rest of the package.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -338,3 +338,10 @@ def _restored(kind: type[UsoflowError], code: str, detail: str, remedy: str) -> 
     error = kind.__new__(kind)
     UsoflowError.__init__(error, code, detail, remedy=remedy)
     return error
+
+
+def some(names: Iterable[str], most: int = 3) -> str:
+    """The first few names, for a message."""
+    listed = list(names)
+    rest = f" and {len(listed) - most} more" if len(listed) > most else ""
+    return ", ".join(listed[:most]) + rest

@@ -14,12 +14,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from usoflow.errors import UsoflowError
-from usoflow.models.checkpoint import QUANTISED, Component, TensorFile
+from usoflow.models.checkpoint import Component, TensorFile
 from usoflow.models.flux import Flux
 from usoflow.models.library import ModelLibrary
 from usoflow.models.lora_layouts import LoraUse
 from usoflow.models.placement import Placement
 from usoflow.models.quantised import dequantise
+from usoflow.models.tensor_header import QUANTISED
 from usoflow.models.weights import Embedding, Linear, assemble
 
 CPU32 = Placement(torch.device("cpu"), torch.float32)

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from usoflow.errors import UsoflowError
+from usoflow.errors import UsoflowError, some
 from usoflow.models import loading
-from usoflow.models.checkpoint import Component, TensorFile, some
+from usoflow.models.checkpoint import Component, TensorFile
 from usoflow.models.inventory import precision, size_in_words
 from usoflow.models.kinds import KIND_NAMES, SINGLE_FILES
 from usoflow.models.lora_layouts import linear_layers, pairs_for

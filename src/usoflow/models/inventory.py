@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from usoflow.errors import UsoflowError
-from usoflow.models.checkpoint import TensorFile, TensorInfo
+from usoflow.models.checkpoint import TensorFile
+from usoflow.models.tensor_header import TensorInfo
 from usoflow.settings import MODEL_FOLDERS, Folders
 
 _WORTH_SAYING = 0.005  # part of the bytes below which a precision is left out

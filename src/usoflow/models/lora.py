@@ -10,8 +10,8 @@ import logging
 import torch
 from torch import nn
 
-from usoflow.errors import UsoflowError
-from usoflow.models.checkpoint import Component, some
+from usoflow.errors import UsoflowError, some
+from usoflow.models.checkpoint import Component
 from usoflow.models.lora_layouts import Pair, PeftScales, pairs_for
 from usoflow.models.weights import Linear, LowRank, read_tensors
 

@@ -12,7 +12,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from usoflow.models.checkpoint import QUANTISED
+from usoflow.models.tensor_header import QUANTISED
 
 
 def dequantise(data: Tensor, kind: str, dtype: torch.dtype) -> Tensor:

@@ -23,11 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from usoflow.errors import UsoflowError
+from usoflow.errors import UsoflowError, some
 from usoflow.models import fp8, int8
-from usoflow.models.checkpoint import QUANTISED, SCALE, Component, TensorInfo, matches_any, some
+from usoflow.models.checkpoint import SCALE, Component, matches_any
 from usoflow.models.kernels import Scratch, fast, has_nan, linear, widen
 from usoflow.models.quantised import dequantise
+from usoflow.models.tensor_header import QUANTISED, TensorInfo
 
 _NO_RESERVE = 0x4000  # mmap(2): MAP_NORESERVE
 DTYPES: Mapping[str, torch.dtype] = {
