@@ -11,7 +11,7 @@ import pytest
 
 import usoflow
 from usoflow.errors import CATALOGUE, UsoflowError
-from usoflow.execution.executor import NodeError
+from usoflow.execution.order import NodeError
 
 SOURCE = Path(usoflow.__file__).parent
 RAISERS = {"UsoflowError", "_at"}  # `_at` of the executor adds the node

@@ -13,15 +13,8 @@ from hypothesis import strategies as st
 
 from forbidden import forbid
 from usoflow.errors import UsoflowError
-from usoflow.settings import (
-    MODEL_FOLDERS,
-    Folders,
-    bytes_of,
-    check_prefix,
-    check_writable,
-    existing_part,
-    find_folders,
-)
+from usoflow.file_names import check_prefix
+from usoflow.settings import MODEL_FOLDERS, Folders, bytes_of, check_writable, existing_part, find_folders
 
 ESCAPES = [
     "../a.png",

@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -23,6 +23,7 @@ import platformdirs
 import yaml
 
 from usoflow.errors import UsoflowError
+from usoflow.file_names import can_be_told, inside
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,6 @@ IMAGE_SUFFIXES = (
 )  # fmt: skip
 EXTRA_PATHS_FILE = "extra_model_paths.yaml"
 
-LONGEST_PART = 240  # bytes: most systems take 255, of which _00001_.part has 12
 POCKET_MODELS = Path(__file__).parent / "pocket" / "models"  # small ones that ship with the package
 
 _UNITS: Mapping[str, int] = MappingProxyType({"K": 1, "M": 2, "G": 3, "T": 4})
@@ -339,18 +339,6 @@ def _names(root: Path, suffixes: tuple[str, ...], *, deep: bool = True) -> Itera
                     _warn_of_name(root, found)
 
 
-def can_be_told(name: str) -> bool:
-    r"""Whether the name of a file can be told.
-
-    On Linux it may be bytes in another encoding, or have a `\`, which parts folders wherever it is told.
-    """
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return "\\" not in name
-
-
 def _tell(error: OSError) -> None:
     """Why a folder offers nothing, unless it is not there."""
     if not isinstance(error, FileNotFoundError | NotADirectoryError):
@@ -365,34 +353,6 @@ def _warn_of_folder(folder: str, reason: str) -> None:
 @functools.cache  # once for each file
 def _warn_of_name(root: Path, name: str) -> None:
     logger.warning("%r in %s is not offered: its name is not UTF-8 or has a \\. Rename it.", name, root)
-
-
-def inside(name: str) -> PurePosixPath:
-    r"""A name from a workflow as a path relative to some folder, with `/` or `\` between its parts.
-
-    Raises:
-        UsoflowError: `path_outside` for what leads out of the folder: `..`, absolute paths, NUL; on Windows
-            for any colon: before one is a drive, after one a stream of the file.
-    """
-    relative = PurePosixPath(name.replace("\\", "/"))
-    colon = os.name == "nt" and ":" in name
-    if relative.is_absolute() or ".." in relative.parts or "\0" in name or colon:
-        raise UsoflowError("path_outside", f"{name!r} is not a name inside a folder.")
-    return relative
-
-
-def check_prefix(prefix: str) -> None:
-    """Whether pictures can be saved in a folder under names that begin so.
-
-    Raises:
-        UsoflowError: `path_outside`, `prompt_invalid` for what is too long.
-    """
-    if any(len(part.encode(errors="replace")) > LONGEST_PART for part in inside(prefix).parts):
-        raise UsoflowError(
-            "prompt_invalid",
-            f"The name {prefix[:50]}... is longer than that of a file may be.",
-            remedy=f"Let filename_prefix have at most {LONGEST_PART} bytes between two slashes.",
-        )
 
 
 def _find(roots: Sequence[Path], name: str) -> Path | None:

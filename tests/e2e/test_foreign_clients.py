@@ -18,7 +18,7 @@ import pytest
 
 from e2e.real_server import RealServer
 from small import subject, text_to_image, with_inputs
-from usoflow.execution.executor import in_order
+from usoflow.execution.order import in_order
 from usoflow.nodes import registry
 from usoflow.workflow.loading import load
 

@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 
 import small
 from usoflow.errors import UsoflowError
-from usoflow.execution.executor import Executor, NodeError, RunResult, in_order
+from usoflow.execution.executor import Executor, RunResult
+from usoflow.execution.order import NodeError, in_order
 from usoflow.execution.progress import (
     Cancellation,
     Event,

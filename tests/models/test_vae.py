@@ -19,8 +19,9 @@ from golden.compare import Golden
 from networks import relative
 from usoflow.errors import UsoflowError
 from usoflow.models.checkpoint import TensorFile
+from usoflow.models.latent_format import LatentFormat
 from usoflow.models.loading import load_vae
-from usoflow.models.vae import AutoEncoder, LatentFormat, VaeConfig, _within_kernels, centre_crop
+from usoflow.models.vae import AutoEncoder, VaeConfig, _within_kernels, centre_crop
 from usoflow.models.weights import build
 from usoflow.settings import POCKET_MODELS
 

@@ -13,7 +13,8 @@ from PIL import Image, ImageColor
 from forbidden import forbid
 from usoflow.api.workflow import Workflow
 from usoflow.errors import UsoflowError
-from usoflow.execution.executor import Executor, NodeError, RunResult
+from usoflow.execution.executor import Executor, RunResult
+from usoflow.execution.order import NodeError
 from usoflow.execution.progress import Event, NodesCached
 from usoflow.models.library import ModelLibrary
 from usoflow.models.placement import Placement

@@ -16,9 +16,9 @@ from golden.compare import Golden
 from usoflow.models.checkpoint import TensorFile
 from usoflow.models.flux import Flux
 from usoflow.models.flux_config import FluxConfig
+from usoflow.models.latent_format import LatentFormat
 from usoflow.models.lora import attach
 from usoflow.models.style_projector import StyleProjector, StyleProjectorConfig
-from usoflow.models.vae import LatentFormat
 from usoflow.models.weights import build
 from usoflow.sampling.denoise import sample
 from usoflow.sampling.guidance import Guidance

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from usoflow.models.checkpoint import Component, TensorFile
+from usoflow.models.latent_format import LatentFormat
 from usoflow.models.loading import load_clip, load_flux, load_t5, load_vae
 from usoflow.models.text import encode_prompt
 from usoflow.models.tokens import ClipTokenizer, T5Tokenizer, Tokenizers
-from usoflow.models.vae import LatentFormat
 from usoflow.sampling.schedule import FluxSchedule, sigmas
 from usoflow.settings import POCKET_MODELS
 

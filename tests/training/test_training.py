@@ -17,10 +17,10 @@ from safetensors import SafetensorError
 
 from usoflow.errors import UsoflowError
 from usoflow.models.checkpoint import TensorFile
+from usoflow.models.latent_format import LatentFormat
 from usoflow.models.loading import load_clip, load_flux, load_t5, load_vae
 from usoflow.models.text import encode_prompt
 from usoflow.models.tokens import ClipTokenizer, T5Tokenizer, Tokenizers
-from usoflow.models.vae import LatentFormat
 from usoflow.training import autoencoder, kept, loop, package
 from usoflow.training.autoencoder import VaeStage
 from usoflow.training.base import BaseStage, Batches, Pocket, flow_loss, guided_loss, random_numbers

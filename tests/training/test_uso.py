@@ -43,6 +43,7 @@ from usoflow.training.content import (
 from usoflow.training.drawings import Sprites
 from usoflow.training.initial import initialise
 from usoflow.training.latents import LatentSet
+from usoflow.training.lessons import Batch, Lessons
 from usoflow.training.looks import CHANGES
 from usoflow.training.loop import Recipe, Training
 from usoflow.training.lora import add_lora, extract, lora_parameters
@@ -68,15 +69,7 @@ from usoflow.training.triplets import (
     lesson_cast,
     style_states,
 )
-from usoflow.training.uso import (
-    TOLD_STYLE,
-    Batch,
-    Lessons,
-    RewardedStage,
-    Teaching,
-    UsoStage,
-    new_projector,
-)
+from usoflow.training.uso import TOLD_STYLE, RewardedStage, Teaching, UsoStage, new_projector
 from usoflow.training.world import World
 
 WHOLE = World.load()

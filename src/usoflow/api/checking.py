@@ -10,9 +10,10 @@ from typing import Any, Final
 from usoflow.api.workflow import Workflow
 from usoflow.catalogue import PULLS, missing_file_remedy
 from usoflow.errors import UsoflowError
+from usoflow.file_names import check_prefix
 from usoflow.schema.node import NodeRegistry
 from usoflow.schema.validation import ValidationResult, validate
-from usoflow.settings import Folders, check_prefix, check_writable
+from usoflow.settings import Folders, check_writable
 from usoflow.workflow.prompt import Prompt, link_of
 from usoflow.workflow.text import FILE_NAME, fill_placeholders
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from usoflow.errors import UsoflowError
 from usoflow.execution.cache import OutputCache, Outputs, constants, keys
 from usoflow.execution.memory import PeakMemory, kept_memory
+from usoflow.execution.order import NodeError, dated, in_order, of_known_inputs
 from usoflow.execution.outputs import check_custom, check_finite, copied, misfit
 from usoflow.execution.progress import (
     Cancellation,
@@ -33,7 +34,6 @@ from usoflow.schema.specs import InputImage, InputSpec, ModelFile, NodeSchema
 from usoflow.schema.values import check_value, unwrapped
 from usoflow.settings import Folders
 from usoflow.workflow.prompt import Prompt, PromptNode, link_of
-from usoflow.workflow.text import FILE_NAME, fill_placeholders
 
 logger = logging.getLogger(__name__)
 
@@ -44,15 +44,6 @@ class _ListenerError(Exception):
     def __init__(self, cause: Exception) -> None:
         super().__init__()
         self.cause = cause
-
-
-class NodeError(UsoflowError):
-    """An error inside a node, with the node's id and type."""
-
-    def __init__(self, code: str, detail: str, *, remedy: str | None, node_id: str, class_type: str) -> None:
-        super().__init__(code, f"{class_type} (node {node_id}): {detail}", remedy=remedy)
-        self.node_id = node_id
-        self.class_type = class_type
 
 
 @dataclass(frozen=True)
@@ -129,7 +120,7 @@ class Executor:
         Raises:
             NodeError: `node_unknown`.
         """
-        known = _of_known_inputs(prompt, self.registry)
+        known = of_known_inputs(prompt, self.registry)
         return [known.nodes[node_id] for node_id in in_order(known, targets)]
 
     def clear(self) -> None:
@@ -153,7 +144,7 @@ class _Run:
     ) -> None:
         self.executor, self.given, self.folders = executor, prompt, folders
         self.given_json = prompt.to_json()
-        self.prompt = _dated(_of_known_inputs(prompt, executor.registry), datetime.now())
+        self.prompt = dated(of_known_inputs(prompt, executor.registry), datetime.now())
         self.workflow, self.listen, self.cancellation, self.reserve = workflow, listen, cancellation, reserve
         self.outputs: dict[str, Outputs] = {}
         self.finished: list[NodeFinished] = []
@@ -357,62 +348,6 @@ class _Run:
     def _at(self, node_id: str, code: str, detail: str, remedy: str | None = None) -> NodeError:
         class_type = self.prompt.nodes[node_id].class_type
         return NodeError(code, detail, remedy=remedy, node_id=node_id, class_type=class_type)
-
-
-def _of_known_inputs(prompt: Prompt, registry: NodeRegistry) -> Prompt:
-    """The prompt without what its nodes do not take, whose links nobody has checked."""
-    for key, node in prompt.nodes.items():
-        if node.class_type not in registry:  # a custom one that was there when the prompt was accepted
-            raise NodeError(
-                "node_unknown",
-                "there is no such node any more.",
-                remedy="Put its file back into the folder of --custom-nodes, or leave out the node.",
-                node_id=key,
-                class_type=node.class_type,
-            )
-    schemas = {key: registry[node.class_type].schema for key, node in prompt.nodes.items()}
-    return Prompt(
-        {
-            key: replace(node, inputs={n: v for n, v in node.inputs.items() if schemas[key].input(n)})
-            for key, node in prompt.nodes.items()
-        }
-    )
-
-
-def _dated(prompt: Prompt, now: datetime) -> Prompt:
-    """The prompt with %date:...% in file names filled in, as the editor does before it sends one."""
-    nodes = dict(prompt.nodes)
-    for key, node in prompt.nodes.items():
-        prefix = node.inputs.get(FILE_NAME)
-        if isinstance(prefix, str):
-            filled = fill_placeholders(prefix, now, lambda node, widget: None)
-            nodes[key] = replace(node, inputs={**node.inputs, FILE_NAME: filled})
-    return Prompt(nodes)
-
-
-def in_order(prompt: Prompt, targets: Sequence[str], stop_at: Collection[str] = ()) -> Iterator[str]:
-    """Ids of the nodes that the targets need, each after those it is linked to.
-
-    The inputs of a node in `stop_at` are not followed. Raises UsoflowError `prompt_invalid` for links in a
-    circle, which a valid prompt does not have.
-    """
-    done: set[str] = set()
-    path: set[str] = set()
-    stack = [(target, False) for target in reversed(targets)]
-    while stack:
-        node_id, inputs_done = stack.pop()
-        if node_id in done:
-            continue
-        if inputs_done or node_id in stop_at:
-            done.add(node_id)
-            yield node_id
-            continue
-        if node_id in path:  # again, before its inputs are done
-            raise UsoflowError("prompt_invalid", f"Links run in a circle through node {node_id}.")
-        path.add(node_id)
-        stack.append((node_id, True))
-        links = [link for value in prompt.nodes[node_id].inputs.values() if (link := link_of(value))]
-        stack += [(origin, False) for origin, _ in reversed(links) if origin not in done]
 
 
 def _shown(outputs: Outputs) -> Shown | None:

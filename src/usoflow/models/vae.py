@@ -25,36 +25,10 @@ logger = logging.getLogger(__name__)
 
 OFFICIAL_GROUPS = 32
 OFFICIAL_EPS = 1e-6
-OFFICIAL_SCALE = 0.3611
-OFFICIAL_SHIFT = 0.1159
 LEAST_TILE = 16  # latents; what is smaller sees too little of the picture
 GOOD_TILE = 64  # latents, as the tiled nodes have by default; where one fits, nothing has to make room
 INDEXED = 2**31 - 1  # numbers of a map that CUDA's kernel of enlarging takes
 OVERLAP = 8  # part of a tile that its neighbour works on too: 1 / 8
-
-
-@dataclass(frozen=True, slots=True)
-class LatentFormat:
-    """The affine map between the VAE's latents and what the diffusion model sees."""
-
-    scale: float = OFFICIAL_SCALE
-    shift: float = OFFICIAL_SHIFT
-
-    @classmethod
-    def from_component(cls, component: Component) -> LatentFormat:
-        """The declared `scale` and `shift`, else FLUX.1's."""
-        return cls(
-            scale=component.setting("scale", OFFICIAL_SCALE),
-            shift=component.setting("shift", OFFICIAL_SHIFT),
-        )
-
-    def to_model(self, z: Tensor) -> Tensor:
-        """VAE latent to model latent; same shape."""
-        return (z - self.shift) * self.scale
-
-    def from_model(self, x: Tensor) -> Tensor:
-        """Model latent to VAE latent; same shape."""
-        return x / self.scale + self.shift
 
 
 @dataclass(frozen=True, slots=True)

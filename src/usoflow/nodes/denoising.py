@@ -18,9 +18,9 @@ from torch import Tensor
 from usoflow.errors import UsoflowError
 from usoflow.models.flux import Flux, FluxInputs
 from usoflow.models.flux_config import FluxConfig
+from usoflow.models.latent_format import LatentFormat
 from usoflow.models.library import ModelLibrary
 from usoflow.models.references import DEFAULT_METHOD
-from usoflow.models.vae import LatentFormat
 from usoflow.nodes.context import NodeContext
 from usoflow.nodes.handles import NoiseHandle
 from usoflow.nodes.image import in_turn

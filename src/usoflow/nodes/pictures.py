@@ -23,8 +23,8 @@ from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 
 from usoflow.durable import put
 from usoflow.errors import UsoflowError
+from usoflow.file_names import inside
 from usoflow.nodes.context import PARTIAL_SUFFIX, Reserve, unreserved
-from usoflow.settings import inside
 from usoflow.workflow.metadata import png_info
 
 MAX_PIXELS = 64_000_000  # all frames together: 768 MB as float32

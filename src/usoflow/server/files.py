@@ -17,7 +17,8 @@ from PIL import Image, ImageOps
 
 from usoflow.api.saving import write_whole
 from usoflow.errors import UsoflowError
-from usoflow.settings import Folders, inside
+from usoflow.file_names import inside
+from usoflow.settings import Folders
 from usoflow.workflow.metadata import PNG_SIGNATURE
 
 # What a browser shows as a picture; everything else is offered for download as a nameless kind of file.

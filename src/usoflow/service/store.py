@@ -21,6 +21,7 @@ from typing import Any
 from usoflow.errors import UsoflowError
 from usoflow.nodes.context import PARTIAL_SUFFIX
 from usoflow.service.jobs import FINAL, WAITING, Job, Request, State, now, nowhere, reported
+from usoflow.service.tables import MIGRATIONS
 
 logger = logging.getLogger(__name__)
 
@@ -28,40 +29,6 @@ MAX_HISTORY = 10_000  # final jobs that are kept
 MAX_UNBEGUN = 500  # of these, such as were cancelled before they began
 PATIENCE = 30.0  # seconds to wait for another process's transaction
 MAX_ATTEMPTS = 3  # of a job; whatever ends the server each time may well be the job itself
-
-# Each is run once, in order, on every database; a database knows how many it has seen (user_version).
-MIGRATIONS: Sequence[str] = (
-    """
-    CREATE TABLE jobs (
-        row INTEGER PRIMARY KEY AUTOINCREMENT,
-        id TEXT NOT NULL UNIQUE,
-        state TEXT NOT NULL CHECK (state IN ('pending', 'in_progress', 'completed', 'failed', 'cancelled')),
-        number REAL NOT NULL,
-        client TEXT,
-        workflow TEXT,
-        prompt TEXT NOT NULL,
-        targets TEXT NOT NULL,
-        extra TEXT NOT NULL,
-        created INTEGER NOT NULL,
-        started INTEGER,
-        ended INTEGER,
-        cached TEXT NOT NULL DEFAULT '[]',
-        outputs TEXT NOT NULL DEFAULT '{}',
-        error TEXT
-    );
-    CREATE INDEX jobs_by_state ON jobs (state, number, row);
-    CREATE TABLE files (
-        path TEXT PRIMARY KEY,
-        job TEXT NOT NULL REFERENCES jobs (id) ON DELETE CASCADE
-    );
-    CREATE INDEX files_by_job ON files (job);
-    CREATE TABLE settings (key TEXT PRIMARY KEY, value TEXT NOT NULL);
-    """,
-    "ALTER TABLE jobs ADD COLUMN stop INTEGER NOT NULL DEFAULT 0",  # somebody has asked that it be stopped
-    "ALTER TABLE jobs ADD COLUMN attempts INTEGER NOT NULL DEFAULT 0",  # how often a worker has begun with it
-    "UPDATE files SET path = CAST(path AS BLOB)",  # not every path is text that SQLite takes
-    "CREATE INDEX jobs_by_end ON jobs (ended, row)",
-)
 
 _COLUMNS = "id, state, number, client, workflow, created, started, ended, cached, outputs, error"
 _JOBS = f"SELECT {_COLUMNS} FROM jobs"

@@ -122,7 +122,7 @@ class Worker:
 
     def run(self, run: Run, cancellation: Cancellation) -> engine.Outcome:
         """Run a job; whatever happens in it is its outcome."""
-        from usoflow.execution.executor import NodeError
+        from usoflow.execution.order import NodeError
         from usoflow.workflow.prompt import Prompt
 
         self.send(engine.Begun())

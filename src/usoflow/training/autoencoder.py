@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from usoflow.models.vae import AutoEncoder, LatentFormat, VaeConfig
+from usoflow.models.latent_format import LatentFormat
+from usoflow.models.vae import AutoEncoder, VaeConfig
 from usoflow.training.drawings import Sprites
 from usoflow.training.initial import initialise
 from usoflow.training.loop import LossFunction, Recipe, Training, trained

@@ -52,30 +52,15 @@ from usoflow.settings import Folders, check_writable, find_folders
 from usoflow.training.base import Base, BaseStage
 from usoflow.training.captions import Ids, end_positions
 from usoflow.training.kept import write_tensors
-from usoflow.training.loop import (
-    AGAIN,
-    LossFunction,
-    Recipe,
-    adam_groups,
-    read_state,
-    require_finite,
-    require_settings,
-    want_of_memory_told,
-    write_state,
-)
+from usoflow.training.lessons import Lessons, lesson_sets
+from usoflow.training.loop import AGAIN, LossFunction, Recipe, adam_groups, want_of_memory_told
 from usoflow.training.lora import add_lora, lora_parameters
 from usoflow.training.plan import Plan
 from usoflow.training.reward import StyleReward, train_style_encoder
 from usoflow.training.stages import Workshop
+from usoflow.training.states import read_state, require_finite_weights, require_settings, write_state
 from usoflow.training.triplets import Encoders
-from usoflow.training.uso import (
-    Lessons,
-    StageName,
-    Teaching,
-    UsoStage,
-    lesson_sets,
-    new_projector,
-)
+from usoflow.training.uso import StageName, Teaching, UsoStage, new_projector
 from usoflow.training.uso_evaluate import components_of
 
 NEEDED = ("flux", "clip_l", "t5", "vae", "siglip")
@@ -192,7 +177,7 @@ def learn(
 def _save(
     state: Path, step: Step, optimiser: torch.optim.Optimizer, settings: Mapping[str, Any], done: int
 ) -> None:
-    require_finite(step.parameters(), done, _again(state))
+    require_finite_weights(step.parameters(), done, _again(state))
     states = {"step": step.state_dict(), "optimiser": optimiser.state_dict()}
     write_state(state, {"done": done, "settings": dict(settings), **states})
 

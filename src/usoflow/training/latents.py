@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from usoflow.errors import UsoflowError
-from usoflow.models.vae import AutoEncoder, LatentFormat
+from usoflow.models.latent_format import LatentFormat
+from usoflow.models.vae import AutoEncoder
 from usoflow.training.autoencoder import encode
 from usoflow.training.captions import CaptionTokenizer, Ids
 from usoflow.training.drawings import Sprites

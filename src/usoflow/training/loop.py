@@ -9,10 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import math
-import pickle
-import textwrap
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +21,7 @@ from torch import Tensor, nn
 
 from usoflow.errors import UsoflowError
 from usoflow.models.placement import is_out_of_memory
-from usoflow.training.kept import unwritable, whole
+from usoflow.training.states import read_state, require_finite_weights, require_settings, write_state
 
 logger = logging.getLogger(__name__)
 
@@ -234,7 +232,7 @@ class Training:
             UsoflowError: "non_finite" if a loss or a weight is no number.
         """
         self._read()
-        require_finite([*self.parameters.values(), *self.average.values()], self.done, AGAIN_HERE)
+        require_finite_weights([*self.parameters.values(), *self.average.values()], self.done, AGAIN_HERE)
         self.folder.mkdir(parents=True, exist_ok=True)
         state: dict[str, Any] = {
             "done": self.done,
@@ -311,50 +309,6 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def require_finite(values: Iterable[Tensor], done: int, remedy: str) -> None:
-    """Before a state is replaced: weights that are no numbers would never be numbers again.
-
-    Raises:
-        UsoflowError: "non_finite".
-    """
-    if not all(bool(value.isfinite().all()) for value in values):
-        raise UsoflowError(
-            "non_finite",
-            f"Weights are not finite after {done} samples; they are not saved, an earlier state is kept.",
-            remedy=remedy,
-        )
-
-
-def write_state(path: Path, state: Mapping[str, Any]) -> None:
-    """An old state is replaced only by a complete new one.
-
-    Raises:
-        UsoflowError: "output_unwritable", as on a full disk.
-    """
-    try:
-        with whole(path) as partial:
-            torch.save(dict(state), partial)
-    except RuntimeError as error:  # torch's writer, whatever the system said
-        if is_out_of_memory(error):
-            raise
-        raise unwritable(path, error) from None
-
-
-@contextmanager
-def read_state(path: Path) -> Iterator[dict[str, Any]]:
-    """A state to put back, on the CPU; what cannot be read or does not fit is `training_config`."""
-    try:
-        yield torch.load(path, weights_only=True, map_location="cpu")
-    except (RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        if is_out_of_memory(error):
-            raise
-        raise UsoflowError(
-            "training_config",
-            f"{path} is damaged or of other settings: {textwrap.shorten(str(error), 300)}.",
-            remedy="Go on with the settings it was begun with, or move it away to begin anew.",
-        ) from None
-
-
 @contextmanager
 def want_of_memory_told(remedy: str) -> Iterator[None]:
     """Where memory runs out, `out_of_memory` with what to do about it."""
@@ -365,13 +319,6 @@ def want_of_memory_told(remedy: str) -> Iterator[None]:
             raise
         what = str(error).partition("\n")[0] or "Memory ran out."
         raise UsoflowError("out_of_memory", what, remedy=remedy) from None
-
-
-def require_settings(state: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Raise ValueError naming what a state was begun with otherwise; called within `read_state`."""
-    changed = sorted(name for name, value in settings.items() if state["settings"][name] != value)
-    if changed:
-        raise ValueError(", ".join(changed))
 
 
 @torch.no_grad()

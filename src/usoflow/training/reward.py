@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from usoflow.models.vae import AutoEncoder, LatentFormat
+from usoflow.models.latent_format import LatentFormat
+from usoflow.models.vae import AutoEncoder
 from usoflow.training.colours import waves_of
 from usoflow.training.drawings import Sprites
 from usoflow.training.loop import LossFunction, Recipe, seeded, trained

@@ -20,18 +20,11 @@ from usoflow.training.drawings import Sprites
 from usoflow.training.evaluate import Question
 from usoflow.training.kept import fingerprint, whole
 from usoflow.training.latents import LatentSet, cache
-from usoflow.training.loop import (
-    CPU,
-    LossFunction,
-    Recipe,
-    Training,
-    load_average,
-    read_state,
-    stage_missing,
-)
+from usoflow.training.loop import CPU, LossFunction, Recipe, Training, load_average, stage_missing
 from usoflow.training.plan import Plan
 from usoflow.training.scenes import caption, compose, draw_scene, pictures_of
 from usoflow.training.sheets import contact_sheet, loss_curve
+from usoflow.training.states import read_state
 from usoflow.training.world import World
 
 LATENT_SEED = 11  # of the scenes whose latents are cached

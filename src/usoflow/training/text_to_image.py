@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from usoflow.models.vae import AutoEncoder, LatentFormat
+from usoflow.models.latent_format import LatentFormat
+from usoflow.models.vae import AutoEncoder
 from usoflow.sampling.schedule import FluxSchedule, sigmas
 from usoflow.training.autoencoder import decode
 from usoflow.training.base import GUIDANCE, Pocket

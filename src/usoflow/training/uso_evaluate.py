@@ -24,10 +24,10 @@ from usoflow.models.flux import Flux, FluxInputs
 from usoflow.models.flux_config import runs
 from usoflow.models.inventory import found_files
 from usoflow.models.kinds import KIND_NAMES
+from usoflow.models.latent_format import LatentFormat
 from usoflow.models.library import ModelLibrary
 from usoflow.models.lora_layouts import LoraUse
 from usoflow.models.placement import is_out_of_memory
-from usoflow.models.vae import LatentFormat
 from usoflow.settings import Folders
 from usoflow.training.backgrounds import BACKGROUNDS
 from usoflow.training.base import METHOD

@@ -13,12 +13,13 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
 
+from usoflow.models.latent_format import LatentFormat
 from usoflow.models.style_projector import StyleProjector
-from usoflow.models.vae import LatentFormat
 from usoflow.models.vision import SiglipVision
 from usoflow.training import autoencoder, package
 from usoflow.training.base import Base, Pocket
 from usoflow.training.content import ContentEncoder, ContentReward, Subjects, train_content_encoder
+from usoflow.training.lessons import LESSON_SEED, Lessons, lesson_sets
 from usoflow.training.loop import LossFunction, load_average
 from usoflow.training.lora import LoraPair, add_lora, extract, lora_parameters
 from usoflow.training.redraw import Pool, Redrawing
@@ -33,14 +34,7 @@ from usoflow.training.triplets import (
     lesson_cast,
     lesson_sheet,
 )
-from usoflow.training.uso import (
-    LESSON_SEED,
-    Lessons,
-    StageName,
-    Teaching,
-    lesson_sets,
-    new_projector,
-)
+from usoflow.training.uso import StageName, Teaching, new_projector
 from usoflow.training.uso_judge import train_uso_judge, write_uso_judge
 
 SHOWN = 12  # lessons on a sheet

@@ -19,7 +19,8 @@ from usoflow.schema.specs import NodeSchema
 from usoflow.schema.values import unwrapped
 from usoflow.workflow import document, text, widgets
 from usoflow.workflow.document import INPUT_NODE, Link
-from usoflow.workflow.flatten import PRIMITIVE, flatten, shown_names
+from usoflow.workflow.flatten import PRIMITIVE, flatten
+from usoflow.workflow.host_fields import shown_names
 from usoflow.workflow.prompt import link_of
 
 Field = tuple[str, str]  # a node's id in the prompt, and the name of its input

@@ -20,7 +20,6 @@ from usoflow.workflow.document import (
     INPUT_NODE,
     MUTED,
     OUTPUT_NODE,
-    OWN_INPUT,
     Document,
     DocumentNode,
     Graph,
@@ -28,6 +27,7 @@ from usoflow.workflow.document import (
     Link,
     Subgraph,
 )
+from usoflow.workflow.host_fields import host_values, shown_fields
 from usoflow.workflow.prompt import Prompt, PromptNode, link_of
 
 REROUTES: Final = ("Reroute", "Reroute (rgthree)")
@@ -120,7 +120,7 @@ def hosts(document: Document) -> dict[str, PromptNode]:
         if host is None or subgraph is None:
             continue
         fields: dict[str, list[tuple[str, str]]] = {name: [] for name in subgraph.inputs}
-        for (node, name), shown in _shown_fields(subgraph).items():
+        for (node, name), shown in shown_fields(subgraph).items():
             key = scope.prefix + node
             if key in found:
                 fields[shown] += found[key].inputs.get(name, ())
@@ -139,8 +139,11 @@ def _type(document: Document, node: DocumentNode) -> str:
 
 
 def _levels(document: Document, *, whole: bool = False) -> Iterator[_Scope]:
-    """The top and every use of a subgraph. A muted or bypassed one is only left out at the top, and not if
-    `whole`: inside a subgraph its nodes are unfolded all the same (nothing then links to them)."""
+    """The top and every use of a subgraph.
+
+    A muted or bypassed one is only left out at the top, and not if `whole`: inside a subgraph its nodes are
+    unfolded all the same (nothing then links to them).
+    """
     pending = [_Scope(document.graph)]
     unfolded = 0
     while pending:
@@ -312,7 +315,6 @@ class _Flattener:
 
     def _with_file_names(self, prompt: Prompt) -> Prompt:
         """Fill %date:...% and %Node.widget% in the `filename_prefix` fields."""
-
         fields = self._fields_by_name(prompt)
 
         def lookup(node: str, widget: str) -> str | None:
@@ -344,44 +346,6 @@ def _as_the_editor_writes(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return str(int(value) if isinstance(value, float) and value.is_integer() else value)
-
-
-def host_values(host: DocumentNode, subgraph: Subgraph) -> dict[str, Any]:
-    """Values of the fields that a subgraph's node shows, by the name of the subgraph's input."""
-    stored = widgets.by_name(shown_names(host, subgraph), host.values, host.named_values)
-    return {name: value for name, value in stored.items() if name and value is not None}
-
-
-def shown_names(host: DocumentNode, subgraph: Subgraph) -> list[str]:
-    """The subgraph's inputs along the values of its node; "" for a value that none leads to.
-
-    They are stored in the order of the subgraph's inputs that lead to fields, or of `proxyWidgets` where the
-    file has it.
-    """
-    shown = _shown_fields(subgraph)
-    if not host.promoted:
-        return [name for name in subgraph.inputs if name in shown.values()]
-    own = {name: name for name in subgraph.inputs}
-    return [
-        own.get(field, "") if node == OWN_INPUT else shown.get((node, field), "")
-        for node, field in host.promoted
-    ]
-
-
-def _shown_fields(subgraph: Subgraph) -> dict[tuple[str, str], str]:
-    """(inner node, its field) -> the subgraph's input that leads to it."""
-    found: dict[tuple[str, str], str] = {}
-    for node in subgraph.graph.nodes.values():
-        for slot in node.inputs:
-            link = subgraph.graph.links.get(slot.link) if slot.link and slot.widget else None
-            if (
-                link
-                and slot.widget
-                and link.origin == INPUT_NODE
-                and 0 <= link.origin_slot < len(subgraph.inputs)
-            ):
-                found[node.id, slot.widget] = subgraph.inputs[link.origin_slot]
-    return found
 
 
 def _inside(scope: _Scope, host: DocumentNode, subgraph: Subgraph) -> _Scope:

@@ -19,11 +19,12 @@ from PIL import Image
 from starlette.concurrency import run_in_threadpool
 
 from usoflow.errors import UsoflowError
+from usoflow.file_names import can_be_told, inside
 from usoflow.schema.values import image_location
 from usoflow.server import files
 from usoflow.server.context import Json, Server, ServerOf
 from usoflow.server.sending import file_answer, remade_answer
-from usoflow.settings import IMAGE_SUFFIXES, can_be_told, inside
+from usoflow.settings import IMAGE_SUFFIXES
 
 router = APIRouter(tags=["pictures"])
 T = TypeVar("T")

@@ -15,11 +15,11 @@ from starlette.concurrency import run_in_threadpool
 
 from usoflow.api.saving import is_partial, write_whole
 from usoflow.errors import UsoflowError
+from usoflow.file_names import can_be_told
 from usoflow.server.context import Json, Server, ServerOf
 from usoflow.server.files import within, writing
 from usoflow.server.routes.body import AnyBody, ObjectBody
 from usoflow.server.sending import file_answer
-from usoflow.settings import can_be_told
 
 router = APIRouter(tags=["user"])
 
