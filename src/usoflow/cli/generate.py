@@ -54,11 +54,56 @@ class Generate(SeveralWords):
         return f'{len(ctx.args)} words too many. A prompt is put in quotes: usoflow generate "{words}"'
 
 
+Prompt = Annotated[
+    str,
+    typer.Argument(
+        metavar="PROMPT", help='What the picture shows; "" with a subject and a style keeps the layout.'
+    ),
+]
+Subjects = Annotated[
+    list[Path] | None, typer.Option(parser=path, metavar="IMG ...", help="Pictures whose subjects are kept.")
+]
+Styles = Annotated[
+    list[Path] | None, typer.Option(parser=path, metavar="IMG ...", help="Pictures whose style is taken.")
+]
+Size = Annotated[
+    str | None,
+    typer.Option(metavar="WxH", help="Of the picture, as 1024x768; else what the model was trained for."),
+]
+Steps = Annotated[int, typer.Option(help="Of the sampler: more are slower and finer.", min=1, max=10000)]
+Guidance = Annotated[
+    float,
+    typer.Option(
+        help="How closely the prompt is followed; 2 to 3 looks more like a photo.", min=0.0, max=100.0
+    ),
+]
+Seed = Annotated[int | None, typer.Option(help="Random if not given.", min=0, max=SEEDS - 1)]
+Count = Annotated[int, typer.Option(help="Pictures, of consecutive seeds.", min=1, max=1000)]
+SubjectSize = Annotated[
+    int | None,
+    typer.Option(
+        help="Longer side that the subject's picture is scaled to; 512, or less for small models.",
+        min=16,
+        max=16384,
+    ),
+]
+KeepSize = Annotated[
+    bool, typer.Option("--keep-size", help="Take the proportions of the (first) subject's picture.")
+]
 EasyCache = Annotated[
     float | None,
     typer.Option(
         metavar="[NUMBER]", help="Skip steps that change less than this; 0.2 without a number.", min=0, max=3
     ),
+]
+Loras = Annotated[
+    list[str] | None,
+    typer.Option(metavar="FILE[:STRENGTH] ...", help="Further LoRAs, of the loras folder."),
+]
+Sheet = Annotated[bool, typer.Option("--sheet", help="Also write all pictures on one sheet.")]
+Sweep = Annotated[
+    list[str] | None,
+    typer.Option(metavar="OPTION=V,V,... ...", help="Try these values; writes a sheet with labels."),
 ]
 Assignments = Annotated[
     list[str] | None,
@@ -68,63 +113,28 @@ Assignments = Annotated[
         help="Set any other input of the workflow; NODE is an id, title or type.",
     ),
 ]
+SaveWorkflow = Annotated[
+    Path | None, typer.Option(parser=path, help="Write the workflow of the first picture.")
+]
 
 
 def generate(
-    prompt: Annotated[
-        str,
-        typer.Argument(
-            metavar="PROMPT", help='What the picture shows; "" with a subject and a style keeps the layout.'
-        ),
-    ],
-    subject: Annotated[
-        list[Path] | None,
-        typer.Option(parser=path, metavar="IMG ...", help="Pictures whose subjects are kept."),
-    ] = None,
-    style: Annotated[
-        list[Path] | None,
-        typer.Option(parser=path, metavar="IMG ...", help="Pictures whose style is taken."),
-    ] = None,
-    size: Annotated[
-        str | None,
-        typer.Option(metavar="WxH", help="Of the picture, as 1024x768; else what the model was trained for."),
-    ] = None,
-    steps: Annotated[
-        int, typer.Option(help="Of the sampler: more are slower and finer.", min=1, max=10000)
-    ] = 20,
-    guidance: Annotated[
-        float,
-        typer.Option(
-            help="How closely the prompt is followed; 2 to 3 looks more like a photo.", min=0.0, max=100.0
-        ),
-    ] = 3.5,
-    seed: Annotated[int | None, typer.Option(help="Random if not given.", min=0, max=SEEDS - 1)] = None,
-    count: Annotated[int, typer.Option(help="Pictures, of consecutive seeds.", min=1, max=1000)] = 1,
-    subject_size: Annotated[
-        int | None,
-        typer.Option(
-            help="Longer side that the subject's picture is scaled to; 512, or less for small models.",
-            min=16,
-            max=16384,
-        ),
-    ] = None,
-    keep_size: Annotated[
-        bool, typer.Option("--keep-size", help="Take the proportions of the (first) subject's picture.")
-    ] = False,
+    prompt: Prompt,
+    subject: Subjects = None,
+    style: Styles = None,
+    size: Size = None,
+    steps: Steps = 20,
+    guidance: Guidance = 3.5,
+    seed: Seed = None,
+    count: Count = 1,
+    subject_size: SubjectSize = None,
+    keep_size: KeepSize = False,
     easycache: EasyCache = None,
-    lora: Annotated[
-        list[str] | None,
-        typer.Option(metavar="FILE[:STRENGTH] ...", help="Further LoRAs, of the loras folder."),
-    ] = None,
-    sheet: Annotated[bool, typer.Option("--sheet", help="Also write all pictures on one sheet.")] = False,
-    sweep: Annotated[
-        list[str] | None,
-        typer.Option(metavar="OPTION=V,V,... ...", help="Try these values; writes a sheet with labels."),
-    ] = None,
+    lora: Loras = None,
+    sheet: Sheet = False,
+    sweep: Sweep = None,
     assignments: Assignments = None,
-    save_workflow: Annotated[
-        Path | None, typer.Option(parser=path, help="Write the workflow of the first picture.")
-    ] = None,
+    save_workflow: SaveWorkflow = None,
     output: Output = None,
     models: Models = None,
     device: OnDevice = Device.auto,
@@ -153,29 +163,17 @@ def generate(
         easycache=easycache,
         loras=tuple(_lora(item) for item in lora or ()),
     )
-    sweeps = [_sweep(item) for item in sweep or ()]
-    swept = [name for name, _ in sweeps]
-    if len(set(swept)) < len(swept):
-        raise UsoflowError("request_invalid", "An option can be swept once: --sweep steps=4,8,20.")
-    if Path(prompt).suffix.lower() in IMAGE_SUFFIXES and os.path.isfile(prompt):
-        raise UsoflowError(
-            "request_invalid", f"{prompt} is a picture, where the prompt belongs.",
-            remedy='The prompt comes first, "" for none: usoflow generate "a cat" --style a.png b.png',
-        )  # fmt: skip
+    sweeps = _sweeps(sweep or [])
+    _refuse_picture(prompt)
     wanted = list(_variants(request, count, sweeps))
     engine = Engine(
-        models=models,
-        output=output,
-        device=device.value,
-        dtype=dtype.value,
-        vram=vram,
-        compiled=compiled,
+        models=models, output=output, device=device.value, dtype=dtype.value, vram=vram, compiled=compiled
     )
+    told = [name for name, _ in sweeps] + ["seed"] * (count > 1)
+    fixed = {name for option in told for name in _SWEPT[option].inputs}
+    workflows = _workflows(engine, wanted, assignments or [], fixed)
     results: list[Result] = []
     try:
-        told = [*swept, "seed"] if count > 1 else swept
-        fixed = {name for option in told for name in _SWEPT[option].inputs}
-        workflows = _workflows(engine, wanted, assignments or [], fixed)
         for result in _run(engine, workflows, save_workflow, quiet=as_json):
             results.append(result)
             if not as_json:  # at once: what is done is not lost with what fails later
@@ -192,6 +190,14 @@ def generate(
         return
     for line in ([f"sheet: {written}"] if written else []) + [f"note: {note}" for note in request.notes]:
         print(line)
+
+
+def _refuse_picture(prompt: str) -> None:
+    if Path(prompt).suffix.lower() in IMAGE_SUFFIXES and os.path.isfile(prompt):
+        raise UsoflowError(
+            "request_invalid", f"{prompt} is a picture, where the prompt belongs.",
+            remedy='The prompt comes first, "" for none: usoflow generate "a cat" --style a.png b.png',
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -350,6 +356,13 @@ _SWEPT: Mapping[str, _Swept] = MappingProxyType(
         "size": _Swept(_size, ("width", "height")),
     }
 )
+
+
+def _sweeps(texts: Sequence[str]) -> list[tuple[str, list[Any]]]:
+    sweeps = [_sweep(text) for text in texts]
+    if len({name for name, _ in sweeps}) < len(sweeps):
+        raise UsoflowError("request_invalid", "An option can be swept once: --sweep steps=4,8,20.")
+    return sweeps
 
 
 def _sweep(text: str) -> tuple[str, list[Any]]:
