@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from usoflow.catalogue import KNOWN_FILES
 from usoflow.models.checkpoint import CONFIG_KEY
+from usoflow.models.clip import ClipText, ClipTextConfig
 from usoflow.models.flux import Flux
 from usoflow.models.flux_config import FluxConfig
 from usoflow.models.style_projector import StyleProjector, StyleProjectorConfig
-from usoflow.models.text import ClipText, ClipTextConfig, T5Config, T5Encoder
+from usoflow.models.t5 import T5Config, T5Encoder
 from usoflow.models.vae import AutoEncoder, VaeConfig
 from usoflow.models.vision import SiglipConfig, SiglipVision
 

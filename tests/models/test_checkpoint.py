@@ -16,9 +16,10 @@ from safetensors.torch import save_file
 
 from usoflow.errors import UsoflowError
 from usoflow.models.checkpoint import CONFIG_KEY, TensorFile
+from usoflow.models.clip import ClipTextConfig
 from usoflow.models.flux_config import FluxConfig
 from usoflow.models.style_projector import StyleProjectorConfig
-from usoflow.models.text import ClipTextConfig, T5Config
+from usoflow.models.t5 import T5Config
 from usoflow.models.vae import VaeConfig
 from usoflow.models.vision import SiglipConfig
 

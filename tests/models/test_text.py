@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig as OracleClipConfig
@@ -17,18 +19,14 @@ from transformers import T5Config as OracleT5Config
 from golden.compare import Golden
 from networks import relative
 from usoflow.errors import UsoflowError
-from usoflow.models import text as text_module
+from usoflow.models import clip as clip_module
+from usoflow.models import t5 as t5_module
 from usoflow.models.checkpoint import Component, TensorFile
+from usoflow.models.clip import ClipText, ClipTextConfig
 from usoflow.models.loading import tokenizers_of
 from usoflow.models.placement import widen_fp8
-from usoflow.models.text import (
-    ClipText,
-    ClipTextConfig,
-    T5Config,
-    T5Encoder,
-    encode_prompt,
-    relative_buckets,
-)
+from usoflow.models.t5 import T5Config, T5Encoder, relative_buckets
+from usoflow.models.text import encode_prompt
 from usoflow.models.tokens import CLIP_END, Tokenizers
 from usoflow.models.weights import build
 
@@ -108,12 +106,12 @@ def component_of(path: Path, kind: str, state: dict[str, Tensor], **declared: ob
 
 def load_clip(component: Component) -> ClipText:
     make = lambda: ClipText(ClipTextConfig.from_component(component))  # noqa: E731
-    return build(component, make, ignored=text_module.CLIP_IGNORED)
+    return build(component, make, ignored=clip_module.CLIP_IGNORED)
 
 
 def load_t5(component: Component) -> T5Encoder:
     make = lambda: T5Encoder(T5Config.from_component(component))  # noqa: E731
-    return build(component, make, ignored=text_module.T5_IGNORED)
+    return build(component, make, ignored=t5_module.T5_IGNORED)
 
 
 @pytest.fixture
@@ -158,6 +156,26 @@ def test_t5_equals_transformers(t5_oracle: T5EncoderModel, t5_component: Compone
     tokens = ids(2, length, rows=T5.vocabulary)
     expected = t5_oracle(tokens).last_hidden_state
     assert relative(load_t5(t5_component)(tokens), expected) < 1e-5
+
+
+def test_a_long_prompt_is_attended_to_in_parts(
+    t5_oracle: T5EncoderModel, t5_component: Component, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of which none has all scores; a last part that is shorter, too."""
+    tokens, t5 = ids(2, 50, rows=T5.vocabulary), load_t5(t5_component)
+    whole, asked = t5(tokens), []
+    attention = F.scaled_dot_product_attention
+
+    def listened(q: Tensor, *rest: Tensor, **more: Any) -> Tensor:
+        asked.append((q.shape[2], more["attn_mask"].shape))
+        return attention(q, *rest, **more)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", listened)
+    monkeypatch.setattr(t5_module, "SCORES", T5.heads * 50 * 12)
+    parts = t5(tokens)
+    assert asked == T5.layers * [(n, (1, T5.heads, n, 50)) for n in (12, 12, 12, 12, 2)]
+    assert relative(parts, whole) < 1e-6
+    assert relative(parts, t5_oracle(tokens).last_hidden_state) < 1e-5
 
 
 def test_buckets_are_half_exact_and_half_logarithmic() -> None:

@@ -96,3 +96,13 @@ def head_count(component: Component, width: int, official: Mapping[int, int]) ->
             " sigclip_vision_patch14_384.safetensors for pictures.",
         )
     return heads
+
+
+def require_vocabulary(component: Component, rows: int, needed: int) -> None:
+    """Raise UsoflowError `model_unsupported` for a table of fewer rows than the tokenizer has tokens."""
+    if rows < needed:
+        kind = KIND_NAMES[component.kind]
+        raise UsoflowError(
+            "model_unsupported",
+            f"{component.file.path.name}: a {kind} with {rows} tokens instead of {needed}.",
+        )

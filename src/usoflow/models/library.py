@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from usoflow.models import fp8, pages, vae
 from usoflow.models.checkpoint import Component
+from usoflow.models.clip import ClipText
 from usoflow.models.finite import require_finite
 from usoflow.models.flux import Flux
 from usoflow.models.loading import (
@@ -36,7 +37,8 @@ from usoflow.models.placement import Placement
 from usoflow.models.regions import Regions
 from usoflow.models.residence import stored_bytes
 from usoflow.models.style_projector import LEVELS
-from usoflow.models.text import ClipText, T5Encoder, TextEncoding, encode_prompt
+from usoflow.models.t5 import T5Encoder
+from usoflow.models.text import TextEncoding, encode_prompt
 from usoflow.models.tiling import Grid, tiled
 from usoflow.models.vision import VisionOutput, preprocess
 from usoflow.models.weights import Linear

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 
-from usoflow.models import text, vision
+from usoflow.models import clip, t5, vision
 from usoflow.models.checkpoint import Component
+from usoflow.models.clip import ClipText, ClipTextConfig
 from usoflow.models.flux import Flux
 from usoflow.models.flux_config import OFFICIAL_DEPTH, FluxConfig
 from usoflow.models.style_projector import StyleProjector, StyleProjectorConfig
-from usoflow.models.text import ClipText, ClipTextConfig, T5Config, T5Encoder
+from usoflow.models.t5 import T5Config, T5Encoder
 from usoflow.models.tokens import ClipTokenizer, T5Tokenizer, Tokenizers
 from usoflow.models.vae import AutoEncoder, VaeConfig
 from usoflow.models.vision import SiglipConfig, SiglipVision
@@ -33,13 +34,13 @@ def load_flux(component: Component) -> Flux:
 def load_clip(component: Component) -> ClipText:
     """The CLIP-L text encoder of a file."""
     config = ClipTextConfig.from_component(component)
-    return build(component, lambda: ClipText(config), ignored=text.CLIP_IGNORED)
+    return build(component, lambda: ClipText(config), ignored=clip.CLIP_IGNORED)
 
 
 def load_t5(component: Component) -> T5Encoder:
     """The T5 text encoder of a file."""
     config = T5Config.from_component(component)
-    return build(component, lambda: T5Encoder(config), ignored=text.T5_IGNORED)
+    return build(component, lambda: T5Encoder(config), ignored=t5.T5_IGNORED)
 
 
 def load_siglip(component: Component) -> SiglipVision:

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from usoflow.models.clip import ClipText, ClipTextConfig
 from usoflow.models.flux import Flux, FluxInputs
 from usoflow.models.flux_config import FluxConfig
-from usoflow.models.text import ClipText, ClipTextConfig, T5Config, T5Encoder
+from usoflow.models.t5 import T5Config, T5Encoder
 from usoflow.training.captions import CaptionTokenizer, Ids, Vocabulary, end_positions, silenced
 from usoflow.training.initial import initialise
 from usoflow.training.latents import LatentSet

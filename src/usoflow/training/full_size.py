@@ -40,12 +40,13 @@ from torch.utils.checkpoint import checkpoint
 
 from usoflow.errors import UsoflowError
 from usoflow.models.checkpoint import Component
+from usoflow.models.clip import ClipText
 from usoflow.models.flux import Flux, FluxInputs
 from usoflow.models.library import ModelLibrary
 from usoflow.models.loading import load_clip, load_siglip, load_t5, load_vae
 from usoflow.models.placement import Placement
 from usoflow.models.style_projector import StyleProjector
-from usoflow.models.text import ClipText, T5Encoder
+from usoflow.models.t5 import T5Encoder
 from usoflow.models.vae import AutoEncoder
 from usoflow.models.weights import read_tensors
 from usoflow.settings import Folders, check_writable, find_folders

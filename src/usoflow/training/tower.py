@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from usoflow.models.style_projector import LEVELS
-from usoflow.models.text import T5Config, T5Encoder
+from usoflow.models.t5 import T5Config, T5Encoder
 from usoflow.models.vision import SiglipConfig, SiglipVision, preprocess
 from usoflow.models.weights import LayerNorm, Linear
 from usoflow.training.captions import CaptionTokenizer, Vocabulary
