@@ -163,13 +163,14 @@ class _T5Attention(nn.Module):
         q, k, v = (split_heads(part(x), self.heads) for part in (self.q, self.k, self.v))
         length = x.shape[1]
         windows = bias.unfold(1, length, 1)  # [heads, T, T], a view: query i's is number T - 1 - i
-        rows, attended = max(1, SCORES // (self.heads * length)), []
+        rows, attended = max(1, SCORES // (self.heads * length)), torch.empty_like(q)
         for first in range(0, length, rows):
             last = min(first + rows, length)
             towards = windows[:, length - last : length - first].flip(1)[None]  # [1, heads, rows, T]
-            part = F.scaled_dot_product_attention(q[:, :, first:last], k, v, attn_mask=towards, scale=1.0)
-            attended.append(part)
-        return self.o(join_heads(torch.cat(attended, dim=2)))
+            attended[:, :, first:last] = F.scaled_dot_product_attention(
+                q[:, :, first:last], k, v, attn_mask=towards, scale=1.0
+            )
+        return self.o(join_heads(attended))
 
     def position_bias(self, length: int) -> Tensor:
         """float32 [heads, 2 T - 1]: of a query towards keys from T - 1 places before it to T - 1 after."""
