@@ -131,7 +131,11 @@ _SPLIT: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 def missing_file_remedy(folder: str, name: str, folders: Folders) -> str:
     """What to do about a model file that is not offered: which local file would do, else where to get it."""
     wanted = known_file(folder, name)
-    lines = []
+    lines = [
+        f"{root / name} is a link to {os.readlink(root / name)}, which is not there."
+        for root in folders.models.get(folder, ())
+        if "\0" not in name and os.path.islink(root / name)
+    ]
     if PurePosixPath(name).suffix in PICKLE_SUFFIXES:
         lines.append(f"{name} is a pickle, which can execute code when it is loaded: it is refused.")
     if twins := list(same_kind(wanted, folders)) if wanted else []:

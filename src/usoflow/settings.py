@@ -182,7 +182,7 @@ def expanded(path: str | Path) -> Path:
 
 def _check_folder(folder: Path, what: str) -> None:
     if not os.path.isdir(folder):
-        reason = "is no folder" if os.path.exists(folder) else "does not exist or cannot be read"
+        reason = "is not a folder" if os.path.exists(folder) else "does not exist or cannot be read"
         raise UsoflowError("file_not_found", f"The {what} folder {folder} {reason}.")
 
 

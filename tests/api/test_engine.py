@@ -202,6 +202,28 @@ def test_generating_can_be_stopped(engine: Engine) -> None:
         engine.generate("a fox", size=(32, 32), steps=1, cancellation=cancellation)
 
 
+def test_pictures_are_those_of_the_run_or_none(engine: Engine) -> None:
+    """Names that are free are used again: what has been moved away may be another run's by now."""
+    first, second = (engine.generate("a fox", size=(32, 32), steps=1, seed=seed) for seed in (1, 2))
+    assert first.images[0].tobytes() != second.images[0].tobytes()
+    kept, moved = (engine.generate("a fox", size=(32, 32), steps=1, seed=seed) for seed in (3, 4))
+    assert kept.images
+    os.replace(moved.paths[0], moved.paths[0].with_suffix(".moved"))
+    with pytest.raises(UsoflowError, match="no longer what this run wrote") as caught:
+        _ = moved.images
+    assert caught.value.code == "image_missing"
+    again = engine.generate("a fox", size=(32, 32), steps=1, seed=5)
+    assert again.paths == moved.paths
+    with pytest.raises(UsoflowError, match="no longer what this run wrote"):
+        _ = moved.images
+
+
+def test_a_result_is_shown_in_a_few_words(engine: Engine) -> None:
+    result = engine.generate("a fox", size=(32, 32), steps=1, seed=1)
+    assert len(repr(result)) < 1000
+    assert len(repr(result.workflow)) < 1000
+
+
 def test_numbers_of_numpy_are_numbers(engine: Engine, file: Path) -> None:
     """They are written into the picture, as JSON."""
     given = {"seed": np.int64(3), "steps": np.int32(1), "guidance": np.float32(2.5)}
@@ -226,7 +248,7 @@ def test_loras_keep_their_strength(loras: Any, asked: tuple[tuple[str, float], .
 
 @pytest.mark.parametrize("loras", [5, [Path("x.safetensors")], [("x.safetensors",)], {"x.safetensors": "1"}])
 def test_what_is_no_lora_is_told(engine: Engine, loras: Any) -> None:
-    with pytest.raises(UsoflowError, match="is no LoRA") as error:
+    with pytest.raises(UsoflowError, match="is not a LoRA") as error:
         engine.workflow("a fox", loras=loras)
     assert error.value.code == "request_invalid"
 
@@ -247,7 +269,7 @@ def test_the_template_has_the_models_that_are_there(tmp_path: Path) -> None:
             given["ckpt_name"] for given in inputs if "ckpt_name" in given
         }
         assert {given["width"] for given in inputs if "width" in given} == {128}
-        assert any("own small models draw" in warning for warning in workflow.warnings)
+        assert any("pocket models draw" in warning for warning in workflow.warnings)
         assert engine.load(Path("template:flux1_dev_uso_reference_image_gen")) == workflow
         assert engine.load("template:flux_dev_checkpoint_example").warnings == ()
 
@@ -333,7 +355,9 @@ def test_an_engine_that_starts_removes_old_previews(tmp_path: Path, monkeypatch:
     assert not old.exists()
 
 
-@pytest.mark.parametrize("given", [b"\x89PNG", 5, "", [b"x"], object()])
+@pytest.mark.parametrize(
+    "given", [b"\x89PNG", 5, "", [b"x"], object(), np.zeros((8, 8, 3)), [torch.ones(8, 8)]]
+)
 def test_what_is_no_picture_is_told(engine: Engine, given: Any) -> None:
     with pytest.raises(UsoflowError, match="A picture is") as caught:
         engine.workflow("a fox", subject=given)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from shell import usoflow
@@ -160,3 +162,15 @@ def test_the_size_of_the_family_is_told() -> None:
     total = sum(path.stat().st_size for path in shipped_files())
     assert total <= 32e6
     assert f"the whole family has {total / 1e6:.1f} MB" in (ROOT / "docs" / "pocket.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["both", "style"])
+def test_who_has_other_models_is_told_what_to_set(name: str, tmp_path: Path) -> None:
+    """In one line, which is all that has to be added."""
+    graph = Path(__file__).parents[2] / "examples" / f"{name}.json"
+    options = ["--models", POCKET_MODELS, "--output", tmp_path, "--device=cpu"]
+    refused = usoflow("run", graph, *options)
+    assert refused.code == 4
+    (line,) = re.findall(r"^To run it with the files that are here: (--set .+)$", refused.err, re.MULTILINE)
+    again = usoflow("run", graph, *options, *shlex.split(line))
+    assert (again.code, "Custom validation failed" in again.err) == (5, True), again.err  # the pictures alone

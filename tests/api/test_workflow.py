@@ -40,6 +40,21 @@ def test_a_picture_from_anywhere(workflow: Workflow, tmp_path: Path) -> None:
     assert changed.pictures == {"mine.png": tmp_path / "mine.png"}
 
 
+def test_one_picture_for_several_nodes_has_one_name(tmp_path: Path) -> None:
+    """Else the pictures that are made would name files that nobody has; another of its name has its own."""
+    prompt = small.with_style(small.subject())
+    prompt["more"] = {"class_type": "LoadImage", "inputs": {"image": "x.png"}}
+    first, second, third = [key for key, node in prompt.items() if node["class_type"] == "LoadImage"]
+    (tmp_path / "other").mkdir()
+    for path in (tmp_path / "mine.png", tmp_path / "other" / "mine.png"):
+        Image.new("RGB", (8, 8)).save(path)
+    workflow = Workflow.load(prompt).with_picture(first, tmp_path / "mine.png")
+    workflow = workflow.with_picture(second, tmp_path / "other" / ".." / "mine.png")
+    workflow = workflow.with_picture(third, tmp_path / "other" / "mine.png")
+    names = [workflow.to_prompt()[key]["inputs"]["image"] for key in (first, second, third)]
+    assert names == ["mine.png", "mine.png", "1_mine.png"]
+
+
 @pytest.mark.parametrize(
     ("target", "code"),
     [("steps", "set_invalid"), ("KSampler.none", "set_invalid"), ("none.x", "set_invalid")],

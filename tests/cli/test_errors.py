@@ -389,7 +389,21 @@ class TestModels:
 
     def test_not_safetensors(self, desk: Desk) -> None:
         (desk.models / CHECKPOINT).write_text("<html>404: please log in to download this file</html>" * 9)
-        check(desk.run(small.text_to_image()), 4, "not a valid safetensors file")
+        check(desk.run(small.text_to_image()), 4, "is a web page, not a model", "HF_TOKEN")
+
+    def test_a_pointer_of_git_lfs(self, desk: Desk) -> None:
+        pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 17\n"
+        (desk.models / CHECKPOINT).write_text(pointer)
+        check(desk.run(small.text_to_image()), 4, "is a pointer of Git LFS", "git lfs pull")
+
+    def test_a_link_to_nowhere(self, desk: Desk) -> None:
+        (desk.models / CHECKPOINT).unlink()
+        (desk.models / CHECKPOINT).symlink_to("/not/mounted/a.safetensors")
+        check(
+            desk.run(small.text_to_image()),
+            4,
+            "is a link to /not/mounted/a.safetensors, which is not there",
+        )
 
     def test_architecture_of_stable_diffusion(self, desk: Desk) -> None:
         """Its text encoder and VAE would be recognised; what is missing is the transformer."""

@@ -15,8 +15,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from e2e.real_server import until
 from shell import Done, usoflow
+from usoflow.api.checking import Job
+from usoflow.api.engine import Engine
 from usoflow.api.official import LAYOUT_NOTE
+from usoflow.api.result import Result
 from usoflow.api.workflow import Workflow
 from usoflow.cli import report
 from usoflow.errors import UsoflowError
@@ -174,6 +178,45 @@ def test_what_is_done_is_told_before_the_next(small_models: Path, pictures: Path
     assert running.returncode == 130
 
 
+def test_after_ctrl_c_there_is_one_json_object_and_a_sheet_of_what_is_done(
+    small_models: Path, tmp_path: Path
+) -> None:
+    script = "import sys, usoflow.cli.main as m; sys.exit(m.main())"
+    command = [sys.executable, "-c", script, "generate", "a cat", "--count=1000", "--size=32x32", "--steps=1"]
+    command += ["--models", str(small_models), "--output", str(tmp_path), "--device=cpu", "--dtype=fp32"]
+    with subprocess.Popen(
+        [*command, "--sheet", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as running:
+        until(lambda: len(list(tmp_path.glob("*.png"))) > 1)
+        running.send_signal(signal.SIGINT)
+        out, _ = running.communicate()
+    told = json.loads(out)
+    assert (running.returncode, told["error"]["code"]) == (130, "cancelled")
+    assert told["images"]
+    assert all(Path(path).is_file() for path in told["images"])
+    with Image.open(told["sheet"]) as sheet:
+        assert sheet.width >= 32
+
+
+def test_a_failure_in_the_middle_leaves_a_sheet(
+    small_options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, seeds = Engine.run, []
+
+    def fails_at_the_third(engine: Engine, job: Job, **more: Any) -> Result:
+        seeds.append(job.workflow.seeds)
+        if len(seeds) == 3:
+            raise UsoflowError("out_of_memory", "Memory ran out.")
+        return run(engine, job, **more)
+
+    monkeypatch.setattr(Engine, "run", fails_at_the_third)
+    done = usoflow("generate", "a cat", "--sweep", "steps=1,2,3", *small_options)
+    assert done.code == 6
+    assert "Memory ran out." in done.err
+    (line,) = re.findall(r"^sheet: (.+)$", done.out, re.MULTILINE)
+    assert Path(line).is_file()
+
+
 @pytest.mark.parametrize(("count", "failures"), [(1, 0), (2, 1)])
 def test_only_a_second_picture_is_compiled(small_options: list[str], count: int, failures: int) -> None:
     """Where no compiler is: what would be compiled is said not to be."""
@@ -217,10 +260,11 @@ def test_keeping_proportions_and_saving_the_workflow(
         (["--size=big"], 2, "--size"),
         (["--size=1000x1000"], 2, "multiples of 16"),
         (["--sweep=colour=red"], 2, "can be swept"),
-        (["--sweep=subject-size=64,128"], 2, "subject-size without a subject"),
-        (["--subject-size=64"], 2, "subject-size without a subject"),
-        (["--sweep=steps=few"], 2, "not values"),
-        (["--keep-size"], 2, "without a subject"),
+        (["--sweep=subject-size=64,128"], 2, "subject-size needs a subject"),
+        (["--subject-size=64"], 2, "subject-size needs a subject"),
+        (["--sweep=steps=few"], 2, "not all of 'few' are values of steps"),
+        (["--sweep=steps"], 2, "has no values"),
+        (["--keep-size"], 2, "keep-size needs a subject"),
         (["--subject=none.png"], 5, "none.png"),
         (["--subject=https://example.com/a.png"], 5, "download the picture"),
         (["--lora=none.safetensors"], 4, "none.safetensors"),

@@ -275,7 +275,7 @@ class TestPull:
         monkeypatch.setenv("USOFLOW_MODELS", str(new))
         monkeypatch.setattr("sys.stdin", io.StringIO())
         done = usoflow("models", "pull")
-        assert "There is nobody to agree" in done.err
+        assert "there is no terminal to ask on" in done.err
         assert not new.parent.exists()
 
     def test_licences_are_not_agreed_to_by_nobody(self, hub: Hub, tmp_path: Path) -> None:

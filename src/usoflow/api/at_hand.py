@@ -37,7 +37,7 @@ class ModelFiles:
 
 
 POCKET_NOTE: Final = (
-    "usoflow's own small models draw, best in {side}x{side}."
+    "The pocket models draw, which are small: best at {side}x{side}."
     " `usoflow doctor` tells which of the tutorial's are missing."
 )
 TUTORIAL: Final = ModelFiles({file.folder: file.name for file in KNOWN_FILES})

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Final
 
 from usoflow.api.workflow import Workflow
-from usoflow.catalogue import PULLS, missing_file_remedy
+from usoflow.catalogue import PULLS, known_file, missing_file_remedy, same_kind
 from usoflow.errors import UsoflowError
 from usoflow.file_names import check_prefix
 from usoflow.schema.node import NodeRegistry
+from usoflow.schema.specs import ModelFile
 from usoflow.schema.validation import ValidationResult, validate
 from usoflow.settings import Folders, check_writable
 from usoflow.workflow.prompt import Prompt, link_of
@@ -55,7 +57,9 @@ def check(workflow: Workflow, folders: Folders, nodes: NodeRegistry) -> Job:
     checked = validate(prompt, nodes, folders, remedy=remedy)
     if checked.error is not None:
         types = (node["class_type"] for node in prompt.values())
-        raise _error(checked, nodes, unknown=[name for name in dict.fromkeys(types) if name not in nodes])
+        raise _error(
+            checked, nodes, folders, unknown=[name for name in dict.fromkeys(types) if name not in nodes]
+        )
     left_out = tuple(f"left out: {line}" for line in (*strangers, *_lines(checked)))
     sent = tuple(
         f"node {key} ({SENDS}) saves nothing: its pictures go to clients of usoflow serve alone"
@@ -118,7 +122,9 @@ def check_names(checked: ValidationResult) -> None:
             raise UsoflowError(error.code, what, remedy=error.remedy) from None
 
 
-def _error(checked: ValidationResult, nodes: NodeRegistry, *, unknown: list[str]) -> UsoflowError:
+def _error(
+    checked: ValidationResult, nodes: NodeRegistry, folders: Folders, *, unknown: list[str]
+) -> UsoflowError:
     """The error of a prompt of which nothing can be run: every reason, and what to do about it."""
     assert checked.error is not None
     lines = list(_lines(checked)) or [_sentence(checked.error)]
@@ -126,8 +132,27 @@ def _error(checked: ValidationResult, nodes: NodeRegistry, *, unknown: list[str]
         lines.append(f"Nor are there nodes of the types {', '.join(unknown[1:])}.")
     remedies = list(dict.fromkeys(_remedies(checked, nodes)))
     pulls = [line for line in remedies if PULLS in line]
-    remedies = [line for line in remedies if line not in pulls] + pulls  # for all files: once, and last
+    others = _other_files(checked, nodes, folders)
+    at_once = [f"To run it with the files that are here: --set {' '.join(others)}"] if len(others) > 1 else []
+    remedies = [line for line in remedies if line not in pulls] + pulls + at_once  # for all files: last
     return UsoflowError(_code(checked), "\n".join(lines), remedy="\n".join(remedies) or None)
+
+
+def _other_files(checked: ValidationResult, nodes: NodeRegistry, folders: Folders) -> list[str]:
+    """What is set where each file of the tutorial that is missing has one of its kind here."""
+    found = []
+    for node_id, entry in checked.node_errors.items():
+        for error in entry["errors"]:
+            told = error["extra_info"]
+            spec = nodes[entry["class_type"]].schema.input(told.get("input_name", ""))
+            if not (told.get("remedy") and spec and isinstance(spec.kind, ModelFile)):
+                continue
+            wanted = known_file(spec.kind.folder, str(told.get("received_value")))
+            other = next(same_kind(wanted, folders), None) if wanted else None
+            if other is None:
+                return []
+            found.append(shlex.quote(f"{node_id}.{spec.name}={other}"))
+    return found
 
 
 def _code(checked: ValidationResult) -> str:

@@ -309,7 +309,7 @@ class Engine:
         from usoflow.nodes.pictures import write_upright
 
         if not isinstance(picture, Image.Image):
-            what = "an empty text" if picture == "" else f"a {type(picture).__name__}"
+            what = "an empty text" if isinstance(picture, str) else f"a {type(picture).__name__}"
             advice = "Give a path, or a picture of PIL: Image.open(io.BytesIO(data)), Image.fromarray(array)."
             raise UsoflowError("request_invalid", f"A picture is {what}.", remedy=advice)
         with self._files_lock:
@@ -340,8 +340,9 @@ class Engine:
 
 
 def _result(job: Job, done: RunResult, placement: Placement) -> Result:
+    paths = tuple(path for shown in done.shown.values() for path in shown.paths(job.folders))
     return Result(
-        paths=tuple(path for shown in done.shown.values() for path in shown.paths(job.folders)),
+        paths=paths,
         seeds=job.workflow.seeds,
         seconds=done.seconds,
         shown=done.shown,
@@ -351,6 +352,7 @@ def _result(job: Job, done: RunResult, placement: Placement) -> Result:
         device=placement.device.type,
         dtype=str(placement.dtype).removeprefix("torch."),
         workflow=job.workflow,
+        written=tuple(path.stat().st_mtime_ns if path.is_file() else 0 for path in paths),
     )
 
 
@@ -375,7 +377,7 @@ def _with_strength(lora: object) -> tuple[str, float]:
             return name, strength
     raise UsoflowError(
         "request_invalid",
-        f"{lora!r} is no LoRA.",
+        f"{lora!r} is not a LoRA.",
         remedy='Name one of the loras folder, also with a strength: ("name.safetensors", 0.8).',
     )
 

@@ -201,19 +201,19 @@ def output_size(request: Request) -> tuple[int, int]:
 def _refuse(request: Request) -> None:
     problem = None
     if not isinstance(request.prompt, str):  # a field that JSON lacks, say
-        problem = f'a prompt of {request.prompt!r}; it is a text, "" for none'
+        problem = f'The prompt is {request.prompt!r}; it must be a text, "" for none.'
     elif request.steps is None or request.guidance is None:
-        problem = "no steps or no guidance; what is not asked for is left out"
+        problem = "Steps or guidance are None: leave out what is not asked for."
     elif not _is_size(request.size):
-        problem = f"a size of {request.size!r}; it is (width, height) in pixels"
+        problem = f"Size {request.size!r}: it must be (width, height) in pixels."
     elif request.size and any(side % STEP or side < STEP for side in request.size):
-        problem = f"a size of {request.size[0]}x{request.size[1]}; sides must be multiples of {STEP}"
+        problem = f"Size {request.size[0]}x{request.size[1]}: both sides must be multiples of {STEP}."
     elif request.keep_size and not request.subjects:
-        problem = "keep-size without a subject"
+        problem = "keep-size needs a subject."
     elif request.subject_size is not None and not request.subjects:
-        problem = "a subject-size without a subject"
+        problem = "subject-size needs a subject."
     if problem:
-        raise UsoflowError("request_invalid", f"The request has {problem}.")
+        raise UsoflowError("request_invalid", problem)
 
 
 def _is_size(size: object) -> bool:

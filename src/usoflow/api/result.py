@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from usoflow.errors import UsoflowError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -32,25 +34,39 @@ class Result:
         dtype: in which number format ("float32", "bfloat16", ...).
         workflow: what was run. Pictures that were given from memory go with the engine: to run it again
             afterwards they are given again, by `with_picture`.
+        written: when each of `paths` was, in nanoseconds since 1970.
     """
 
     paths: tuple[Path, ...]
     seeds: tuple[int, ...]
     seconds: float
-    shown: Mapping[str, Shown]
-    nodes: Sequence[NodeFinished]
-    cached: Sequence[str]
+    shown: Mapping[str, Shown] = field(repr=False)
+    nodes: Sequence[NodeFinished] = field(repr=False)
+    cached: Sequence[str] = field(repr=False)
     warnings: tuple[str, ...]
     device: str
     dtype: str
-    workflow: Workflow
+    workflow: Workflow = field(repr=False)
+    written: tuple[int, ...] = field(repr=False)
 
     @cached_property
     def images(self) -> list[Image]:
-        """The pictures; `info` of each holds `prompt` and `workflow` as JSON texts."""
+        """The pictures; `info` of each holds `prompt` and `workflow` as JSON texts.
+
+        They are read when they are first asked for.
+
+        Raises:
+            UsoflowError: `image_missing` for a file that was moved or replaced before.
+        """
         from PIL import Image
 
-        pictures: list[Image.Image] = [Image.open(path) for path in self.paths]
-        for picture in pictures:
+        pictures: list[Image.Image] = []
+        for path, written in zip(self.paths, self.written, strict=True):
+            if not path.is_file() or path.stat().st_mtime_ns != written:
+                what = f"{path} is no longer what this run wrote."
+                advice = "Ask for `images` before files are moved: names that are free are used again."
+                raise UsoflowError("image_missing", what, remedy=advice)
+            picture = Image.open(path)
             picture.load()  # all of it, so that the file is closed
+            pictures.append(picture)
         return pictures

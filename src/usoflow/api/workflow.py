@@ -41,8 +41,8 @@ class Workflow:
         nodes: the node types that there are; None is usoflow's own.
     """
 
-    prompt: Prompt
-    ui: Mapping[str, Any] | None = None
+    prompt: Prompt = field(repr=False)
+    ui: Mapping[str, Any] | None = field(default=None, repr=False)
     pictures: Mapping[str, Path] = field(default_factory=dict)
     source: Path | None = None
     warnings: tuple[str, ...] = ()
@@ -110,11 +110,12 @@ class Workflow:
         path = expanded(file)
         check_picture(path)
         fields = self._targets(node, "image")
-        others = [
-            entry.inputs.get("image")
+        others = {
+            str(entry.inputs.get("image"))
             for key, entry in self.prompt.nodes.items()
             if (key, "image") not in fields
-        ]
+        }
+        others -= {name for name, given in self.pictures.items() if given.resolve() == path.resolve()}
         name = free_name(path.name, others)
         given = replace(self, pictures={**self.pictures, name: path})
         return given._with(dict.fromkeys(fields, name))
@@ -280,7 +281,7 @@ def check_picture(path: Path, remedy: str = "Check the path.") -> None:
         UsoflowError: `image_missing`.
     """
     if not os.path.isfile(path):
-        reason = "is no file" if os.path.exists(path) else "does not exist or cannot be read"
+        reason = "is not a file" if os.path.exists(path) else "does not exist or cannot be read"
         if path.parts[:1] in (("http:",), ("https:",)):
             reason = "is an address: download the picture first"
         raise UsoflowError("image_missing", f"{path} {reason}.", remedy=remedy)

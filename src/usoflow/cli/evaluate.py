@@ -31,7 +31,7 @@ def evaluate(
     """
     need_training()
     if size % 16:
-        raise typer.BadParameter(f"{size} is no multiple of 16.", param_hint="--size")
+        raise typer.BadParameter(f"{size} is not a multiple of 16.", param_hint="--size")
     from usoflow.settings import check_writable, find_folders
 
     check_writable(output, "--output")

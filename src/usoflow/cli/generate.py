@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import secrets
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,7 +52,7 @@ class Generate(SeveralWords):
     def too_many(self, ctx: Any) -> str:
         """A prompt without quotes is many words."""
         words = " ".join([ctx.params["prompt"], *ctx.args])
-        return f'{len(ctx.args)} words too many. A prompt is put in quotes: usoflow generate "{words}"'
+        return f'Too many words. A prompt is put in quotes: usoflow generate "{words}"'
 
 
 Prompt = Annotated[
@@ -172,24 +173,30 @@ def generate(
     told = [name for name, _ in sweeps] + ["seed"] * (count > 1)
     fixed = {name for option in told for name in _SWEPT[option].inputs}
     workflows = _workflows(engine, wanted, assignments or [], fixed)
+    columns = len(sweeps[-1][1]) * count if sweeps else None
     results: list[Result] = []
+    written, stopped = None, None
     try:
-        for result in _run(engine, workflows, save_workflow, quiet=as_json):
-            results.append(result)
-            if not as_json:  # at once: what is done is not lost with what fails later
-                print(report.as_text(result), flush=True)
-        columns = len(sweeps[-1][1]) * count if sweeps else None
-        written = _write_sheet(wanted, results, columns) if sheet or sweeps else None
+        try:
+            for result in _run(engine, workflows, save_workflow, quiet=as_json):
+                results.append(result)
+                if not as_json:  # at once: what is done is not lost with what fails later
+                    print(report.as_text(result), flush=True)
+        finally:
+            written = _write_sheet(wanted, results, columns) if results and (sheet or sweeps) else None
     except UsoflowError as error:
-        if not (as_json and results):
+        if not results:
             raise
-        print(json.dumps(_record(request, wanted, results) | {"error": report.error_record(error)}))
-        raise typer.Exit(error.exit_code) from None
+        stopped = error
     if as_json:
-        print(json.dumps(_record(request, wanted, results, written)))
-        return
-    for line in ([f"sheet: {written}"] if written else []) + [f"note: {note}" for note in request.notes]:
+        failed = {"error": report.error_record(stopped)} if stopped else {}
+        print(json.dumps(_record(request, wanted, results, written) | failed))
+        sys.exit(stopped.exit_code if stopped else 0)  # all is told
+    sheets = [f"sheet: {report.from_here(written)}"] if written else []
+    for line in sheets + [f"note: {note}" for note in request.notes]:
         print(line)
+    if stopped:
+        raise stopped
 
 
 def _refuse_picture(prompt: str) -> None:
@@ -269,9 +276,13 @@ def _variants(request: Request, count: int, sweeps: Sequence[tuple[str, Sequence
         last = swept.seed + count - 1
         if last >= SEEDS:
             raise UsoflowError("request_invalid", f"Seeds end at {SEEDS - 1}; {last} is asked for.")
-        told = tuple(f"{name} {value}" for name, value in chosen.items() if name != "seed")
+        told = tuple(f"{name} {_in_words(value)}" for name, value in chosen.items() if name != "seed")
         for seed in range(swept.seed, swept.seed + count):
             yield _Wanted(replace(swept, seed=seed), told)
+
+
+def _in_words(value: Any) -> str:
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _record(
@@ -297,7 +308,7 @@ def _write_sheet(wanted: Sequence[_Wanted], results: Sequence[Result], columns: 
 
     labelled = (
         (item.label(result), Image.open(path))
-        for item, result in zip(wanted, results, strict=True)
+        for item, result in zip(wanted, results, strict=False)  # fewer, as above
         for path in result.paths
     )
     path, buffer = _sheet_path(results[0].paths[0]), io.BytesIO()
@@ -366,10 +377,14 @@ def _sweeps(texts: Sequence[str]) -> list[tuple[str, list[Any]]]:
 
 
 def _sweep(text: str) -> tuple[str, list[Any]]:
-    name, _, values = text.partition("=")
+    name, equals, values = text.partition("=")
+    if not (equals and values):
+        raise UsoflowError("request_invalid", f"--sweep {text!r} has no values: --sweep steps=4,8,20.")
     if name not in _SWEPT:
         raise UsoflowError("request_invalid", f"--sweep {text!r}: only {', '.join(_SWEPT)} can be swept.")
     try:
         return name, [_SWEPT[name].read(value) for value in values.split(",")]
     except ValueError:
-        raise UsoflowError("request_invalid", f"--sweep {text!r}: {values!r} are not values.") from None
+        raise UsoflowError(
+            "request_invalid", f"--sweep {text!r}: not all of {values!r} are values of {name}."
+        ) from None

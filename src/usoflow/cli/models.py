@@ -159,7 +159,9 @@ def _bar(name: str) -> Iterator[Callable[[int, int], None]]:
 def _confirm() -> None:
     if not sys.stdin.isatty():
         raise UsoflowError(
-            "licence_declined", "There is nobody to agree to the licences.", remedy="Add --yes to agree."
+            "licence_declined",
+            "The licences must be agreed to, and there is no terminal to ask on.",
+            remedy="Add --yes to agree.",
         )
     try:
         answer = input("Do you agree to these licences? [y/N]: ")

@@ -21,6 +21,7 @@ from usoflow.models.checkpoint import Component
 from usoflow.models.clip import ClipText
 from usoflow.models.finite import require_finite
 from usoflow.models.flux import Flux
+from usoflow.models.inventory import size_in_words
 from usoflow.models.loading import (
     load_clip,
     load_flux,
@@ -207,10 +208,8 @@ class ModelLibrary:
         """
         self.forget_models()
         self.placement = self.placement.smaller
-        logger.warning(
-            "Memory ran out: once more, with at most %.1f GB for the transformer's weights.",
-            self.placement.weight_bytes / 1e9,
-        )
+        most = size_in_words(self.placement.weight_bytes)
+        logger.warning("Memory ran out: once more, with at most %s for the transformer's weights.", most)
 
     def plan(self, placement: Placement) -> None:
         """Load models by another plan from now on: those that are here are forgotten."""
@@ -322,10 +321,8 @@ class ModelLibrary:
         ]
         needed, room = sum(layer.weight.numel() for layer in layers), self.placement.room_for_copies
         if needed > room:
-            logger.warning(
-                "fp8 copies of the weights would take %.1f GB, and there are %.1f: they stay as stored.",
-                needed / 1e9, room / 1e9,
-            )  # fmt: skip
+            told = "fp8 copies of the weights would take %s, and there are %s: they stay as stored."
+            logger.warning(told, size_in_words(needed), size_in_words(room))
             return
         for layer in layers:
             self.check()

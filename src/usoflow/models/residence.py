@@ -31,6 +31,7 @@ from torch.utils.hooks import RemovableHandle
 
 from usoflow.models import fp8, int8, pages
 from usoflow.models.flux import Modulation
+from usoflow.models.inventory import size_in_words
 from usoflow.models.kernels import Scratch, pack
 from usoflow.models.passage import Passage
 from usoflow.models.weights import Linear
@@ -104,9 +105,8 @@ def settle_on_cpu(
         pages.bring(pages.mapped(module.parameters()))
         return "stored"
     _let_pages_pass(blocks)
-    logger.info(
-        "%.1f GB of weights in a budget of %.1f GB: blocks pass through.", sizes.stored / 1e9, budget / 1e9
-    )
+    stored, most = size_in_words(sizes.stored), size_in_words(budget)
+    logger.info("%s of weights in a budget of %s: blocks pass through.", stored, most)
     return "passing"
 
 

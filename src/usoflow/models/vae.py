@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from usoflow.errors import UsoflowError
 from usoflow.models.checkpoint import Component
 from usoflow.models.finite import require_finite
+from usoflow.models.inventory import size_in_words
 from usoflow.models.tiling import Grid, tiled
 from usoflow.models.weights import Conv2d, GroupNorm
 
@@ -343,8 +344,8 @@ class AutoEncoder(nn.Module):
         height, width = (factor * side // before for side in batch.shape[-2:])  # in pixels
         side = max(LEAST_TILE, int((room * height * width / needed) ** 0.5) // factor)
         logger.info(
-            "The VAE works in tiles of %d pixels: %dx%d at once would need %.1f GB, and %.1f may be taken.",
-            side * factor, width, height, needed / 1e9, room / 1e9,
+            "The VAE works in tiles of %d pixels: %dx%d at once would need %s, and %s may be taken.",
+            side * factor, width, height, size_in_words(needed), size_in_words(room),
         )  # fmt: skip
         return Grid(side, side // OVERLAP, before, after)
 

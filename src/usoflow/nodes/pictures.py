@@ -77,6 +77,9 @@ def opened(path: Path) -> Iterator[Image.Image]:
     except Image.DecompressionBombError:
         raise _too_large(path, "far more") from None
     except UnidentifiedImageError:
+        if path.suffix.lower() in (".heic", ".heif"):
+            what, advice = f"{path} is HEIC, which is not read.", "Export it as JPEG or PNG."
+            raise UsoflowError("image_invalid", what, remedy=advice) from None
         raise UsoflowError("image_invalid", f"{path} is not a picture.") from None
     except Exception as error:  # Pillow's decoders raise anything on damaged files: KeyError, TypeError, ...
         raise UsoflowError("image_invalid", f"{path} cannot be read as a picture: {error}.") from None

@@ -322,7 +322,7 @@ class _Flattener:
             if value is None or isinstance(value, list | dict):
                 self._warn(f"filename_prefix: there is no {node}.{widget}")
                 return None
-            return _as_the_editor_writes(value)
+            return text.as_the_editor_writes(value)
 
         nodes = dict(prompt.nodes)
         for key, node in prompt.nodes.items():
@@ -339,13 +339,6 @@ class _Flattener:
 def _held(node: DocumentNode) -> Any:
     """The value of a PrimitiveNode, the name of a setter or getter; None if it has none."""
     return next(iter(node.values or node.named_values.values()), None)
-
-
-def _as_the_editor_writes(value: object) -> str:
-    """A field's value in a file name: 8.0 is 8 there, and False false."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 def _inside(scope: _Scope, host: DocumentNode, subgraph: Subgraph) -> _Scope:

@@ -108,3 +108,10 @@ def _date(pattern: str, now: datetime) -> str:
         return f"{value:0{len(token)}}"
 
     return _DATE_PART.sub(part, pattern)
+
+
+def as_the_editor_writes(value: object) -> str:
+    """A field's value in a file name: 8.0 is 8 there, and False false."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
