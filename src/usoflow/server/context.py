@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -147,30 +147,3 @@ def _server(connection: HTTPConnection) -> Server:
 ServerOf = Annotated[Server, Depends(_server)]
 
 Json = dict[str, Any]
-
-# Error codes that are not simply "400 Bad Request".
-STATUS: Mapping[str, int] = {
-    "queue_full": 429,
-    "server_stopping": 503,
-    "state_unusable": 503,
-    "body_too_large": 413,
-    "image_too_large": 413,  # of these two the editor shows no more than what the number means
-    "image_invalid": 415,
-    "save_failed": 507,
-    "job_exists": 409,
-    "file_exists": 409,
-    "image_missing": 404,
-    "file_not_found": 404,
-    "job_unknown": 404,
-    "template_unknown": 404,
-}
-
-
-def error_body(error: UsoflowError) -> Json:
-    """An error in the form that ComfyUI's clients read.
-
-    The remedy is in `details`, which they show, and in `extra_info`, where every error has it: those of a
-    prompt have ComfyUI's own details.
-    """
-    record = {"type": error.code, "message": error.detail, "details": error.remedy}
-    return {"error": {**record, "extra_info": {"remedy": error.remedy}}, "node_errors": {}}

@@ -17,7 +17,8 @@ from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Re
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from usoflow.errors import UsoflowError
-from usoflow.server.context import LOOPBACK, ServerSettings, error_body
+from usoflow.server.context import LOOPBACK, ServerSettings
+from usoflow.server.errors import error_body
 
 COOKIE: Final = "usoflow_token"
 COOKIE_SECONDS: Final = 30 * 24 * 3600  # that a browser knows the token
