@@ -69,8 +69,8 @@ def test_a_transformer_that_cannot_be_run_is_passed_over(tmp_path: Path, small_m
     tensors[name] = tensors[name].repeat(1, 2)  # as a tool's, which takes a picture beside the latent
     save_file(tensors, checkpoints / "a-canny.safetensors")
     for left in (usual.name, "a-canny.safetensors"):  # alone it is taken, to be refused by name
-        (flux,) = components_of(find_folders(models=tmp_path), ["flux"])
-        assert flux.file.path.name == left
+        found = components_of(find_folders(models=tmp_path), ["flux"])
+        assert found["flux"].file.path.name == left
         usual.unlink(missing_ok=True)
 
 

@@ -242,9 +242,8 @@ def run(task: Task, accelerator: Accelerator) -> list[float]:
     An interrupted one continues.
     """
     placement = Placement(accelerator.device, torch.bfloat16)
-    found = components_of(_folders(task), NEEDED)
-    accelerator.print("Read: " + ", ".join(dict.fromkeys(str(part.file.path) for part in found)))
-    parts = dict(zip(NEEDED, found, strict=True))
+    parts = components_of(_folders(task), NEEDED)
+    accelerator.print("Read: " + ", ".join(dict.fromkeys(str(part.file.path) for part in parts.values())))
     workshop, plan = task.workshop, task.workshop.plan
     accelerator.print("Drawings, lessons and the style encoder are made where they are not there yet.")
     with accelerator.main_process_first():

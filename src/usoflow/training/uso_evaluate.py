@@ -53,7 +53,6 @@ SAMPLE_SEED = 990_005
 BATCH = 25
 MOVED = 0.08  # fraction of the side by which place or size must differ
 HELD_OUT_RENDERED = 0.75  # of held-out styles: one drawing set and three renderings, each a quarter
-# In the order of `Contender`'s attributes.
 NEEDED = ("flux", "clip_l", "t5", "vae", "siglip", "uso_projector", "uso_lora")
 ALONE = ("uso_projector", "uso_lora")  # what is measured: of two files the name must not decide
 
@@ -115,8 +114,8 @@ def contenders(use: Use) -> dict[str, Given]:
     return rows
 
 
-def components_of(folders: Folders, needed: Sequence[str]) -> list[Component]:
-    """The first component of each kind that is needed among the files of the model folders, in that order.
+def components_of(folders: Folders, needed: Sequence[str]) -> dict[str, Component]:
+    """The first component of each kind that is needed among the files of the model folders, by its kind.
 
     Of transformers the first that can be run: FLUX.1's tools, which cannot, may lie beside it.
 
@@ -135,7 +134,7 @@ def components_of(folders: Folders, needed: Sequence[str]) -> list[Component]:
     missing = [KIND_NAMES[kind] for kind in needed if kind not in found]
     if missing:
         raise UsoflowError("model_missing", f"The model folders hold no {', no '.join(missing)}.")
-    return [found[kind] for kind in needed]
+    return {kind: found[kind] for kind in needed}
 
 
 def _refuse_another(first: Component, second: Component) -> None:
@@ -155,18 +154,12 @@ class Contender:
     Attributes:
         library: where modules come from.
         side: of the pictures.
-        flux, clip_l, t5, vae, siglip, projector, lora: the files' components.
+        parts: the files' components, by kind: all of `NEEDED`.
     """
 
     library: ModelLibrary
     side: int
-    flux: Component
-    clip_l: Component
-    t5: Component
-    vae: Component
-    siglip: Component
-    projector: Component
-    lora: Component
+    parts: Mapping[str, Component]
 
     @classmethod
     def of(cls, folders: Folders, library: ModelLibrary, *, side: int) -> Contender:
@@ -175,13 +168,12 @@ class Contender:
         Raises:
             UsoflowError: `model_missing`, `request_invalid`: see `components_of`.
         """
-        return cls(library, side, *components_of(folders, NEEDED))
+        return cls(library, side, components_of(folders, NEEDED))
 
     @property
     def files(self) -> list[Path]:
         """Whose components they are."""
-        parts = (self.flux, self.clip_l, self.t5, self.vae, self.siglip, self.projector, self.lora)
-        return list(dict.fromkeys(part.file.path for part in parts))
+        return list(dict.fromkeys(part.file.path for part in self.parts.values()))
 
     def answer(self, sprites: Sprites, asked: Sequence[Triplet], given: Given) -> Tensor:
         """One picture for each question, [N, side, side, 3] in 0..1: euler, simple, 20 steps, cfg 1."""
@@ -213,12 +205,14 @@ class Contender:
         flux = self._flux(given)
         levels = levels_of(STEPS).to(placement.device)
         x = euler(noise.to(placement.device), levels, lambda x, sigma: flux(x, sigma, inputs))
-        return self.library.vae_decode(self.vae, LatentFormat.from_component(self.flux).from_model(x)).cpu()
+        return self.library.vae_decode(
+            self.parts["vae"], LatentFormat.from_component(self.parts["flux"]).from_model(x)
+        ).cpu()
 
     def _inputs(self, sprites: Sprites, asked: Sequence[Triplet], given: Given) -> FluxInputs:
         """What the transformer is told of a batch; longer prompts than the longest usual one are cut."""
         placement, device = self.library.placement, self.library.placement.device
-        texts = [self.library.encode_text(self.clip_l, self.t5, t.prompt) for t in asked]
+        texts = [self.library.encode_text(self.parts["clip_l"], self.parts["t5"], t.prompt) for t in asked]
         length = min(text.context.shape[1] for text in texts)
         context = torch.cat([text.context[:, :length] for text in texts]).to(device)
         pooled = torch.cat([text.pooled for text in texts]).to(device)
@@ -232,18 +226,22 @@ class Contender:
         )  # fmt: skip
 
     def _flux(self, given: Given) -> Flux:
-        loras = (LoraUse(self.lora, 1.0),) if given.lora else ()
-        return self.library.flux(self.flux, loras, "default")
+        loras = (LoraUse(self.parts["uso_lora"], 1.0),) if given.lora else ()
+        return self.library.flux(self.parts["flux"], loras, "default")
 
     def _latents(self, sprites: Sprites, scenes: Sequence[Scene]) -> Tensor:
         pictures = pictures_of(sprites, scenes, self.side)
-        latents = self.library.vae_encode(self.vae, pictures)
-        return LatentFormat.from_component(self.flux).to_model(latents).to(self.library.placement.device)
+        latents = self.library.vae_encode(self.parts["vae"], pictures)
+        return (
+            LatentFormat.from_component(self.parts["flux"])
+            .to_model(latents)
+            .to(self.library.placement.device)
+        )
 
     def _style(self, sprites: Sprites, scenes: Sequence[Scene]) -> Tensor:
         pictures = pictures_of(sprites, scenes, self.side)
-        seen = self.library.encode_vision(self.siglip, pictures, "center")
-        return self.library.style_tokens(self.projector, seen.hidden)
+        seen = self.library.encode_vision(self.parts["siglip"], pictures, "center")
+        return self.library.style_tokens(self.parts["uso_projector"], seen.hidden)
 
 
 def _with_wrong_content(asked: Sequence[Triplet]) -> list[Triplet]:
