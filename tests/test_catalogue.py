@@ -253,3 +253,16 @@ def test_of_many_names_the_nearest_are_told(tmp_path: Path) -> None:
     assert advice.startswith("There are: sub/wool.safetensors, ")
     assert advice.count(".safetensors") == 13  # and the one that is missing
     assert "and 289 more" in advice
+
+
+def test_only_dead_links_in_a_model_folder_are_told(tmp_path: Path) -> None:
+    """A client's name may be any: it must not learn where other links of the machine lead."""
+    folders = find_folders(models=tmp_path)
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "dead.safetensors").symlink_to("/not/mounted/a.safetensors")
+    (tmp_path / "vae" / "whole.ckpt").symlink_to(tmp_path)
+    (tmp_path / "secret").symlink_to("/not/to/be/told")
+    told = missing_file_remedy("vae", "dead.safetensors", folders)
+    assert told.count("is a link to /not/mounted/a.safetensors, which is not there") == 1
+    for name in ("whole.ckpt", "../secret", str(tmp_path / "secret"), "/proc/1/exe", "a\0b"):
+        assert "is a link" not in missing_file_remedy("vae", name, folders)

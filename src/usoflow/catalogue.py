@@ -10,12 +10,14 @@ import os
 import shlex
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Final
 
 from usoflow.errors import UsoflowError, some
+from usoflow.file_names import inside
 from usoflow.models.checkpoint import Component, TensorFile
 from usoflow.models.flux_config import runs
 from usoflow.settings import POCKET_MODELS, Folders
@@ -131,11 +133,8 @@ _SPLIT: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 def missing_file_remedy(folder: str, name: str, folders: Folders) -> str:
     """What to do about a model file that is not offered: which local file would do, else where to get it."""
     wanted = known_file(folder, name)
-    lines = [
-        f"{root / name} is a link to {os.readlink(root / name)}, which is not there."
-        for root in folders.models.get(folder, ())
-        if "\0" not in name and os.path.islink(root / name)
-    ]
+    dead = _dead_links(folder, name, folders)
+    lines = [f"{link} is a link to {target}, which is not there." for link, target in dead]
     if PurePosixPath(name).suffix in PICKLE_SUFFIXES:
         lines.append(f"{name} is a pickle, which can execute code when it is loaded: it is refused.")
     if twins := list(same_kind(wanted, folders)) if wanted else []:
@@ -164,6 +163,15 @@ def missing_file_remedy(folder: str, name: str, folders: Folders) -> str:
     return "\n".join(lines)
 
 
+def _dead_links(folder: str, name: str, folders: Folders) -> Iterator[tuple[Path, str]]:
+    """Links by this name in a model folder that lead nowhere, as to a disk that is not mounted."""
+    with suppress(UsoflowError, OSError):
+        relative = inside(name)
+        for link in dict.fromkeys(root / relative for root in folders.models.get(folder, ())):
+            if os.path.islink(link) and not os.path.exists(link):
+                yield link, os.readlink(link)
+
+
 def _offered(wanted: str, available: Sequence[str]) -> str:
     """Some names, the most alike first."""
     near = [name for name in available if PurePosixPath(name).name == wanted]
@@ -178,10 +186,10 @@ def _origin(folder: str, name: str, folders: Folders) -> str:
 
 def pull_command(folders: Folders) -> str:
     """What gets the tutorial's files to where these folders find them."""
-    return f"{PULLS} --models {_quoted(str(folders.named))}" if folders.named else PULLS
+    return f"{PULLS} --models {quoted(str(folders.named))}" if folders.named else PULLS
 
 
-def _quoted(argument: str) -> str:
+def quoted(argument: str) -> str:
     """As the system's shell takes it."""
     return subprocess.list2cmdline([argument]) if os.name == "nt" else shlex.quote(argument)
 

@@ -202,7 +202,7 @@ CATALOGUE: Mapping[str, ErrorKind] = MappingProxyType(
             EXIT_MODEL,
         ),
         "model_damaged": ErrorKind(
-            "The file, or what it declares of itself, is damaged.", "Download the file again.", EXIT_MODEL
+            "The file or its metadata is damaged.", "Download the file again.", EXIT_MODEL
         ),
         "model_values": ErrorKind(
             "The file has values that are not finite (NaN or infinite).",
@@ -274,7 +274,7 @@ CATALOGUE: Mapping[str, ErrorKind] = MappingProxyType(
             EXIT_WORKFLOW,
         ),
         "reference_method": ErrorKind(
-            "The method of placing references is unknown.",
+            "Unknown method for placing reference pictures.",
             "Use uxo/uno, offset or index.",
             EXIT_WORKFLOW,
         ),

@@ -269,7 +269,7 @@ def test_the_template_has_the_models_that_are_there(tmp_path: Path) -> None:
             given["ckpt_name"] for given in inputs if "ckpt_name" in given
         }
         assert {given["width"] for given in inputs if "width" in given} == {128}
-        assert any("pocket models draw" in warning for warning in workflow.warnings)
+        assert any("small pocket models are used" in warning for warning in workflow.warnings)
         assert engine.load(Path("template:flux1_dev_uso_reference_image_gen")) == workflow
         assert engine.load("template:flux_dev_checkpoint_example").warnings == ()
 

@@ -171,6 +171,6 @@ def test_who_has_other_models_is_told_what_to_set(name: str, tmp_path: Path) -> 
     options = ["--models", POCKET_MODELS, "--output", tmp_path, "--device=cpu"]
     refused = usoflow("run", graph, *options)
     assert refused.code == 4
-    (line,) = re.findall(r"^To run it with the files that are here: (--set .+)$", refused.err, re.MULTILINE)
+    (line,) = re.findall(r"^To run it with the files you have, add: (--set .+)$", refused.err, re.MULTILINE)
     again = usoflow("run", graph, *options, *shlex.split(line))
     assert (again.code, "Custom validation failed" in again.err) == (5, True), again.err  # the pictures alone

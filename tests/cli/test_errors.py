@@ -394,7 +394,7 @@ class TestModels:
     def test_a_pointer_of_git_lfs(self, desk: Desk) -> None:
         pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 17\n"
         (desk.models / CHECKPOINT).write_text(pointer)
-        check(desk.run(small.text_to_image()), 4, "is a pointer of Git LFS", "git lfs pull")
+        check(desk.run(small.text_to_image()), 4, "is only a Git LFS pointer", "git lfs pull")
 
     def test_a_link_to_nowhere(self, desk: Desk) -> None:
         (desk.models / CHECKPOINT).unlink()

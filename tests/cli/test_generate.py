@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from e2e.real_server import until
 from shell import Done, usoflow
 from usoflow.api.checking import Job
 from usoflow.api.engine import Engine
@@ -178,24 +177,39 @@ def test_what_is_done_is_told_before_the_next(small_models: Path, pictures: Path
     assert running.returncode == 130
 
 
-def test_after_ctrl_c_there_is_one_json_object_and_a_sheet_of_what_is_done(
-    small_models: Path, tmp_path: Path
+@pytest.mark.parametrize("when", ["while it runs", "when it is done"])
+@pytest.mark.parametrize("as_json", [False, True])
+def test_after_ctrl_c_all_that_is_done_is_told_once(
+    small_options: list[str], monkeypatch: pytest.MonkeyPatch, when: str, as_json: bool
 ) -> None:
-    script = "import sys, usoflow.cli.main as m; sys.exit(m.main())"
-    command = [sys.executable, "-c", script, "generate", "a cat", "--count=1000", "--size=32x32", "--steps=1"]
-    command += ["--models", str(small_models), "--output", str(tmp_path), "--device=cpu", "--dtype=fp32"]
-    with subprocess.Popen(
-        [*command, "--sheet", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as running:
-        until(lambda: len(list(tmp_path.glob("*.png"))) > 1)
-        running.send_signal(signal.SIGINT)
-        out, _ = running.communicate()
-    told = json.loads(out)
-    assert (running.returncode, told["error"]["code"]) == (130, "cancelled")
-    assert told["images"]
-    assert all(Path(path).is_file() for path in told["images"])
-    with Image.open(told["sheet"]) as sheet:
-        assert sheet.width >= 32
+    """A record, or its lines, and a sheet; also where the run could not notice any more."""
+    run, done_before = Engine.run, []
+
+    def stopped_at_the_third(engine: Engine, job: Job, **more: Any) -> Result:
+        if len(done_before) == 2 and when == "while it runs":
+            signal.raise_signal(signal.SIGINT)
+        result = run(engine, job, **more)
+        done_before.append(result)
+        if len(done_before) == 2 and when != "while it runs":
+            signal.raise_signal(signal.SIGINT)
+        return result
+
+    monkeypatch.setattr(Engine, "run", stopped_at_the_third)
+    options = ["--count=1000", "--sheet", *(["--json"] if as_json else [])]
+    done = usoflow("generate", "a cat", *options, *small_options)
+    assert done.code == 130
+    assert len(done_before) == 2
+    if as_json:
+        told = json.loads(done.out)
+        assert told["error"]["code"] == "cancelled"
+        images, sheet = told["images"], told["sheet"]
+    else:
+        images = re.findall(r"^(?!sheet)(\S+\.png)$", done.out, re.MULTILINE)
+        (sheet,) = re.findall(r"^sheet: (.+)$", done.out, re.MULTILINE)
+        assert done.err.count("stopped") == 1
+    assert list(map(Path, images)) == [path for result in done_before for path in result.paths]
+    with Image.open(sheet) as found:
+        assert found.width > 2 * 32
 
 
 def test_a_failure_in_the_middle_leaves_a_sheet(

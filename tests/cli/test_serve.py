@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import socket
-import time
 from pathlib import Path
 
 import httpx2 as httpx
 import pytest
 from fastapi import FastAPI
 
-from e2e.real_server import RealServer
+import small
+from e2e.real_server import RealServer, until
 from usoflow.cli.serve import STATE_VARIABLE, serve
 from usoflow.errors import UsoflowError
 
@@ -54,12 +55,18 @@ def test_a_terminal_that_is_closed_is_no_crash(small_models: Path, tmp_path: Pat
         signal.signal(signal.SIGHUP, before)
     try:
         assert server.process
-        server.process.send_signal(signal.SIGHUP)
+        job = server.submit(small.text_to_image())
+        until(lambda: server.get(f"/jobs/{job}")["status"] != "pending")
+        for process in (server.process.pid, server.worker()):  # as a terminal does
+            assert process
+            os.kill(process, signal.SIGHUP)
         if ignored:
-            time.sleep(0.5)
+            assert server.ended(job)["status"] == "completed"
             assert server.answers()
         else:
             assert server.process.wait(30) == -signal.SIGTERM
+            server.start()
+            assert server.ended(job)["status"] == "completed"
     finally:
         server.kill()
 

@@ -44,7 +44,7 @@ def test_written_out(line: str, expected: str) -> None:
         ("generate --style robot.png pixels.png 'a fox'", "PROMPT comes first"),
         ("run --set a.b=1 c.d=2 FILE", "FILE comes first"),
         ("generate a fox", 'usoflow generate "a fox"'),
-        ("run a.json b.json", "no use for: b.json"),
+        ("run a.json b.json", "Unexpected arguments: b.json"),
     ],
 )
 def test_words_too_many(line: str, advice: str) -> None:

@@ -117,6 +117,15 @@ def test_pickles_are_refused(tmp_path: Path, start: bytes) -> None:
     assert code_of(path) == "model_pickle"
 
 
+@pytest.mark.parametrize("length", [60, 316, 15392, 80928])
+def test_a_length_that_looks_like_a_web_page_is_a_length(tmp_path: Path, length: int) -> None:
+    """60 is "<"; 15392 begins with a blank and then it."""
+    header = json.dumps({"a": entry()}, separators=(",", ":"))
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(struct.pack("<Q", length) + header.ljust(length).encode() + bytes(8))
+    assert list(TensorFile.open(path).tensors) == ["a"]
+
+
 def test_empty_and_absent_files(tmp_path: Path) -> None:
     (tmp_path / "empty.safetensors").touch()
     assert code_of(tmp_path / "empty.safetensors") == "model_truncated"

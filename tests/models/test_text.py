@@ -171,7 +171,7 @@ def test_a_long_prompt_is_attended_to_in_parts(
         return attention(q, *rest, **more)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", listened)
-    monkeypatch.setattr(t5_module, "SCORES", T5.heads * 50 * 12)
+    monkeypatch.setattr(t5_module, "SCORES", 2 * T5.heads * 50 * 12)
     parts = t5(tokens)
     assert asked == T5.layers * [(n, (1, T5.heads, n, 50)) for n in (12, 12, 12, 12, 2)]
     assert relative(parts, whole) < 1e-6

@@ -70,6 +70,9 @@ def test_the_tower_of_a_whole_siglip(oracle: SiglipVisionModel, tmp_path: Path) 
     assert component.file.describe() == "SigLIP vision tower, SigLIP's text encoder"
     assert "every value is finite" in "".join(inspect(tmp_path / "whole.safetensors", None))
     assert component.tensors.keys() == own.tensors.keys()
+    save_file(state | {"strange.weight": torch.ones(1)}, tmp_path / "strange.safetensors")
+    with pytest.raises(UsoflowError, match=r"belong to no model in it: strange\.weight"):
+        TensorFile.open(tmp_path / "strange.safetensors").components()
     size = CONFIG.grid * CONFIG.patch
     picture = torch.rand(1, 3, size, size)
     ours, theirs = (load(part)(picture, layers=[-2]).hidden[-2] for part in (component, own))

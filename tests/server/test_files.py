@@ -21,6 +21,7 @@ import pytest
 from fastapi.testclient import TestClient
 from PIL import Image, features
 
+from e2e.real_server import until
 from forbidden import forbid
 from server.conftest import Serve
 from usoflow.server import files
@@ -185,6 +186,7 @@ def test_few_pictures_are_decoded_at_once(client: TestClient, monkeypatch: pytes
     with ThreadPoolExecutor(60) as pool:
         ask = {"filename": "a.png", "type": "input"}
         asked = [pool.submit(client.get, "/view", params={**ask, "preview": f"webp;{n}"}) for n in range(60)]
+        until(lambda: at_once == DECODED_AT_ONCE)
         assert client.get("/view", params=ask).status_code == 200
         assert client.get("/queue").status_code == 200
         going_on.set()

@@ -21,7 +21,7 @@ from usoflow.models.latent_format import LatentFormat
 from usoflow.models.loading import load_clip, load_flux, load_t5, load_vae
 from usoflow.models.text import encode_prompt
 from usoflow.models.tokens import ClipTokenizer, T5Tokenizer, Tokenizers
-from usoflow.training import autoencoder, kept, loop, package
+from usoflow.training import autoencoder, kept, loop, package, states
 from usoflow.training.autoencoder import VaeStage
 from usoflow.training.base import BaseStage, Batches, Pocket, flow_loss, guided_loss, random_numbers
 from usoflow.training.captions import Vocabulary
@@ -416,7 +416,7 @@ def test_a_full_disk_is_told_and_leaves_no_part(tmp_path: Path, monkeypatch: pyt
     words = "[enforce fail at inline_container.cc:664] . PytorchStreamWriter failed writing file data/0"
     monkeypatch.setattr(torch, "save", full(RuntimeError(words)))
     monkeypatch.setattr(kept, "save_file", full(SafetensorError("I/O error: No space left on device")))
-    for write, said in ((loop.write_state, "PytorchStreamWriter"), (kept.write_tensors, "No space left")):
+    for write, said in ((states.write_state, "PytorchStreamWriter"), (kept.write_tensors, "No space left")):
         with pytest.raises(UsoflowError, match=said) as error:
             write(tmp_path / "state", {"a": torch.zeros(1)})
         assert error.value.code == "output_unwritable"
@@ -424,11 +424,11 @@ def test_a_full_disk_is_told_and_leaves_no_part(tmp_path: Path, monkeypatch: pyt
 
 
 def test_want_of_memory_is_no_damage(tmp_path: Path) -> None:
-    loop.write_state(tmp_path / "state.pt", {"done": 1})
+    states.write_state(tmp_path / "state.pt", {"done": 1})
     with (
         pytest.raises(UsoflowError) as error,
         loop.want_of_memory_told("Take less."),
-        loop.read_state(tmp_path / "state.pt"),
+        states.read_state(tmp_path / "state.pt"),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore words.")
     assert (error.value.code, error.value.remedy) == ("out_of_memory", "Take less.")

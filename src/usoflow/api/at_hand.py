@@ -37,7 +37,7 @@ class ModelFiles:
 
 
 POCKET_NOTE: Final = (
-    "The pocket models draw, which are small: best at {side}x{side}."
+    "The small pocket models are used; they work best at {side}x{side}."
     " `usoflow doctor` tells which of the tutorial's are missing."
 )
 TUTORIAL: Final = ModelFiles({file.folder: file.name for file in KNOWN_FILES})

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Final
 
 from usoflow.api.workflow import Workflow
-from usoflow.catalogue import PULLS, known_file, missing_file_remedy, same_kind
+from usoflow.catalogue import PULLS, known_file, missing_file_remedy, quoted, same_kind
 from usoflow.errors import UsoflowError
 from usoflow.file_names import check_prefix
 from usoflow.schema.node import NodeRegistry
@@ -133,7 +132,7 @@ def _error(
     remedies = list(dict.fromkeys(_remedies(checked, nodes)))
     pulls = [line for line in remedies if PULLS in line]
     others = _other_files(checked, nodes, folders)
-    at_once = [f"To run it with the files that are here: --set {' '.join(others)}"] if len(others) > 1 else []
+    at_once = [f"To run it with the files you have, add: --set {' '.join(others)}"] if len(others) > 1 else []
     remedies = [line for line in remedies if line not in pulls] + pulls + at_once  # for all files: last
     return UsoflowError(_code(checked), "\n".join(lines), remedy="\n".join(remedies) or None)
 
@@ -151,7 +150,7 @@ def _other_files(checked: ValidationResult, nodes: NodeRegistry, folders: Folder
             other = next(same_kind(wanted, folders), None) if wanted else None
             if other is None:
                 return []
-            found.append(shlex.quote(f"{node_id}.{spec.name}={other}"))
+            found.append(quoted(f"{node_id}.{spec.name}={other}"))
     return found
 
 

@@ -24,6 +24,7 @@ from usoflow.api.checking import Job, check
 from usoflow.api.official import RANDOM_SEEDS, TEMPLATE, Request, adapted, build
 from usoflow.api.result import Result
 from usoflow.api.workflow import Workflow, WorkflowSource, check_picture, plain
+from usoflow.durable import sha256
 from usoflow.errors import UsoflowError
 from usoflow.settings import Folders, bytes_of, expanded, find_folders, temp_folder
 from usoflow.workflow.loading import TEMPLATE as TEMPLATE_PREFIX
@@ -352,7 +353,7 @@ def _result(job: Job, done: RunResult, placement: Placement) -> Result:
         device=placement.device.type,
         dtype=str(placement.dtype).removeprefix("torch."),
         workflow=job.workflow,
-        written=tuple(path.stat().st_mtime_ns if path.is_file() else 0 for path in paths),
+        checksums=tuple(sha256(path) if path.is_file() else "" for path in paths),
     )
 
 

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from usoflow.durable import sha256
 from usoflow.errors import UsoflowError
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class Result:
         dtype: in which number format ("float32", "bfloat16", ...).
         workflow: what was run. Pictures that were given from memory go with the engine: to run it again
             afterwards they are given again, by `with_picture`.
-        written: when each of `paths` was, in nanoseconds since 1970.
+        checksums: SHA-256 of each of `paths`, as it was written.
     """
 
     paths: tuple[Path, ...]
@@ -47,7 +48,7 @@ class Result:
     device: str
     dtype: str
     workflow: Workflow = field(repr=False)
-    written: tuple[int, ...] = field(repr=False)
+    checksums: tuple[str, ...] = field(default=(), repr=False)
 
     @cached_property
     def images(self) -> list[Image]:
@@ -61,8 +62,8 @@ class Result:
         from PIL import Image
 
         pictures: list[Image.Image] = []
-        for path, written in zip(self.paths, self.written, strict=True):
-            if not path.is_file() or path.stat().st_mtime_ns != written:
+        for path, checksum in zip(self.paths, self.checksums, strict=True):
+            if not path.is_file() or sha256(path) != checksum:
                 what = f"{path} is no longer what this run wrote."
                 advice = "Ask for `images` before files are moved: names that are free are used again."
                 raise UsoflowError("image_missing", what, remedy=advice)

@@ -35,7 +35,8 @@ def evaluate(
     from usoflow.settings import check_writable, find_folders
 
     check_writable(output, "--output")
-    check_writable(work, "--work")
+    if not work.is_dir():  # else it is only read
+        check_writable(work, "--work")
     from usoflow.models.library import ModelLibrary
     from usoflow.models.placement import Placement
     from usoflow.training.plan import Plan

@@ -29,7 +29,7 @@ from usoflow.cli.options import (
     Vram,
     path,
 )
-from usoflow.cli.run import execute
+from usoflow.cli.run import execute, stopped_by_interrupt
 from usoflow.cli.words import SeveralWords
 from usoflow.errors import UsoflowError
 from usoflow.settings import IMAGE_SUFFIXES, MODEL_SUFFIXES
@@ -177,17 +177,18 @@ def generate(
     results: list[Result] = []
     written, stopped = None, None
     try:
-        try:
-            for result in _run(engine, workflows, save_workflow, quiet=as_json):
-                results.append(result)
-                if not as_json:  # at once: what is done is not lost with what fails later
-                    print(report.as_text(result), flush=True)
-        finally:
-            written = _write_sheet(wanted, results, columns) if results and (sheet or sweeps) else None
+        for result in _run(engine, workflows, save_workflow, quiet=as_json):
+            results.append(result)
+            if not as_json:  # at once: what is done is not lost with what fails later
+                print(report.as_text(result), flush=True)
     except UsoflowError as error:
         if not results:
             raise
         stopped = error
+    try:
+        written = _write_sheet(wanted, results, columns) if sheet or sweeps else None
+    except UsoflowError as error:
+        stopped = stopped or error
     if as_json:
         failed = {"error": report.error_record(stopped)} if stopped else {}
         print(json.dumps(_record(request, wanted, results, written) | failed))
@@ -259,13 +260,18 @@ def _changes(before: Workflow, after: Workflow, inputs: Set[str]) -> bool:
 def _run(
     engine: Engine, workflows: Sequence[Workflow], save_workflow: Path | None, *, quiet: bool
 ) -> Iterator[Result]:
-    """All of them on the same models; what can be refused is refused before the first is begun."""
+    """All of them on the same models; what can be refused is refused before the first is begun.
+
+    Ctrl+C stops at whatever is done, also between two of them.
+    """
     jobs = [engine.check(workflow) for workflow in workflows]
     report.warn(dict.fromkeys(warning for job in jobs for warning in job.warnings))
     if save_workflow is not None:
         workflows[0].save(save_workflow)
-    for job in jobs:
-        yield execute(engine, job, quiet=quiet)
+    with stopped_by_interrupt() as cancellation:
+        for job in jobs:
+            cancellation.check()
+            yield execute(engine, job, cancellation, quiet=quiet)
 
 
 def _variants(request: Request, count: int, sweeps: Sequence[tuple[str, Sequence[Any]]]) -> Iterator[_Wanted]:
@@ -312,11 +318,11 @@ def _write_sheet(wanted: Sequence[_Wanted], results: Sequence[Result], columns: 
         for path in result.paths
     )
     path, buffer = _sheet_path(results[0].paths[0]), io.BytesIO()
-    contact_sheet(labelled, columns=columns).save(buffer, "PNG")
     try:
+        contact_sheet(labelled, columns=columns).save(buffer, "PNG")
         save(path, buffer.getvalue())
-    except UsoflowError as error:
-        raise UsoflowError("save_failed", error.detail) from None
+    except (UsoflowError, OSError) as error:  # a full disk, a picture that somebody has moved
+        raise UsoflowError("save_failed", f"The sheet cannot be made: {error}") from None
     return path
 
 

@@ -97,7 +97,7 @@ def main() -> None:
         refused = _refused_by_system(error)
         if refused is None:
             raise
-        _show(refused, as_json=refused.code != "output_unwritable")
+        _show(refused, as_json=error.filename is not None)  # else there is nowhere to write it to
         sys.exit(refused.exit_code)
 
 

@@ -88,13 +88,14 @@ def run(
         workflow = workflow if seed is None else workflow.with_seed(seed)
         job = engine.check(workflow)
         report.warn(job.warnings)
-        result = execute(engine, job, quiet=as_json)
+        with stopped_by_interrupt() as cancellation:
+            result = execute(engine, job, cancellation, quiet=as_json)
     print(json.dumps(report.as_record(result)) if as_json else report.as_text(result))
 
 
-def execute(engine: Engine, job: Job, *, quiet: bool) -> Result:
-    """Run with a progress bar on stderr (none if quiet); Ctrl+C stops it."""
-    with report.progress(quiet=quiet) as listen, stopped_by_interrupt() as cancellation:
+def execute(engine: Engine, job: Job, cancellation: Cancellation, *, quiet: bool) -> Result:
+    """Run with a progress bar on stderr (none if quiet)."""
+    with report.progress(quiet=quiet) as listen:
         engine.start()  # imports torch: everything that can be refused has been
         return engine.run(job, progress=listen, cancellation=cancellation)
 

@@ -104,10 +104,11 @@ def _own_token(file: Path) -> str:
     made = secrets.token_urlsafe(16)
     with suppress(OSError):  # what is wrong with the folder is told where the jobs are kept
         file.parent.mkdir(parents=True, exist_ok=True)
-        with open(
-            os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="ascii"
-        ) as kept_in:
-            kept_in.write(made)
+        private = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        if hasattr(os, "fchmod"):  # one that was there may be for all to read
+            os.fchmod(private, 0o600)
+        with open(private, "w", encoding="ascii") as kept:
+            kept.write(made)
     return made
 
 

@@ -37,7 +37,7 @@ class SeveralWords(TyperCommand):
 
     def too_many(self, ctx: Any) -> str:
         """What is wrong where there are more words than one and those of options."""
-        return f"There is no use for: {' '.join(ctx.args)}"
+        return f"Unexpected arguments: {' '.join(ctx.args)}"
 
 
 def written_out(

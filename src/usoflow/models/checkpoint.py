@@ -145,7 +145,9 @@ class TensorFile:
     def _refuse_strays(self, found: Mapping[str, str]) -> None:
         if not found:
             return
-        prefixes = (*found.values(), *self._others.values())
+        # Of those that have no prefix, what begins as the tensor by which they are told.
+        others = (p or OTHER_FAMILIES[kind][0].partition(".")[0] + "." for kind, p in self._others.items())
+        prefixes = (*found.values(), *others)
         strays = [
             n for n in self.tensors if not n.startswith(prefixes) and not matches_any(n, IGNORED_ANYWHERE)
         ]

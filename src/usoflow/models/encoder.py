@@ -1,7 +1,8 @@
 """The pre-norm transformer layer that CLIP's text model and SigLIP's vision tower share.
 
-Used by `text` and `vision`. Architecture: Radford et al. 2021 (arXiv 2103.00020) and Zhai et al. 2023 (arXiv
-2303.15343); the parameter names are those of Hugging Face's published weights.
+Used by `clip` and `vision`; `t5` splits its heads and checks its vocabulary by it. Architecture: Radford et
+al. 2021 (arXiv 2103.00020) and Zhai et al. 2023 (arXiv 2303.15343); the parameter names are those of Hugging
+Face's published weights.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ def _refuse_non_finite(component: Component) -> None:
 
 
 def _to_be_finite(component: Component) -> Iterator[str]:
-    """All but T5's table in fp8, whose NaNs are read as 0 (`text`): what was too large for fp8 became one."""
+    """All but T5's table in fp8, whose NaNs are read as 0 (`t5`): what was too large for fp8 became one."""
     for name, info in component.tensors.items():
         if not (component.kind == "t5" and name == "shared.weight" and info.dtype.startswith("F8")):
             yield name

@@ -20,7 +20,7 @@ def dequantise(data: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
 
     Args:
         data: uint8 [rows, bytes of a row].
-        kind: a key of `checkpoint.QUANTISED`.
+        kind: a key of `tensor_header.QUANTISED`.
         dtype: of the result; in between it is computed in float32.
 
     Returns:

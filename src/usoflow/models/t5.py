@@ -163,7 +163,7 @@ class _T5Attention(nn.Module):
         q, k, v = (split_heads(part(x), self.heads) for part in (self.q, self.k, self.v))
         length = x.shape[1]
         windows = bias.unfold(1, length, 1)  # [heads, T, T], a view: query i's is number T - 1 - i
-        rows, attended = max(1, SCORES // (self.heads * length)), torch.empty_like(q)
+        rows, attended = max(1, SCORES // (len(q) * self.heads * length)), torch.empty_like(q)
         for first in range(0, length, rows):
             last = min(first + rows, length)
             towards = windows[:, length - last : length - first].flip(1)[None]  # [1, heads, rows, T]
@@ -176,7 +176,8 @@ class _T5Attention(nn.Module):
         """float32 [heads, 2 T - 1]: of a query towards keys from T - 1 places before it to T - 1 after."""
         table = self.relative_attention_bias
         distances = torch.arange(1 - length, length, device=table.weight.device)
-        return table(relative_buckets(distances, table.weight.shape[0])).T
+        biases: Tensor = table(relative_buckets(distances, table.weight.shape[0]))
+        return biases.T.contiguous()  # attention is slower at masks that lie otherwise
 
 
 class _T5FeedForwardLayer(nn.Module):

@@ -103,10 +103,11 @@ def _parsed(path: Path, size: int) -> tuple[dict[str, Any], int]:
             start = stream.read(8)
             _refuse_pickle(path, start + stream.read(1))
             stream.seek(8)
-            _refuse_what_came_instead(path, start)
+            if len(start) < 8:
+                raise UsoflowError("model_truncated", f"{path.name} has only {len(start)} bytes.")
             (length,) = struct.unpack("<Q", start)
             if length > MAX_HEADER_BYTES:
-                raise _damaged(path, f"it announces a header of {length} bytes")
+                raise _came_instead(path, start) or _damaged(path, f"it announces a header of {length} bytes")
             text = stream.read(length)
     except OSError as error:
         raise UsoflowError("model_missing", f"{path} cannot be read: {error.strerror or error}.") from None
@@ -162,18 +163,16 @@ def _refuse_pickle(path: Path, start: bytes) -> None:
         raise UsoflowError("model_pickle", f"{path.name} is a pickled PyTorch file, which can execute code.")
 
 
-def _refuse_what_came_instead(path: Path, start: bytes) -> None:
-    """What is there after a download that went wrong, by the first eight bytes."""
+def _came_instead(path: Path, start: bytes) -> UsoflowError | None:
+    """What a download that went wrong has left, by the first eight bytes, which are no length."""
     if start == b"version ":  # https://git-lfs.com
-        what, advice = "is a pointer of Git LFS, not the file itself", "Fetch it with `git lfs pull`."
-    elif start.lstrip().startswith(b"<"):
+        what, advice = "is only a Git LFS pointer, not the model itself", "Fetch it with `git lfs pull`."
+    elif start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"<"):
         what = "is a web page, not a model"
         advice = "Download it again; where a licence is agreed to on the site, it needs a login (HF_TOKEN)."
-    elif len(start) < 8:
-        raise UsoflowError("model_truncated", f"{path.name} has only {len(start)} bytes.")
     else:
-        return
-    raise UsoflowError("model_damaged", f"{path.name} {what}.", remedy=advice)
+        return None
+    return UsoflowError("model_damaged", f"{path.name} {what}.", remedy=advice)
 
 
 def _damaged(path: Path, why: str) -> UsoflowError:

@@ -75,6 +75,3 @@ def _pooled(sequence: TokenSequence, clip: ClipText) -> Tensor:
     device = clip.text_model.embeddings.token_embedding.weight.device
     ids = torch.tensor([sequence.ids[: end + 1]], device=device)  # no token sees what comes after it
     return clip(ids, torch.tensor([end], device=device))
-
-
-# --- CLIP-L -------------------------------------------------------------------------------------------

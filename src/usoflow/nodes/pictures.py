@@ -78,7 +78,10 @@ def opened(path: Path) -> Iterator[Image.Image]:
         raise _too_large(path, "far more") from None
     except UnidentifiedImageError:
         if path.suffix.lower() in (".heic", ".heif"):
-            what, advice = f"{path} is HEIC, which is not read.", "Export it as JPEG or PNG."
+            what, advice = (
+                f"{path} is HEIC, which usoflow cannot read.",
+                "Export it as JPEG or PNG.",
+            )
             raise UsoflowError("image_invalid", what, remedy=advice) from None
         raise UsoflowError("image_invalid", f"{path} is not a picture.") from None
     except Exception as error:  # Pillow's decoders raise anything on damaged files: KeyError, TypeError, ...

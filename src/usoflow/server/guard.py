@@ -24,7 +24,8 @@ COOKIE: Final = "usoflow_token"
 COOKIE_SECONDS: Final = 30 * 24 * 3600  # that a browser knows the token
 TOKEN_PAGE: Final = """<!doctype html><html lang="en"><meta charset="utf-8"><title>usoflow</title>
 <body style="font: 16px sans-serif; margin: 20vh auto; max-width: 30em">
-<p>This server wants the token that it was started with: the address that it printed has it.</p>
+<p>Enter the token of this server. It is the part after <code>?token=</code> in the address that
+<code>usoflow serve</code> printed when it started.</p>
 <form><input name="token" type="password" size="30" autofocus required> <button>Open</button></form>
 """
 PREFIX: Final = "/api"

@@ -12,6 +12,8 @@ from fastapi.responses import FileResponse, Response
 from starlette.datastructures import Headers
 from starlette.staticfiles import NotModifiedResponse, StaticFiles
 
+from usoflow import __version__
+
 # A file is data: a browser neither runs nor frames it, whatever is in it, and asks whether it is still so.
 HARMLESS: Final = {"Content-Security-Policy": "default-src 'none'; sandbox", "Cache-Control": "no-cache"}
 _COMPARED: Final = StaticFiles()  # of no folder: it knows how If-None-Match and If-Modified-Since are read
@@ -20,7 +22,7 @@ _COMPARED: Final = StaticFiles()  # of no folder: it knows how If-None-Match and
 def remade_answer(request: Request, path: Path, make: Callable[[], tuple[bytes, str]]) -> Response:
     """What `make` makes of a file, with its type; or 304 if the client has it, made of the file as it is."""
     state = path.stat()
-    known = f"{state.st_mtime_ns} {state.st_size} {request.url.query}".encode()
+    known = f"{__version__} {state.st_mtime_ns} {state.st_size} {request.url.query}".encode()
     headers = Headers({**HARMLESS, "ETag": f'"{hashlib.sha256(known).hexdigest()}"'})
     if _COMPARED.is_not_modified(headers, request.headers):
         return NotModifiedResponse(headers)

@@ -8,6 +8,7 @@ has seen several crashes: then it has failed.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -358,8 +359,12 @@ class JobStore:
 
 def _unusable(path: Path, error: Exception) -> UsoflowError:
     """With the remedy for a full disk, where it seems to be one: what is on it is whole."""
-    full = getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
-    advice = f"Make room on the disk of {path.parent}; no job that was accepted is lost." if full else None
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    advice = None
+    if code == sqlite3.SQLITE_FULL or getattr(error, "errno", None) == errno.ENOSPC:
+        advice = f"Make room on the disk of {path.parent}; no job that was accepted is lost."
+    elif code == sqlite3.SQLITE_IOERR:
+        advice = f"Look at the disk of {path.parent}: it may be full, or gone."
     return UsoflowError("state_unusable", f"{path} cannot be used: {error}.", remedy=advice)
 
 

@@ -198,8 +198,9 @@ def _clear(folders: Folders, before: float) -> None:
 
 def serve(registry: NodeRegistry, argument: str) -> None:
     """The life of a worker process."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # meant for the server, whose end is ours
-        signal.signal(number, _disregard)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # meant for the server, whose end is ours
+        if hasattr(signal, name):  # Windows has no SIGHUP
+            signal.signal(getattr(signal, name), _disregard)
     pipe = Pipe(*_taken_streams())
     settings = WorkerSettings.from_argument(argument)
     try:

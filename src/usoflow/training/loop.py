@@ -185,8 +185,10 @@ class Training:
     def averaged(self) -> Iterator[None]:
         """The averaged weights in place of those that learn, for as long as they are looked at."""
         learning = swap(self.parameters, self.average)
-        yield
-        swap(self.parameters, learning)
+        try:
+            yield
+        finally:
+            swap(self.parameters, learning)
 
     def step(self, loss_of: LossFunction) -> Tensor:
         """One step of the optimiser; returns the loss."""
@@ -305,7 +307,7 @@ def trained(
 def seeded(seed: int) -> Iterator[None]:
     """For first weights that torch draws; what comes after draws as if nothing had been."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # the CPU's alone
         yield
 
 
