@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from usoflow.version import __version__
+
 if TYPE_CHECKING:
     from usoflow.api.engine import Engine as Engine
     from usoflow.api.generate import generate as generate
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
     from usoflow.execution.progress import NodesCached as NodesCached
     from usoflow.execution.progress import NodeStarted as NodeStarted
 
-__version__ = "0.1.0"
 __all__ = [
     "Cancellation",
     "Engine",

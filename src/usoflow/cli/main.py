@@ -13,7 +13,6 @@ from typing import Annotated, Any
 
 import typer
 
-from usoflow import __version__
 from usoflow.cli import report
 from usoflow.cli.convert import convert
 from usoflow.cli.doctor import doctor
@@ -26,6 +25,7 @@ from usoflow.cli.serve import serve
 from usoflow.cli.train import train
 from usoflow.cli.words import SeveralWords
 from usoflow.errors import EXIT_CANCELLED, UsoflowError
+from usoflow.version import __version__
 
 HELP = """USO style and subject generation on FLUX.1: runs ComfyUI's official USO workflows.
 

@@ -12,7 +12,7 @@ from fastapi.responses import FileResponse, Response
 from starlette.datastructures import Headers
 from starlette.staticfiles import NotModifiedResponse, StaticFiles
 
-from usoflow import __version__
+from usoflow.version import __version__
 
 # A file is data: a browser neither runs nor frames it, whatever is in it, and asks whether it is still so.
 HARMLESS: Final = {"Content-Security-Policy": "default-src 'none'; sandbox", "Cache-Control": "no-cache"}

@@ -18,12 +18,12 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, generate_latest
 from starlette.concurrency import run_in_threadpool
 
-from usoflow import __version__
 from usoflow.server.context import Json, Server, ServerOf
 from usoflow.server.routes.body import ObjectBody
 from usoflow.server.ui import EDITOR
 from usoflow.service.engine import Engine
 from usoflow.service.jobs import State
+from usoflow.version import __version__
 from usoflow.workflow.loading import TEMPLATE_PACKAGE
 
 router = APIRouter(tags=["system"])

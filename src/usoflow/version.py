@@ -1,0 +1,3 @@
+"""The version of the package, which also stands in what its users report."""
+
+__version__ = "0.1.0"
