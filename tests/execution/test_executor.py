@@ -603,7 +603,7 @@ class TestErrors:
         assert library.placement.budget == (5 * 10**8 if times == 1 else 10**9)
         assert (
             caplog.messages.count(
-                "Memory ran out: once more, with at most 0.5 GB for the transformer's weights."
+                "Memory ran out: once more, with at most 500 MB for the transformer's weights."
             )
             == 1
         )
