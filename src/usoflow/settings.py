@@ -374,3 +374,11 @@ def bytes_of(text: str) -> int:
     if not 1 <= amount < math.inf:
         raise UsoflowError("budget_invalid", f"{text!r} is not an amount of memory.")
     return int(amount)
+
+
+def size_in_words(count: int) -> str:
+    """'17.2 GB', '478 MB', '3 kB'."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count / 1e3:.3g} kB"

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from shell import usoflow
 from usoflow.catalogue import KNOWN_FILES
-from usoflow.models.inventory import size_in_words
+from usoflow.settings import size_in_words
 
 CHECKPOINT = "checkpoints/flux1-dev-fp8.safetensors"
 LORA = "loras/uso-flux1-dit-lora-v1.safetensors"

@@ -106,12 +106,12 @@ def component_of(path: Path, kind: str, state: dict[str, Tensor], **declared: ob
 
 def load_clip(component: Component) -> ClipText:
     make = lambda: ClipText(ClipTextConfig.from_component(component))  # noqa: E731
-    return build(component, make, ignored=clip_module.CLIP_IGNORED)
+    return build(component, make, ignored=clip_module.IGNORED)
 
 
 def load_t5(component: Component) -> T5Encoder:
     make = lambda: T5Encoder(T5Config.from_component(component))  # noqa: E731
-    return build(component, make, ignored=t5_module.T5_IGNORED)
+    return build(component, make, ignored=t5_module.IGNORED)
 
 
 @pytest.fixture

@@ -48,7 +48,7 @@ class Result:
     device: str
     dtype: str
     workflow: Workflow = field(repr=False)
-    checksums: tuple[str, ...] = field(default=(), repr=False)
+    checksums: tuple[str, ...] = field(repr=False)
 
     @cached_property
     def images(self) -> list[Image]:

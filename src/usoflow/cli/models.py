@@ -37,8 +37,8 @@ def models(
             raise typer.BadParameter(f"{context.invoked_subcommand} prints no JSON.", param_hint="--json")
         return
     from usoflow.catalogue import missing, pull_command
-    from usoflow.models.inventory import found_files, size_in_words
-    from usoflow.settings import find_folders
+    from usoflow.models.inventory import found_files
+    from usoflow.settings import find_folders, size_in_words
 
     folders = find_folders(models=models)
     found, lacking = list(found_files(folders)), missing(folders)

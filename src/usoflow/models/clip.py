@@ -17,21 +17,16 @@ from torch import Tensor, nn
 
 from usoflow.errors import UsoflowError
 from usoflow.models.checkpoint import Component
-from usoflow.models.encoder import (
-    EncoderLayer,
-    LayerStack,
-    head_count,
-    require_vocabulary,
-)
+from usoflow.models.encoder import EncoderLayer, LayerStack, head_count, require_vocabulary
 from usoflow.models.tokens import CLIP_VOCABULARY
 from usoflow.models.weights import Embedding, LayerNorm
 
-CLIP_HEADS: Mapping[int, int] = MappingProxyType({768: 12})  # official, by width
-CLIP_EPS = 1e-5
+HEADS: Mapping[int, int] = MappingProxyType({768: 12})  # official, by width
+EPS = 1e-5
 LEAST_POSITIONS = 3  # a start, a token and an end
 # FLUX.1 takes the pooled state without CLIP's projection; older files store the position numbers.
 # Files of all of CLIP have its vision tower, too.
-CLIP_IGNORED: tuple[str, ...] = (
+IGNORED: tuple[str, ...] = (
     "text_projection.weight",
     "text_model.embeddings.position_ids",
     "vision_model.*",
@@ -48,7 +43,7 @@ class ClipTextConfig:
     layers: int
     positions: int
     heads: int
-    eps: float = CLIP_EPS
+    eps: float = EPS
     vocabulary: int = CLIP_VOCABULARY
 
     @classmethod
@@ -71,8 +66,8 @@ class ClipTextConfig:
             mlp_dim=component.shape("text_model.encoder.layers.0.mlp.fc1.weight", 2)[0],
             layers=component.count("text_model.encoder.layers.{}."),
             positions=positions,
-            heads=head_count(component, dim, CLIP_HEADS),
-            eps=component.setting("eps", CLIP_EPS),
+            heads=head_count(component, dim, HEADS),
+            eps=component.setting("eps", EPS),
             vocabulary=vocabulary,
         )
 
@@ -130,6 +125,3 @@ class _ClipEmbeddings(nn.Module):
 def quick_gelu(x: Tensor) -> Tensor:
     """x * sigmoid(1.702 x), OpenAI's approximation of GELU (Hendrycks & Gimpel 2016, arXiv 1606.08415)."""
     return x * torch.sigmoid(1.702 * x)
-
-
-# --- T5 -----------------------------------------------------------------------------------------------

@@ -11,10 +11,11 @@ from torch import Tensor
 from usoflow.errors import UsoflowError, some
 from usoflow.models import loading
 from usoflow.models.checkpoint import Component, TensorFile
-from usoflow.models.inventory import precision, size_in_words
+from usoflow.models.inventory import precision
 from usoflow.models.kinds import KIND_NAMES, SINGLE_FILES
 from usoflow.models.lora_layouts import linear_layers, pairs_for
 from usoflow.models.weights import read_tensors
+from usoflow.settings import size_in_words
 
 _LORAS = ("uso_lora", "lora")
 _BUILDERS = {

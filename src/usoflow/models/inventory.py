@@ -55,14 +55,6 @@ def precision(tensors: Iterable[TensorInfo]) -> str:
     return ", ".join(f"{dtype} {share:.0%}" for dtype, share in shares if share >= _WORTH_SAYING)
 
 
-def size_in_words(count: int) -> str:
-    """'17.2 GB', '478 MB', '3 kB'."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count / 1e3:.3g} kB"
-
-
 def _found(folder: str, name: str, path: Path) -> Found:
     try:
         file = TensorFile.open(path)

@@ -21,7 +21,6 @@ from usoflow.models.checkpoint import Component
 from usoflow.models.clip import ClipText
 from usoflow.models.finite import require_finite
 from usoflow.models.flux import Flux
-from usoflow.models.inventory import size_in_words
 from usoflow.models.loading import (
     load_clip,
     load_flux,
@@ -43,6 +42,7 @@ from usoflow.models.text import TextEncoding, encode_prompt
 from usoflow.models.tiling import Grid, tiled
 from usoflow.models.vision import VisionOutput, preprocess
 from usoflow.models.weights import Linear
+from usoflow.settings import size_in_words
 
 logger = logging.getLogger(__name__)
 

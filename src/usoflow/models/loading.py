@@ -34,13 +34,13 @@ def load_flux(component: Component) -> Flux:
 def load_clip(component: Component) -> ClipText:
     """The CLIP-L text encoder of a file."""
     config = ClipTextConfig.from_component(component)
-    return build(component, lambda: ClipText(config), ignored=clip.CLIP_IGNORED)
+    return build(component, lambda: ClipText(config), ignored=clip.IGNORED)
 
 
 def load_t5(component: Component) -> T5Encoder:
     """The T5 text encoder of a file."""
     config = T5Config.from_component(component)
-    return build(component, lambda: T5Encoder(config), ignored=t5.T5_IGNORED)
+    return build(component, lambda: T5Encoder(config), ignored=t5.IGNORED)
 
 
 def load_siglip(component: Component) -> SiglipVision:

@@ -31,10 +31,10 @@ from torch.utils.hooks import RemovableHandle
 
 from usoflow.models import fp8, int8, pages
 from usoflow.models.flux import Modulation
-from usoflow.models.inventory import size_in_words
 from usoflow.models.kernels import Scratch, pack
 from usoflow.models.passage import Passage
 from usoflow.models.weights import Linear
+from usoflow.settings import size_in_words
 
 logger = logging.getLogger(__name__)
 

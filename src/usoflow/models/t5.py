@@ -21,20 +21,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from usoflow.models.checkpoint import Component
-from usoflow.models.encoder import (
-    join_heads,
-    require_vocabulary,
-    split_heads,
-)
+from usoflow.models.encoder import join_heads, require_vocabulary, split_heads
 from usoflow.models.tokens import T5_MIN_LENGTH, T5_VOCABULARY
 from usoflow.models.weights import Embedding, Linear, RMSNorm
 
 logger = logging.getLogger(__name__)
 
-T5_EPS = 1e-6
-T5_MAX_DISTANCE = 128  # tokens farther apart share the last bucket of the relative bias
+EPS = 1e-6
+MAX_DISTANCE = 128  # tokens farther apart share the last bucket of the relative bias
 SCORES = 1 << 24  # of all heads at once: 64 MB; a prompt of 512 tokens has as many
-T5_IGNORED: tuple[str, ...] = ("encoder.embed_tokens.weight",)  # the same table as `shared.weight`
+IGNORED: tuple[str, ...] = ("encoder.embed_tokens.weight",)  # the same table as `shared.weight`
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +56,7 @@ class T5Config:
     layers: int
     heads: int
     buckets: int = 32
-    eps: float = T5_EPS
+    eps: float = EPS
     min_length: int = T5_MIN_LENGTH
     vocabulary: int = 32128
     table_in_fp8: bool = False
@@ -83,7 +79,7 @@ class T5Config:
             layers=component.count("encoder.block.{}."),
             heads=heads,
             buckets=buckets,
-            eps=component.setting("eps", T5_EPS),
+            eps=component.setting("eps", EPS),
             min_length=component.setting("min_length", T5_MIN_LENGTH),
             vocabulary=vocabulary,
             table_in_fp8=component.tensors["shared.weight"].dtype.startswith("F8"),
@@ -204,7 +200,7 @@ def relative_buckets(distance: Tensor, buckets: int) -> Tensor:
     """Bucket of a relative position, key minus query (arXiv 1910.10683, section 2.1).
 
     Half of the buckets are for keys that come later. Of each half, the first half holds one distance each,
-    the rest grows logarithmically up to `T5_MAX_DISTANCE`.
+    the rest grows logarithmically up to `MAX_DISTANCE`.
 
     Args:
         distance: int64 of any shape.
@@ -216,6 +212,6 @@ def relative_buckets(distance: Tensor, buckets: int) -> Tensor:
     half = buckets // 2
     exact = half // 2
     size = distance.abs()
-    growth = torch.log(size.clamp(min=1).float() / exact) / math.log(T5_MAX_DISTANCE / exact)
+    growth = torch.log(size.clamp(min=1).float() / exact) / math.log(MAX_DISTANCE / exact)
     far = (exact + growth * (half - exact)).long().clamp(max=half - 1)
     return torch.where(size < exact, size, far) + half * (distance > 0)

@@ -13,13 +13,7 @@ from torch import Tensor
 from usoflow.models.clip import ClipText
 from usoflow.models.finite import require_finite
 from usoflow.models.t5 import T5Encoder
-from usoflow.models.tokens import (
-    CLIP_END,
-    T5_END,
-    T5_PAD,
-    Tokenizers,
-    TokenSequence,
-)
+from usoflow.models.tokens import CLIP_END, T5_END, T5_PAD, Tokenizers, TokenSequence
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -18,9 +18,9 @@ from torch.nn import functional as F
 from usoflow.errors import UsoflowError
 from usoflow.models.checkpoint import Component
 from usoflow.models.finite import require_finite
-from usoflow.models.inventory import size_in_words
 from usoflow.models.tiling import Grid, tiled
 from usoflow.models.weights import Conv2d, GroupNorm
+from usoflow.settings import size_in_words
 
 logger = logging.getLogger(__name__)
 
@@ -62,8 +62,7 @@ class VaeConfig:
         Raises:
             UsoflowError: "model_damaged", "tensor_missing" if a tensor that tells a size is not there,
                 "tensor_shape" if it tells none, "block_gap" if the levels or blocks are not numbered without
-                a gap,
-                "model_unsupported" if the groups do not divide a width.
+                a gap, "model_unsupported" if the groups do not divide a width.
         """
         levels = range(max(component.count("encoder.down.{}."), 1))
         widths = tuple(component.shape(f"encoder.down.{n}.block.0.conv1.weight", 4)[0] for n in levels)

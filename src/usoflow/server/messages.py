@@ -61,8 +61,9 @@ def progress_state(running: Running) -> Outgoing:
 
 def history_entry(job: Job, prompt: list[Any]) -> dict[str, Any]:
     """One value of `/history`."""
+    start = execution_start(job)
     begun: list[list[Any]] = [
-        ["execution_start", {"prompt_id": job.id, "timestamp": job.started}],
+        [start.type, start.data],
         ["execution_cached", {"nodes": job.cached, "prompt_id": job.id, "timestamp": job.started}],
     ]
     messages = [*(begun if job.started else []), list(_end(job))]

@@ -1,7 +1,7 @@
 """The server process: listening comes first, the worker after it; and an end that loses nothing.
 
-At SIGTERM (or Ctrl+C) the server is not ready at once, but answers until the job in progress has finished or
-is pending again. A second signal does not wait for it.
+At SIGTERM (or Ctrl+C, or where its terminal is closed) the server is not ready at once, but answers until the
+job in progress has finished or is pending again. A second signal does not wait for it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from usoflow.server.context import Server
 from usoflow.server.picture import provide
-from usoflow.service import supervisor
+from usoflow.service.supervisor import GRACE as GRACE_OF_JOBS
 
 logger = logging.getLogger(__name__)
 
@@ -38,10 +38,7 @@ QUIET: Final = 60  # seconds between two complaints of one kind
 def serve(app: FastAPI, listening: socket.socket) -> None:
     """Serve until a signal says to stop; that its terminal is gone is one, too."""
     _raise_limit()
-    if threading.current_thread() is threading.main_thread():
-        hangup = getattr(signal, "SIGHUP", None)  # which Windows does not have
-        if hangup is not None and signal.getsignal(hangup) is signal.SIG_DFL:  # not under nohup
-            signal.signal(hangup, lambda *_: signal.raise_signal(signal.SIGTERM))
+    _end_with_terminal()
     config = uvicorn.Config(
         app,
         http=_Connection,
@@ -55,6 +52,15 @@ def serve(app: FastAPI, listening: socket.socket) -> None:
         server_header=False,
     )
     _Server(config, app.state.server).run(sockets=[listening])
+
+
+def _end_with_terminal() -> None:
+    """That it is closed is as SIGTERM, but not under nohup. Only the main thread may say so."""
+    hangup = getattr(signal, "SIGHUP", None)  # which Windows does not have
+    if hangup is None or threading.current_thread() is not threading.main_thread():
+        return
+    if signal.getsignal(hangup) is signal.SIG_DFL:
+        signal.signal(hangup, lambda *_: signal.raise_signal(signal.SIGTERM))
 
 
 def _raise_limit() -> None:
@@ -135,13 +141,13 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called by the signal."""
-        ours = self._server.supervisor
-        if ours.stopping:
+        supervisor = self._server.supervisor
+        if supervisor.stopping:
             self._server.engine.stop()
-        elif ours.running:
+        elif supervisor.running:
             told = "Stopping. The job in progress gets %.0f s to end; a second signal does not wait for it."
-            logger.info(told, supervisor.GRACE)
-        ours.refuse()
+            logger.info(told, GRACE_OF_JOBS)
+        supervisor.refuse()
         threading.Thread(target=self._drain, args=(sig, frame), daemon=True).start()
 
     def _drain(self, sig: int, frame: FrameType | None) -> None:
